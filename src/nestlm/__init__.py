@@ -1,0 +1,1 @@
+"""Nested language models: one set of weights, many sub-networks, any budget."""

@@ -1,0 +1,93 @@
+"""What an elasticity axis has to say; everything else (slices, sorting, extraction, prices) follows from it."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+from nestlm.errors import ConfigError
+from nestlm.nn.config import BlockConfig, DecoderConfig
+from nestlm.spec import SearchSpace, Site
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A parameter of the block that an axis cuts: `rows` entries along `dim` belong to one unit."""
+
+    parameter: str
+    dim: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Axis(ABC):
+    """One elasticity axis: the unit that a choice counts, and what each unit owns.
+
+    Attributes:
+        fractions: the choices as shares of all units, ascending, ending in 1.0.
+        multiple_of: widths other than the full one are rounded to a multiple of this.
+    """
+
+    name: ClassVar[str]
+    mixes_tokens: ClassVar[bool] = False  # True where the units own a share of the attention scores
+    fractions: tuple[float, ...]
+    multiple_of: int = 1
+
+    @abstractmethod
+    def units(self, block: BlockConfig) -> int:
+        """Number of units in a block."""
+
+    @abstractmethod
+    def cuts(self, block: BlockConfig, *, head_dim: int) -> tuple[Cut, ...]:
+        """The parameters that a choice cuts."""
+
+    @abstractmethod
+    def resize(self, block: BlockConfig, width: int) -> BlockConfig:
+        """The sizes of the block with `width` units left."""
+
+    @abstractmethod
+    def observed(self, block: BlockConfig, *, head_dim: int) -> tuple[str, tuple[int, int]]:
+        """Module of the block whose input shows the units at work, and the shape (parts, entries) of one unit.
+
+        Importance is the L2 norm over entries, summed over parts and tokens.
+        """
+
+    def choices(self, block: BlockConfig) -> tuple[int, ...]:
+        """Widths to choose from in a block.
+
+        Raises:
+            ConfigError: fractions are not ascending shares ending in 1.0, or two of them give the same width, or
+                one gives none.
+        """
+        where, units = f"axes.{self.name}", self.units(block)
+        if self.multiple_of <= 0:
+            raise ConfigError(f"{where}.multiple_of: got {self.multiple_of}, wanted a positive number of units")
+        shares = list(self.fractions)
+        if not shares or shares != sorted(shares) or shares[0] <= 0 or shares[-1] != 1.0:
+            raise ConfigError(f"{where}.fractions: got {shares}, wanted ascending shares above 0 that end in 1.0")
+        widths: list[int] = []
+        for share in shares:
+            width = units if share == 1.0 else math.floor(share * units / self.multiple_of + 0.5) * self.multiple_of
+            if width == 0:
+                raise ConfigError(
+                    f"{where}.fractions: {share:g} of {units} units rounds to 0 (multiple_of={self.multiple_of}); "
+                    "raise the fraction or lower multiple_of"
+                )
+            if widths and width <= widths[-1]:
+                raise ConfigError(
+                    f"{where}.fractions: {share:g} of {units} units gives {min(width, units)} again "
+                    f"(multiple_of={self.multiple_of}); leave that fraction out"
+                )
+            widths.append(width)
+        return tuple(widths)
+
+
+def search_space(axes: tuple[Axis, ...], config: DecoderConfig) -> SearchSpace:
+    """All sites of a model, axis by axis."""
+    if not axes:
+        raise ConfigError("axes: got none, wanted at least one elasticity axis, such as axes=mlp_heads")
+    return SearchSpace(
+        {Site(axis.name, layer): axis.choices(block) for axis in axes for layer, block in enumerate(config.blocks)}
+    )

@@ -1,0 +1,72 @@
+"""The stage cache: a stage's result lies under the hash of everything that determines it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+
+# What is written from results, after them: a change there makes no cached result stale.
+AFTER_RESULTS = ("report", "cli.py")
+
+
+@lru_cache(maxsize=1)
+def code_digest() -> str:
+    """Hash of this package's source, so that an edited method never meets its old results."""
+    root = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        relative = path.relative_to(root)
+        if relative.parts[0] not in AFTER_RESULTS:
+            digest.update(relative.as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def stage_key(name: str, *, sections: dict[str, Any], previous: str, extra: str) -> str:
+    """Hash of a stage: its name, resolved config sections, the stage before, data, source code and torch."""
+    content = [name, sections, previous, extra, code_digest(), torch.__version__]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def files_identity(folder: Path) -> str:
+    """Names, sizes and times of a folder's files: tells whether weights changed, without reading gigabytes."""
+    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.iterdir())]
+    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+class StageFolder:
+    """Where a stage works and leaves its result; `stage.json` is written last and marks it finished."""
+
+    def __init__(self, root: Path, name: str, key: str) -> None:
+        self.name, self.key = name, key
+        self.path = root / f"{name}-{key[:16]}"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """One process at a time; the lock of a killed process is free at once."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.path / ".lock"):
+            yield
+
+    def result(self) -> dict[str, Any] | None:
+        """What a finished stage reported, or None."""
+        marker = self.path / "stage.json"
+        return json.loads(marker.read_text()) if marker.is_file() else None
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Mark the stage finished."""
+        write_json(self.path / "stage.json", result)

@@ -1,0 +1,230 @@
+"""From a Hydra config to settings: names and types are checked before anything is built. Only this file knows Hydra."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import os
+import pkgutil
+import re
+import sys
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra import main as hydra_main
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException, MissingConfigException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nestlm.errors import ConfigError, NestlmError
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+INSTANTIATE_KEYS = {"_target_", "_partial_"}
+EXIT_USER_ERROR = 2
+
+
+def run() -> None:
+    """The command line of `train.py`. Errors that a user can cure are one or two lines and exit code 2."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing, and we print
+    try:
+        with plain_errors():
+            hydra_main(version_base="1.3", config_path=str(CONF), config_name="train")(run_job)()
+    finally:
+        GlobalHydra.instance().clear()
+
+
+def run_job(config: DictConfig) -> None:
+    """One job: check, build, run. The heavy imports wait until the config has been composed."""
+    with plain_errors():
+        plain = to_plain(config)
+        from nestlm import pipeline
+
+        pipeline.run(build(plain), config=plain)
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Print a user's error and exit; a bug keeps its traceback, and `traceback=true` shows it for all."""
+    try:
+        yield
+    except (NestlmError, HydraException, OmegaConfBaseException) as error:
+        if any(argument.lower() == "traceback=true" for argument in sys.argv[1:]):
+            raise
+        print(f"error: {explain(error)}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
+
+
+def compose(overrides: list[str]) -> dict[str, Any]:
+    """The resolved config of a command line, as plain values, without running it."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return to_plain(hydra_compose("train", overrides=overrides))
+
+
+def to_plain(config: DictConfig) -> dict[str, Any]:
+    """The resolved config as plain values. Raises ConfigError for a value that is missing."""
+    for name, value in flat_items(OmegaConf.to_container(config, resolve=False)):
+        if value == "???":
+            raise ConfigError(f"{name}: has no value; give one with {name}=VALUE")
+    plain = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(plain, dict), "a config file is a mapping"
+    return typing.cast("dict[str, Any]", plain)
+
+
+def build(plain: dict[str, Any]) -> Any:
+    """Settings from plain values.
+
+    Raises:
+        ConfigError: a name that its target does not take, or a value of the wrong type.
+    """
+    target = {"_target_": "nestlm.settings.Settings", **plain}
+    check_node(target, "")
+    try:
+        return instantiate(target, _convert_="all")
+    except HydraException as error:
+        # a target's own refusal arrives wrapped; it may not know under which name it stands
+        if not isinstance(error.__cause__, NestlmError):
+            raise
+        message, where = str(error.__cause__), re.search(r"full_key: (\S+)", str(error))
+        group = where.group(1).partition(".")[0] if where else ""
+        prefix = "" if message.startswith(group) else f"{group}."
+        raise type(error.__cause__)(prefix + message) from None
+
+
+def check_node(node: Any, where: str) -> None:
+    """Check every `_target_` below a node against the signature of what it names."""
+    if isinstance(node, list):
+        for index, item in enumerate(node):
+            check_node(item, f"{where}[{index}]")
+    if not isinstance(node, dict):
+        return
+    arguments = {key: value for key, value in node.items() if key not in INSTANTIATE_KEYS}
+    if "_target_" in node:
+        check_arguments(locate(node["_target_"], where), arguments, where=where, partial=bool(node.get("_partial_")))
+    for key, value in arguments.items():
+        check_node(value, f"{where}.{key}" if where else key)
+
+
+def check_arguments(target: Callable[..., Any], arguments: Mapping[str, Any], *, where: str, partial: bool) -> None:
+    """Raise ConfigError for an unknown or missing argument, or one whose plain value has the wrong type."""
+    parameters = inspect.signature(target).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    hints = type_hints(target)
+    for name, value in arguments.items():
+        full_name = f"{where}.{name}" if where else name
+        if name not in parameters:
+            if takes_any:
+                continue
+            raise ConfigError(f"{full_name}: {target.__qualname__} takes no {name!r}{nearest(name, parameters)}")
+        if name in hints and not (isinstance(value, dict) and "_target_" in value):
+            check_type(full_name, value, hints[name])
+    if not partial:
+        for name, parameter in parameters.items():
+            if (
+                parameter.default is parameter.empty
+                and parameter.kind is not parameter.VAR_KEYWORD
+                and name not in arguments
+            ):
+                raise ConfigError(f"{where}.{name}: has no value; {target.__qualname__} wants one")
+
+
+def type_hints(target: Callable[..., Any]) -> dict[str, Any]:
+    """Annotations of a callable's arguments; none where they cannot be resolved (a third-party class)."""
+    function = target.__init__ if inspect.isclass(target) else target
+    try:
+        return typing.get_type_hints(function)
+    except (NameError, TypeError):
+        return {}
+
+
+def check_type(name: str, value: Any, hint: Any) -> None:
+    """Raise ConfigError when a plain value is not what the annotation says."""
+    from pydantic import ConfigDict, PydanticSchemaGenerationError, TypeAdapter, ValidationError
+
+    if contains_target(value):
+        return
+    try:
+        adapter = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
+    except PydanticSchemaGenerationError:
+        return
+    try:
+        adapter.validate_python(value, strict=not isinstance(value, list | dict))
+    except ValidationError as error:
+        wanted = getattr(hint, "__name__", None) if inspect.isclass(hint) else str(hint).replace("collections.abc.", "")
+        raise ConfigError(f"{name}: got {value!r}, wanted {wanted or hint}; {error.errors()[0]['msg']}") from None
+
+
+def contains_target(value: Any) -> bool:
+    """Whether a value holds a node that is built later, and then checked by itself."""
+    if isinstance(value, dict):
+        return "_target_" in value or any(contains_target(item) for item in value.values())
+    return isinstance(value, list) and any(contains_target(item) for item in value)
+
+
+def locate(path: str, where: str) -> Callable[..., Any]:
+    """The class or function of a dotted path. Raises ConfigError with the nearest name that exists."""
+    module_path, _, name = path.rpartition(".")
+    try:
+        module = importlib.import_module(module_path)
+    except ModuleNotFoundError as error:
+        package_path, _, missing = module_path.rpartition(".")
+        if error.name != module_path or package_path not in sys.modules:
+            raise ConfigError(
+                f"{where}._target_: cannot import {module_path!r} ({error}); is its package installed?"
+            ) from None
+        siblings = [info.name for info in pkgutil.iter_modules(sys.modules[package_path].__path__)]
+        raise ConfigError(f"{where}: {package_path} has no {missing!r}{nearest(missing, siblings)}") from None
+    if not hasattr(module, name):
+        raise ConfigError(f"{where}._target_: {module_path} has no {name!r}{nearest(name, dir(module))}")
+    return getattr(module, name)
+
+
+def nearest(name: str, candidates: Iterable[str]) -> str:
+    """The end of a message: the likeliest right name, or all of them."""
+    names = list(candidates)
+    matches = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    if matches:
+        return f"; did you mean {matches[0]!r}?"
+    return f"; it has {', '.join(sorted(names))}" if len(names) <= 20 else ""
+
+
+def explain(error: Exception) -> str:
+    """One or two lines: what was got, what was wanted, the cure."""
+    if isinstance(error, NestlmError):
+        return str(error)
+    if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
+        options = error.options
+        group, _, got = error.missing_cfg_file.removesuffix(".yaml").rpartition("/")
+        return f"{group}: got {got!r}, wanted one of {', '.join(options)}{nearest(got, options)}"
+    text = str(error)
+    unknown = re.search(r"Could not override '([^']+)'", text)
+    if unknown:
+        name = unknown.group(1).split("@")[0]
+        return f"{name}: no such group or field{nearest_key(name)}"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return "; ".join(lines[:2])
+
+
+def nearest_key(name: str) -> str:
+    """The end of a message: the existing key that is most like a misspelled one."""
+    config = compose([])
+    groups = [path.name for path in CONF.iterdir() if path.is_dir()]
+    parent = name.rpartition(".")[0]
+    keys = list(dict.fromkeys([*(key for key, _ in flat_items(config)), *groups]))
+    return nearest(name, [key for key in keys if key.rpartition(".")[0] == parent] or keys)
+
+
+def flat_items(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """All dotted keys of a nested mapping, with their values."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield f"{prefix}{key}", value
+            yield from flat_items(value, f"{prefix}{key}.")

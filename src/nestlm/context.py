@@ -1,0 +1,108 @@
+"""What a stage works with: its settings, its folder, what the stages before it left, and how to train and score."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from nestlm.cache import write_json
+from nestlm.data.module import PackedTokens
+from nestlm.evaluation import evaluate
+from nestlm.module import NestedLM
+from nestlm.nn.decoder import Decoder
+from nestlm.nn.policy import Policy
+from nestlm.objective.base import Objective, Parts
+from nestlm.progress import track
+from nestlm.router.base import Router
+from nestlm.settings import View
+from nestlm.training import fit, make_trainer
+
+MODEL, ROUTER = "model.safetensors", "router.safetensors"
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a stage works with.
+
+    Attributes:
+        settings: the part of the settings that the stage declares.
+        folder: where it writes.
+        inputs: folders of the stages before it, by name.
+        logger: where training logs go.
+    """
+
+    settings: View
+    folder: Path
+    inputs: dict[str, Path]
+    logger: Logger
+
+    def decoder(self, stage: str) -> Decoder:
+        """The model that a stage left behind."""
+        decoder = Decoder(self.settings.model.decoder_config())
+        decoder.load_state_dict(load_file(self.inputs[stage] / MODEL))
+        return decoder
+
+    def router(self, stage: str | None = None) -> Router:
+        """The router: new, or as a stage left it behind."""
+        router = self.settings.router.network(table=self.settings.table())
+        if stage is not None and list(router.parameters()):
+            router.load_state_dict(load_file(self.inputs[stage] / ROUTER))
+        return router
+
+    def save(self, module: nn.Module, name: str) -> None:
+        """Leave weights behind."""
+        partial = self.folder / f".{name}.partial"
+        save_file({key: value.contiguous() for key, value in module.state_dict().items()}, partial)
+        partial.replace(self.folder / name)
+
+    def data(self, *, stream: str, num_steps: int = 0) -> PackedTokens:
+        """The token loaders."""
+        return PackedTokens(
+            self.settings.data, self.inputs["data"], seed=self.settings.seed, stream=stream, num_steps=num_steps
+        )
+
+    def train(
+        self, stage: str, parts: Parts, *, objective: Objective, trained: dict[str, tuple[nn.Module, float]], steps: int
+    ) -> dict[str, Any]:
+        """Run a training stage; reports its steps and tokens."""
+        data = self.data(stream=stage, num_steps=steps)
+        resumed = 0
+        if steps:
+            module = NestedLM(
+                parts,
+                stage=stage,
+                objective=objective,
+                trained=trained,
+                optim=self.settings.optim,
+                num_steps=steps,
+            )
+            resumed = fit(
+                module,
+                data,
+                stage=stage,
+                folder=self.folder,
+                trainer_factory=self.settings.trainer,
+                logger=self.logger,
+                checkpoint_seconds=self.settings.checkpoint_seconds,
+            )
+        tokens = steps * data.settings.batch_size * data.settings.sequence_length
+        return {"steps": steps, "tokens": tokens, "resumed_at_step": resumed}
+
+    def score(self, decoder: Decoder, policies: dict[str, Policy]) -> dict[str, dict[str, float]]:
+        """Validation loss and accuracy of policies. Each is written as soon as it is known, for a resumed run."""
+        loader = self.data(stream="validation").heldout_dataloader("validation")
+        trainer = make_trainer(self.settings.trainer)
+        scores: dict[str, dict[str, float]] = {}
+        for name, policy in track(policies.items(), "evaluate", total=len(policies)):
+            path = self.folder / f"score-{name}.json"
+            if not path.is_file():
+                result = evaluate(decoder, policy, loader=loader, trainer=trainer)
+                write_json(path, result.__dict__)
+            scores[name] = json.loads(path.read_text())
+        return scores

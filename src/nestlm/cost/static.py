@@ -1,0 +1,93 @@
+"""Costs that follow from the sizes alone: what is stored (`params`) and what is computed (`flops`)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from nestlm.axes.base import Axis
+from nestlm.cost.table import CostTable
+from nestlm.nn.config import BlockConfig, DecoderConfig
+from nestlm.nn.decoder import Decoder
+from nestlm.spec import SearchSpace
+
+
+@dataclass(frozen=True)
+class Params:
+    """Parameters that a stand-alone sub-network stores; a tied embedding counts once."""
+
+    def table(self, space: SearchSpace, *, axes: tuple[Axis, ...], config: DecoderConfig) -> CostTable:
+        """Price every choice; sums equal the parameter count of the extracted model."""
+        shapes = parameter_shapes(config)
+        total = sum(math.prod(shape) for shape in shapes.values())
+
+        def price(axis: Axis, layer: int, width: int) -> float:
+            return cut_parameters(axis, layer, width, shapes=shapes, config=config)
+
+        return size_table("params", "parameters", total, price, space=space, axes=axes)
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Forward FLOPs a token: two for each weight of a matrix product, plus the attention scores.
+
+    Attributes:
+        context_length: tokens a row, L; it sets the share of the attention scores.
+    """
+
+    context_length: int
+
+    def table(self, space: SearchSpace, *, axes: tuple[Axis, ...], config: DecoderConfig) -> CostTable:
+        """Price every choice; sums equal what `torch.utils.flop_counter` counts on the extracted model."""
+        shapes = parameter_shapes(config)
+        # Norms and the look-up of an embedding are no matrix products; the head is one, also where it is tied.
+        weights = sum(math.prod(shape) for name, shape in shapes.items() if len(shape) == 2 and "embed" not in name)
+        if config.tie_embeddings:
+            weights += config.vocab_size * config.hidden_size
+        total = 2 * weights + sum(self.attention_scores(block, config=config) for block in config.blocks)
+
+        def price(axis: Axis, layer: int, width: int) -> float:
+            products = 2 * cut_parameters(axis, layer, width, shapes=shapes, config=config)
+            resized = axis.resize(config.blocks[layer], width)
+            return products + self.attention_scores(resized, config=config) * axis.mixes_tokens
+
+        return size_table("flops", "FLOPs a token", total, price, space=space, axes=axes)
+
+    def attention_scores(self, block: BlockConfig, *, config: DecoderConfig) -> int:
+        """Scores and their weighted sum: two products over the whole row, without a discount for causality."""
+        return 2 * 2 * self.context_length * block.num_heads * config.head_dim
+
+
+def parameter_shapes(config: DecoderConfig) -> dict[str, torch.Size]:
+    """Shapes of all parameters of a decoder, without allocating any."""
+    with torch.device("meta"):
+        return {name: parameter.shape for name, parameter in Decoder(config).named_parameters()}
+
+
+def cut_parameters(axis: Axis, layer: int, width: int, *, shapes: dict[str, torch.Size], config: DecoderConfig) -> int:
+    """Parameters that `width` units of a site own."""
+    total = 0
+    for cut in axis.cuts(config.blocks[layer], head_dim=config.head_dim):
+        shape = shapes[f"blocks.{layer}.{cut.parameter}"]
+        total += math.prod(shape) // shape[cut.dim] * cut.rows * width
+    return total
+
+
+def size_table(
+    name: str,
+    unit: str,
+    total: float,
+    price: Callable[[Axis, int, int], float],
+    *,
+    space: SearchSpace,
+    axes: tuple[Axis, ...],
+) -> CostTable:
+    """A table from the cost of the whole model and the price of (axis, layer, width); the constant is the rest."""
+    by_name = {axis.name: axis for axis in axes}
+    prices = tuple(
+        tuple(price(by_name[site.axis], site.layer, width) for width in space.choices[site]) for site in space.sites
+    )
+    return CostTable(name, unit, space, constant=total - sum(row[-1] for row in prices), prices=prices)

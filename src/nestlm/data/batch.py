@@ -1,0 +1,22 @@
+"""A batch of packed rows."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Batch(NamedTuple):
+    """Rows of tokens with their targets.
+
+    Attributes:
+        tokens_BL: token ids, int64.
+        targets_BL: the token after each, int64.
+        documents_BL: number of the document within its row, or None where all rows hold one document, or where
+            documents may attend to each other.
+    """
+
+    tokens_BL: Tensor
+    targets_BL: Tensor
+    documents_BL: Tensor | None

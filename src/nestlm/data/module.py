@@ -1,0 +1,114 @@
+"""The DataModule: the settings of the data group, and the loaders of a stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from torch.utils.data import DataLoader
+
+from nestlm.data.batch import Batch
+from nestlm.data.packed import PackedRows, StepLoader, collate
+from nestlm.data.prepare import Manifest
+from nestlm.data.source.base import Source
+from nestlm.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """The data group.
+
+    Attributes:
+        source: where documents come from.
+        path: folder of a source that reads one.
+        tokenizer: a tokenizer.json; None trains a byte-level BPE of the model's vocabulary size.
+        sequence_length: tokens a row, L.
+        batch_size: rows a step over all ranks together, B.
+        eval_batch_size: rows at once when evaluating.
+        heldout_share: share of the bytes in each of calibration and validation.
+        separate_documents: documents packed into one row don't attend to each other.
+        num_workers: loader processes a rank.
+    """
+
+    source: Source
+    path: str | None
+    tokenizer: str | None
+    sequence_length: int
+    batch_size: int
+    eval_batch_size: int
+    heldout_share: float
+    separate_documents: bool
+    num_workers: int
+
+    def __post_init__(self) -> None:
+        for name in ("sequence_length", "batch_size", "eval_batch_size"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"data.{name}: got {getattr(self, name)}, wanted a positive number")
+        if not 0 < self.heldout_share < 0.5:
+            raise ConfigError(f"data.heldout_share: got {self.heldout_share}, wanted a share between 0 and 0.5")
+        if self.num_workers < 0:
+            raise ConfigError(f"data.num_workers: got {self.num_workers}, wanted 0 or more")
+
+
+class PackedTokens(L.LightningDataModule):
+    """Packed rows of a prepared folder, for one stage of a run."""
+
+    def __init__(self, settings: DataSettings, folder: Path, *, seed: int, stream: str, num_steps: int = 0) -> None:
+        """Open the folder.
+
+        Args:
+            settings: the data group.
+            folder: what `prepare` wrote.
+            seed: seed of the order.
+            stream: the stage; each stage has its own order.
+            num_steps: steps that the stage trains.
+        """
+        super().__init__()
+        self.settings = settings
+        self.folder = folder
+        self.seed = seed
+        self.stream = stream
+        self.num_steps = num_steps
+        self.manifest = Manifest.read(folder)
+        self.separator = self.manifest.separator if settings.separate_documents else None
+
+    def rows(self, split: str) -> PackedRows:
+        """The rows of a split."""
+        return PackedRows(self.folder, split, sequence_length=self.settings.sequence_length)
+
+    def train_dataloader(self) -> StepLoader:
+        """This rank's share of every step's rows.
+
+        Raises:
+            ConfigError: the batch does not divide over the ranks.
+        """
+        world_size = self.trainer.world_size if self.trainer else 1
+        if self.settings.batch_size % world_size:
+            raise ConfigError(
+                f"data.batch_size: got {self.settings.batch_size}, wanted a multiple of the {world_size} ranks"
+            )
+        return StepLoader(
+            self.rows("train"),
+            num_steps=self.num_steps,
+            batch_size=self.settings.batch_size,
+            seed=self.seed,
+            stream=self.stream,
+            separator=self.separator,
+            rank=self.trainer.global_rank if self.trainer else 0,
+            world_size=world_size,
+            num_workers=self.settings.num_workers,
+        )
+
+    def heldout_dataloader(self, split: str, *, num_rows: int | None = None) -> DataLoader[Any]:
+        """Batches of a held-out split in its order: the first `num_rows` rows or all."""
+        rows = self.rows(split)
+        chosen = range(len(rows) if num_rows is None else min(num_rows, len(rows)))
+        size = self.settings.eval_batch_size
+        batches = [list(chosen[start : start + size]) for start in range(0, len(chosen), size)]
+
+        def stack(group: list) -> Batch:
+            return collate(group, separator=self.separator)
+
+        return DataLoader(rows, batch_sampler=batches, collate_fn=stack)

@@ -1,0 +1,57 @@
+"""Byte-level BPE tokenizers, trained here or brought along with a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from nestlm.errors import DataError
+
+SEPARATOR = "<|endoftext|>"
+# What model families call the token that starts a document.
+KNOWN_SEPARATORS = (SEPARATOR, "<|begin_of_text|>", "<s>", "</s>")
+
+
+def train(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
+    """A byte-level BPE whose token 0 separates documents.
+
+    Raises:
+        DataError: the text is too small to yield that many tokens.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[SEPARATOR],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    if tokenizer.get_vocab_size() != vocab_size:
+        raise DataError(
+            f"model.vocab_size: the text yields a tokenizer of {tokenizer.get_vocab_size()} tokens, "
+            f"wanted {vocab_size} (at least 257); bring more text or set model.vocab_size to that"
+        )
+    return tokenizer
+
+
+def load(path: Path) -> Tokenizer:
+    """Read a tokenizer.json. Raises DataError when there is none, or it is damaged."""
+    if not path.is_file():
+        raise DataError(f"data.tokenizer: {path} does not exist; wanted a tokenizer.json")
+    try:
+        return Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except Exception as error:  # the library raises bare Exception
+        raise DataError(f"data.tokenizer: {path} is no tokenizer.json ({error})") from error
+
+
+def separator_id(tokenizer: Tokenizer) -> int:
+    """Id of the token that starts a document. Raises DataError when the tokenizer has none that we know."""
+    for name in KNOWN_SEPARATORS:
+        token = tokenizer.token_to_id(name)
+        if token is not None:
+            return token
+    raise DataError(f"data.tokenizer: has none of {', '.join(KNOWN_SEPARATORS)} to separate documents")

@@ -1,0 +1,56 @@
+"""What a run would do: sizes, search space, and each stage's tokens and FLOPs, without weights or data."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from nestlm.cost.static import Flops, Params
+from nestlm.report.console import output
+from nestlm.settings import Settings
+
+SAMPLED_STEPS = 64  # draws from which the mean cost of a sampler's step is taken
+BACKWARD = 3.0  # a forward and backward pass costs three forward passes
+
+
+def describe(settings: Settings) -> None:
+    """Print parameters, search-space size, and stages with tokens and FLOPs; everything is on the meta device."""
+    config, space, axes = settings.model.decoder_config(), settings.space(), settings.axis_list
+    params = Params().table(space, axes=axes, config=config)
+    flops = Flops(context_length=settings.data.sequence_length).table(space, axes=axes, config=config)
+    smallest = space.smallest()
+    output.print(f"parameters      {params.full_cost:,.0f}  (smallest sub-network {params.cost(smallest):,.0f})")
+    output.print(f"FLOPs a token   {flops.full_cost:,.0f}  (smallest sub-network {flops.cost(smallest):,.0f})")
+    choices = ", ".join(f"{axis} {list(space.choices[sites[0]])}" for axis, sites in space.axes.items())
+    output.print(f"search space    {space.size:.3g} sub-networks  ({len(space.sites)} sites: {choices})")
+    table = Table("stage", "steps", "tokens", "FLOPs")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    tokens_per_step = settings.data.batch_size * settings.data.sequence_length
+    for stage, steps, passes in stage_passes(settings):
+        tokens = steps * tokens_per_step
+        table.add_row(stage, f"{steps:,}", f"{tokens:,}", f"{tokens * passes * flops.full_cost:.3g}")
+    output.print(table)
+
+
+def stage_passes(settings: Settings) -> list[tuple[str, int, float]]:
+    """(stage, steps, forward passes of the full model that a token of the stage costs)."""
+    flops = Flops(context_length=settings.data.sequence_length).table(
+        settings.space(), axes=settings.axis_list, config=settings.model.decoder_config()
+    )
+    drawn = [
+        sum(flops.share(spec) for spec in settings.sampler.draw(flops.space, seed=settings.seed, step=step))
+        for step in range(SAMPLED_STEPS)
+    ]
+    teacher = 1.0 if settings.teacher.needs_teacher else 0.0
+    # budgets are drawn evenly between the smallest and the full model
+    mean_share = (1.0 + flops.share(flops.space.smallest())) / 2
+    pretrain = 0 if settings.model.weights is not None or settings.model.init is None else settings.pretrain.steps
+    stages = [
+        ("pretrain", pretrain, BACKWARD),
+        ("elastic", settings.elastic.steps, BACKWARD * sum(drawn) / len(drawn) + teacher),
+        ("joint", settings.joint.steps, BACKWARD * (1 + settings.joint.budgets_per_step * mean_share) + teacher),
+    ]
+    if settings.router.signal is not None:
+        signal = settings.router.signal(table=flops)
+        stages.insert(2, ("router", settings.router.steps, signal.forward_passes(mean_share)))
+    return stages

@@ -1,0 +1,21 @@
+"""What can go wrong by a user's hand. Each message says what it got, what it wanted, and the cure."""
+
+
+class NestlmError(ValueError):
+    """Base of all errors that a user can cause and cure; the command line prints them without a traceback."""
+
+
+class ConfigError(NestlmError):
+    """A name, a type or a value in the configuration that cannot be used."""
+
+
+class BudgetError(NestlmError):
+    """A budget that no sub-network meets, or that is not a budget at all."""
+
+
+class DataError(NestlmError):
+    """Text, tokens or a folder that cannot be read."""
+
+
+class CheckpointError(NestlmError):
+    """Weights that are missing, damaged, or of another model."""

@@ -1,0 +1,57 @@
+"""Sizes of a decoder, by block: a stand-alone sub-network is a decoder whose blocks differ."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nestlm.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class BlockConfig:
+    """Sizes of one block: H query heads, G KV groups, F neurons."""
+
+    num_heads: int
+    num_kv_groups: int
+    mlp_width: int
+
+    @property
+    def heads_per_group(self) -> int:
+        """Query heads that share one K and V."""
+        return self.num_heads // self.num_kv_groups
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes of a decoder: V, D, E, the longest context L, and its blocks."""
+
+    vocab_size: int
+    hidden_size: int
+    head_dim: int
+    context_length: int
+    blocks: tuple[BlockConfig, ...]
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = True
+
+    def __post_init__(self) -> None:
+        sizes = {
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "head_dim": self.head_dim,
+            "context_length": self.context_length,
+            "num_layers": len(self.blocks),
+        }
+        for block in self.blocks:
+            sizes |= {"num_heads": block.num_heads, "num_kv_groups": block.num_kv_groups, "mlp_width": block.mlp_width}
+            for name, size in sizes.items():
+                if size <= 0:
+                    raise ConfigError(f"model.{name}: got {size}, wanted a positive size")
+            if block.num_heads % block.num_kv_groups:
+                raise ConfigError(
+                    f"model.num_kv_groups: got {block.num_kv_groups}, wanted a divisor of num_heads={block.num_heads}"
+                )
+        if not self.blocks:
+            raise ConfigError("model.num_layers: got 0, wanted a positive size")
+        if self.head_dim % 2:
+            raise ConfigError(f"model.head_dim: got {self.head_dim}, wanted an even size (rotary embedding)")

@@ -1,0 +1,60 @@
+"""What a stage trains: terms of a loss, back-propagated one after the other."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from nestlm.data.batch import Batch
+from nestlm.nn.decoder import Decoder
+from nestlm.router.base import Router
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a stage works with; the teacher is the model before conversion."""
+
+    decoder: Decoder
+    teacher: Decoder | None = None
+    router: Router | None = None
+
+
+@dataclass(frozen=True)
+class Term:
+    """One summand of the loss, and numbers to log beside it."""
+
+    loss: Tensor
+    logs: Mapping[str, Tensor | float] = field(default_factory=dict)
+
+
+class Objective(nn.Module, ABC):
+    """Yields the terms of a step. It owns no part; parameters of its own are those of a signal.
+
+    Each term is back-propagated before the next is computed, so that the memory of a step with many sub-networks is
+    that of one pass.
+    """
+
+    @abstractmethod
+    def terms(self, parts: Parts, batch: Batch, *, step: int) -> Iterator[Term]:
+        """The terms of a step, a pure function of weights, batch and step."""
+
+
+class Signal(Objective):
+    """An objective that trains a router, with a network of its own that is thrown away afterwards.
+
+    Attributes:
+        lr: peak learning rate of that network.
+    """
+
+    lr: float
+
+    @abstractmethod
+    def summary(self) -> dict[str, float]:
+        """What to report when training has ended."""
+
+    @abstractmethod
+    def forward_passes(self, mean_share: float) -> float:
+        """Forward passes of the full model that a token costs, when a routed one costs `mean_share` of it."""

@@ -1,0 +1,61 @@
+"""Joint tuning: the model learns at the sub-networks that its router chooses, the router from the model's loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from nestlm.data.batch import Batch
+from nestlm.nn.policy import full
+from nestlm.objective.base import Objective, Parts, Term
+from nestlm.objective.teaching import Teaching
+from nestlm.router.relaxed import budget_loss
+from nestlm.seeding import torch_generator
+from nestlm.spec import Budget
+
+
+class Joint(Objective):
+    """The full model and `budgets_per_step` routed sub-networks; routers also feel their distance from the budget.
+
+    Flextron tunes model and routers jointly; how the loss reaches the routers (straight-through prefix gates) is our
+    choice.
+    """
+
+    def __init__(
+        self,
+        teaching: Teaching,
+        *,
+        budgets_per_step: int,
+        cost_weight: float,
+        dead_zone: float,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.teaching = teaching
+        self.budgets_per_step, self.cost_weight, self.dead_zone = budgets_per_step, cost_weight, dead_zone
+        self.seed = seed
+
+    def terms(self, parts: Parts, batch: Batch, *, step: int) -> Iterator[Term]:
+        assert parts.router is not None, "joint tuning needs a router"
+        table = parts.router.table
+        floor = table.share(table.space.smallest())
+        draws, budgets = [], []
+        for sample in range(self.budgets_per_step):
+            generator = torch_generator(self.seed, "joint", step, sample)
+            share = floor + (1.0 - floor) * float(torch.rand((), generator=generator))
+            budgets.append(Budget(min(1.0, share)))
+            draws.append(parts.router.draw(budgets[-1], generator=generator))
+        policies = ((full, True), *((draw.policy, False) for draw in draws))
+        losses = self.teaching.losses(parts, batch, policies=policies)
+        loss_full = next(losses)
+        yield Term(loss_full / len(policies), {"loss_full": loss_full.detach()})
+        for loss, draw, budget in zip(losses, draws, budgets, strict=True):
+            logs: dict[str, Tensor | float] = {"loss_subnet": loss.detach()}
+            if draw.expected_share is not None:
+                target = torch.full_like(draw.expected_share, budget.share)
+                distance = budget_loss(draw.expected_share, target, dead_zone=self.dead_zone)
+                logs["budget_distance"] = distance.detach()
+                loss = loss + self.cost_weight * distance
+            yield Term(loss / len(policies), logs)

@@ -1,0 +1,180 @@
+"""The surrogate signal (Flextron): a small model learns the loss of choices, and routers learn from it.
+
+Router gradients vanish through the LLM. So a surrogate is fitted to pairs (choices, loss) that forward passes yield;
+while it predicts well, the routers descend its output plus a cost loss. Afterwards it is thrown away. Its target is by
+default the gap to the full model's loss on the same batch, its shape an additive path plus an MLP, its input the
+routers' logits after a softmax, with a replay of earlier pairs: these are our choices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from nestlm.cost.table import CostTable
+from nestlm.data.batch import Batch
+from nestlm.errors import ConfigError
+from nestlm.nn.decoder import Decoder
+from nestlm.nn.loss import cross_entropy
+from nestlm.nn.policy import fixed
+from nestlm.objective.base import Parts, Signal, Term
+from nestlm.router import static
+from nestlm.router.relaxed import budget_loss, sample_choices
+from nestlm.seeding import torch_generator
+
+ERROR_MEMORY = 0.9  # weight of the past in the running error
+TARGETS = ("gap", "loss")
+BUDGETS_PER_STEP = 64  # of the router: they cost no forward pass of the LLM
+
+
+class Surrogate(nn.Module):
+    """Predicts a loss from distributions over choices: what each choice adds, plus an MLP for what is left."""
+
+    def __init__(self, num_sites: int, num_choices: int, *, hidden_width: int) -> None:
+        super().__init__()
+        inputs = num_sites * num_choices
+        self.additive = nn.Linear(inputs, 1)
+        self.rest = nn.Sequential(nn.Linear(inputs, hidden_width), nn.LeakyReLU(0.1), nn.Linear(hidden_width, 1))
+
+    def init_weights(self, *, generator: torch.Generator) -> None:
+        """Start at zero everywhere, so that the additive path leads."""
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.zero_()
+            first = self.rest[0].weight
+            assert isinstance(first, Tensor)
+            first.copy_(torch.randn(first.shape, generator=generator) * first.shape[1] ** -0.5)
+
+    def forward(self, probabilities: Tensor) -> Tensor:
+        """(n, sites, choices) to (n,)."""
+        flat = probabilities.flatten(1)
+        return (self.additive(flat) + self.rest(flat)).squeeze(-1)
+
+
+class SurrogateSignal(Signal):
+    """Trains a surrogate on what the model loses, and the router on the surrogate."""
+
+    inputs: Tensor
+    targets: Tensor
+    count: Tensor
+    error: Tensor
+
+    def __init__(
+        self,
+        table: CostTable,
+        *,
+        target: str,
+        specs_per_step: int,
+        random_share: float,
+        replay: int,
+        gate: float,
+        cost_weight: float,
+        dead_zone: float,
+        hidden_width: int,
+        lr: float,
+        seed: int,
+    ) -> None:
+        """Set up the surrogate.
+
+        Args:
+            table: prices of the choices.
+            target: `gap` to the full model's loss on the batch, or `loss` itself (the paper).
+            specs_per_step: pairs that each step adds.
+            random_share: share of the pairs drawn at random rather than from the router.
+            replay: pairs that are remembered.
+            gate: routers are trained while the surrogate's running squared error, relative to the variance of its
+                targets, is below this.
+            cost_weight: lambda of the cost loss.
+            dead_zone: relative distance from the budget that costs nothing.
+            hidden_width: of the surrogate's MLP.
+            lr: the surrogate's peak learning rate.
+            seed: seed of all draws.
+        """
+        super().__init__()
+        if target not in TARGETS:
+            raise ConfigError(f"router.signal.target: got {target!r}, wanted one of {', '.join(TARGETS)}")
+        self.table = table
+        self.target, self.specs_per_step, self.random_share = target, specs_per_step, random_share
+        self.gate, self.cost_weight, self.dead_zone = gate, cost_weight, dead_zone
+        self.lr, self.seed = lr, seed
+        space = table.space
+        sites, choices = len(space.sites), space.max_choices
+        self.surrogate = Surrogate(sites, choices, hidden_width=hidden_width)
+        self.surrogate.init_weights(generator=torch_generator(seed, "surrogate"))
+        self.register_buffer("inputs", torch.zeros(replay, sites, choices))
+        self.register_buffer("targets", torch.zeros(replay))
+        self.register_buffer("count", torch.zeros((), dtype=torch.long))
+        self.register_buffer("error", torch.full((), torch.inf))
+
+    def terms(self, parts: Parts, batch: Batch, *, step: int) -> Iterator[Term]:
+        router = parts.router
+        assert isinstance(router, static.Router), "the surrogate sees the logits of a static router"
+        inputs, targets = self.observe(parts.decoder, router, batch, step=step)
+        with torch.no_grad():
+            fresh_error = (self.surrogate(inputs) - targets).square().mean()
+        self.remember(inputs, targets)
+        known = min(int(self.count), len(self.targets))
+        known_inputs, known_targets = self.inputs[:known], self.targets[:known]
+        relative = fresh_error / known_targets.var(correction=0).clamp_min(1e-12)
+        first = not torch.isfinite(self.error)
+        self.error.copy_(relative if first else ERROR_MEMORY * self.error + (1 - ERROR_MEMORY) * relative)
+        loss = (self.surrogate(known_inputs) - known_targets).square().mean()
+        is_open = float(self.error) < self.gate
+        yield Term(loss, {"surrogate_error": self.error.clone(), "gate_open": float(is_open)})
+        if is_open:
+            yield self.router_term(router, step=step)
+
+    def summary(self) -> dict[str, float]:
+        """The running squared error relative to the variance of what is predicted."""
+        return {"surrogate_error": float(self.error)}
+
+    def forward_passes(self, mean_share: float) -> float:
+        """One pass a pair, and the full model's for the gap."""
+        return self.specs_per_step * mean_share + (1.0 if self.target == "gap" else 0.0)
+
+    @torch.no_grad()
+    def observe(self, decoder: Decoder, router: static.Router, batch: Batch, *, step: int) -> tuple[Tensor, Tensor]:
+        """New pairs: one-hot choices (specs, sites, choices) and what they lose on the batch (specs,)."""
+        logits = router(self.draw_shares(self.specs_per_step, step=step, purpose="pairs"))
+        generator = torch_generator(self.seed, "choices", step)
+        at_random = torch.rand(self.specs_per_step, 1, 1, generator=generator) < self.random_share
+        flat = torch.zeros_like(logits).masked_fill(~router.networks.valid, -torch.inf)
+        choices = sample_choices(torch.where(at_random.to(logits.device), flat, logits), generator=generator)
+        space = self.table.space
+        losses = []
+        for row in choices.tolist():
+            policy = fixed(space.spec(dict(zip(space.sites, row, strict=True))))
+            logits_BLV = decoder(batch.tokens_BL, policy, documents_BL=batch.documents_BL).logits_BLV
+            losses.append(cross_entropy(logits_BLV, batch.targets_BL))
+        targets = torch.stack(losses)
+        if self.target == "gap":
+            logits_BLV = decoder(batch.tokens_BL, documents_BL=batch.documents_BL).logits_BLV
+            targets = targets - cross_entropy(logits_BLV, batch.targets_BL)
+        return nn.functional.one_hot(choices, space.max_choices).float(), targets
+
+    @torch.no_grad()
+    def remember(self, inputs: Tensor, targets: Tensor) -> None:
+        """Keep pairs in place of the oldest."""
+        slots = (torch.arange(len(targets), device=targets.device) + self.count) % len(self.targets)
+        self.inputs[slots] = inputs
+        self.targets[slots] = targets
+        self.count += len(targets)
+
+    def router_term(self, router: static.Router, *, step: int) -> Term:
+        """The frozen surrogate's output for the routers' distributions, plus the cost loss."""
+        shares = self.draw_shares(BUDGETS_PER_STEP, step=step, purpose="budgets")
+        probabilities = router(shares).softmax(-1)
+        frozen = {name: parameter.detach() for name, parameter in self.surrogate.named_parameters()}
+        predicted = functional_call(self.surrogate, frozen, (probabilities,)).mean()
+        distance = budget_loss(self.table.expected_share(probabilities), shares, dead_zone=self.dead_zone).mean()
+        logs = {"predicted": predicted.detach(), "budget_distance": distance.detach()}
+        return Term(predicted + self.cost_weight * distance, logs)
+
+    def draw_shares(self, number: int, *, step: int, purpose: str) -> Tensor:
+        """Budgets drawn evenly between the smallest sub-network and the full model, (number,)."""
+        floor = self.table.share(self.table.space.smallest())
+        uniform = torch.rand(number, generator=torch_generator(self.seed, purpose, step))
+        return (floor + (1.0 - floor) * uniform).to(self.targets)

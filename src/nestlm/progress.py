@@ -1,0 +1,33 @@
+"""Progress bars and stage lines: bars on a terminal only, lines everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+T = TypeVar("T")
+
+console = Console(stderr=True, soft_wrap=True)
+
+
+def progress_bar(*columns: str) -> Progress:
+    """A bar with a name, extra text columns and the time left; silent and free where there is no terminal."""
+    return Progress(
+        TextColumn("{task.description:>12}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        *(TextColumn(column) for column in columns),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+
+
+def track(items: Iterable[T], description: str, *, total: int | None = None) -> Iterator[T]:
+    """Go through items under a bar."""
+    with progress_bar() as progress:
+        yield from progress.track(items, description=description, total=total)

@@ -1,0 +1,58 @@
+"""The pictures of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+Row = Mapping[str, Any]
+MARKERS = "osD^vP"
+MOST_NUMBERS = 400  # a heat map of more cells shows colours only
+
+
+def pareto(path: Path, rows: Sequence[Row], *, teacher_loss: float, cost: str) -> None:
+    """Loss against cost: one line a router, the full model and the teacher marked."""
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    for marker, router in zip(MARKERS, dict.fromkeys(row["router"] for row in rows), strict=False):
+        points = sorted((row["achieved"], row["val_loss"]) for row in rows if row["router"] == router)
+        axes.plot(*zip(*points, strict=True), marker=marker, label=router)
+    for row in rows:
+        if row["budget"] == 1.0:
+            axes.plot(row["achieved"], row["val_loss"], "*", markersize=16, color="black", zorder=3, label="full model")
+            break
+    axes.axhline(teacher_loss, color="grey", linestyle="--", linewidth=1, label="teacher")
+    axes.set_xlabel(f"{cost}, share of the full model")
+    axes.set_ylabel("validation loss (nats a token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=130)
+
+
+def routing(path: Path, specs: Sequence[Row]) -> None:
+    """Chosen widths as colour: layers by budget, one panel an axis; `specs` as in a run's specs folder."""
+    chosen = sorted(specs, key=lambda spec: spec["budget"])
+    full_widths = chosen[0]["full_widths"]
+    figure = Figure(figsize=(0.9 * len(chosen) * len(full_widths) + 2.4, 3.6), layout="constrained")
+    panels = list(figure.subplots(1, len(full_widths), squeeze=False)[0])
+    for panel, (name, full) in zip(panels, full_widths.items(), strict=True):
+        widths = np.array([spec["widths"][name] for spec in chosen]).T  # layers by budgets
+        shares = widths / np.array(full)[:, None]
+        image = panel.imshow(shares, vmin=0, vmax=1, cmap="viridis", aspect="auto", origin="lower")
+        if widths.size <= MOST_NUMBERS:
+            for (layer, column), width in np.ndenumerate(widths):
+                color = "black" if shares[layer, column] > 0.6 else "white"
+                panel.text(column, layer, str(width), ha="center", va="center", fontsize=8, color=color)
+        panel.set_title(name)
+        panel.set_xticks(range(len(chosen)), [f"{spec['budget']:g}" for spec in chosen])
+        panel.set_yticks(range(0, len(widths), max(1, len(widths) // 8)))
+        panel.set_xlabel("budget")
+        if panel is panels[-1]:
+            figure.colorbar(image, ax=panels, label="share of the full width")
+    panels[0].set_ylabel("layer")
+    figure.suptitle(chosen[0]["router"])
+    figure.savefig(path, dpi=130)

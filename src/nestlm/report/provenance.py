@@ -1,0 +1,53 @@
+"""Where a result comes from: code, packages, machine, data, seed."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("nestlm", "torch", "lightning", "hydra-core", "omegaconf", "torchmetrics", "tokenizers", "numpy", "scipy")
+
+
+def git(*arguments: str) -> str | None:
+    """Output of a git command on this source, or None where it is no checkout."""
+    try:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def package_version(name: str) -> str | None:
+    """Installed version, or None."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def provenance(
+    *, seed: int, data_fingerprint: str, tokenizer_hash: str, tokens: dict[str, float | None], seconds: float
+) -> dict[str, Any]:
+    """What someone needs to get the same numbers again."""
+    status = git("status", "--porcelain")
+    return {
+        "commit": git("rev-parse", "HEAD"),
+        "dirty": None if status is None else bool(status),
+        "python": sys.version.split()[0],
+        "packages": {name: package_version(name) for name in PACKAGES},
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "command": sys.argv,
+        "seed": seed,
+        "data_fingerprint": data_fingerprint,
+        "tokenizer": tokenizer_hash,
+        "tokens": tokens,
+        "wall_seconds": seconds,
+    }

@@ -1,0 +1,78 @@
+"""From a run's folder to its page, its pictures and the table that a run ends with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nestlm.errors import DataError
+from nestlm.report import plots
+from nestlm.report.console import output
+from nestlm.report.tables import HEADINGS, cells, markdown_table, read_csv, terminal_table
+
+PAPER_TOKEN_SHARE = 0.0763  # Flextron's elastic training, as a share of the pretraining tokens
+
+
+def render(run_dir: Path) -> None:
+    """Write report.md, pareto.png and routing.png, and print the results.
+
+    Raises:
+        DataError: the folder is no finished run.
+    """
+    if not (run_dir / "provenance.json").is_file():
+        raise DataError(f"{run_dir} is no finished run; wanted the folder that a run printed at its end")
+    rows = read_csv(run_dir / "results.csv")
+    metrics = json.loads((run_dir / "metrics.json").read_text())
+    specs = [json.loads(path.read_text()) for path in (run_dir / "specs").glob("*.json")]
+    config = yaml.safe_load((run_dir / "config.yaml").read_text())
+    cost = config["cost"]["_target_"].rpartition(".")[2].lower()
+    plots.pareto(run_dir / "pareto.png", rows, teacher_loss=metrics["pretrain"]["val_loss"], cost=cost)
+    plots.routing(run_dir / "routing.png", specs)
+    lines = summary_lines(metrics)
+    write_report(run_dir, rows, lines=lines, cost=cost)
+    output.print(terminal_table(rows, cost=cost))
+    for line in lines:
+        output.print(line)
+    output.print(f"run folder: {run_dir}")
+
+
+def summary_lines(metrics: dict[str, dict[str, Any]]) -> list[str]:
+    """The run in sentences."""
+    teacher, rank, elastic = (metrics[name] for name in ("pretrain", "rank", "elastic"))
+    lines = [
+        f"teacher: loss {teacher['val_loss']:.4f}, {teacher['bits_per_byte']:.3f} bits per byte",
+        f"full model after elastic training: {elastic['full']:.4f} ({elastic['full_over_teacher']:+.2%})",
+        f"smallest sub-network: {rank['smallest_unsorted']:.4f} cut unsorted, {rank['smallest_sliced']:.4f} sorted, "
+        f"{elastic['smallest']:.4f} after elastic training, which recovers {elastic['smallest_recovered']:.0%}",
+    ]
+    if teacher["tokens"]:
+        shares = ", ".join(
+            f"{stage} {metrics[stage]['tokens']:,} ({metrics[stage]['token_share']:.2%})"
+            for stage in ("elastic", "router", "joint")
+        )
+        lines.append(
+            f"tokens, and their share of the teacher's {teacher['tokens']:,.0f}: {shares}; "
+            f"elastic training in the paper: {PAPER_TOKEN_SHARE:.2%}"
+        )
+    return lines
+
+
+def write_report(run_dir: Path, rows: list[dict[str, Any]], *, lines: list[str], cost: str) -> None:
+    """The run as a page to read."""
+    timings = [
+        [row["what"], f"{row['seconds']:.1f}", "yes" if row["cached"] else ""]
+        for row in read_csv(run_dir / "timings.csv")
+    ]
+    parts = [
+        f"# {run_dir.name}",
+        f"Budgets are shares of the full model's {cost}.",
+        markdown_table(HEADINGS, [cells(row) for row in rows]),
+        "\n".join(f"- {line}" for line in lines),
+        "![Loss against cost](pareto.png)",
+        "![Chosen widths](routing.png)",
+        markdown_table(("what", "seconds", "from the cache"), timings),
+    ]
+    (run_dir / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")

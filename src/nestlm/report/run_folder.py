@@ -1,0 +1,116 @@
+"""Write a run's folder from what its stages reported: values only; `render` makes pages and pictures of them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nestlm.cache import write_json
+from nestlm.report.provenance import provenance
+from nestlm.report.tables import write_csv
+
+# Kept out of metrics.json: seconds go to timings.csv, rows to results.csv, specs to specs/.
+ELSEWHERE = {"seconds", "resumed_at_step", "rows", "specs", "full_spec", "find_seconds"}
+
+
+@dataclass(frozen=True)
+class FinishedStage:
+    """A stage's folder and result, and whether it came from the cache."""
+
+    name: str
+    folder: Path
+    result: dict[str, Any]
+    cached: bool
+
+
+def write_run_folder(run_dir: Path, *, config: dict[str, Any], finished: list[FinishedStage], router: str) -> None:
+    """Write config, provenance, metrics, results, timings, specs and weights of a run.
+
+    Args:
+        run_dir: an existing folder.
+        config: the resolved settings.
+        finished: all stages, in order.
+        router: label of the router that was asked for.
+    """
+    results = {stage.name: stage.result for stage in finished}
+    metrics = stage_metrics(results)
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    write_json(run_dir / "metrics.json", metrics)
+    write_csv(run_dir / "results.csv", results["evaluate"]["rows"])
+    write_csv(run_dir / "timings.csv", timing_rows(finished))
+    write_specs(run_dir / "specs", results["evaluate"], router=router)
+    link_weights(run_dir / "checkpoints", finished)
+    write_json(
+        run_dir / "provenance.json",
+        provenance(
+            seed=config["seed"],
+            data_fingerprint=results["data"]["fingerprint"],
+            tokenizer_hash=results["data"]["tokenizer"],
+            tokens={stage: metrics[stage]["tokens"] for stage in ("pretrain", "elastic", "router", "joint")},
+            seconds=sum(stage.result["seconds"] for stage in finished),
+        ),
+    )
+
+
+def stage_metrics(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What each stage measured, and how the stages compare."""
+    metrics = {
+        name: {key: value for key, value in result.items() if key not in ELSEWHERE} for name, result in results.items()
+    }
+    teacher, rank, elastic = (metrics[name] for name in ("pretrain", "rank", "elastic"))
+    lost = rank["smallest_sliced"] - teacher["val_loss"]
+    elastic["full_over_teacher"] = elastic["full"] / teacher["val_loss"] - 1.0
+    elastic["smallest_recovered"] = (rank["smallest_sliced"] - elastic["smallest"]) / lost
+    for stage in ("elastic", "router", "joint"):
+        metrics[stage]["token_share"] = metrics[stage]["tokens"] / teacher["tokens"] if teacher["tokens"] else None
+    return metrics
+
+
+def timing_rows(finished: list[FinishedStage]) -> list[dict[str, Any]]:
+    """Everything that was measured in seconds; `cached` says that an earlier run measured it."""
+    rows = [
+        {
+            "what": stage.name,
+            "seconds": stage.result["seconds"],
+            "cached": stage.cached,
+            "tokens": stage.result.get("tokens", 0),
+            "resumed_at_step": stage.result.get("resumed_at_step", 0),
+        }
+        for stage in finished
+    ]
+    last = finished[-1]
+    for row, seconds in zip(last.result["rows"], last.result["find_seconds"], strict=True):
+        what = f"find {row['router']} {row['budget']:g}"
+        rows.append({"what": what, "seconds": seconds, "cached": last.cached, "tokens": 0, "resumed_at_step": 0})
+    return rows
+
+
+def write_specs(folder: Path, outcome: dict[str, Any], *, router: str) -> None:
+    """One file a budget: the sub-network that the asked router chose."""
+    folder.mkdir(exist_ok=True)
+    for stale in folder.glob("*.json"):
+        stale.unlink()
+    for row, widths in zip(outcome["rows"], outcome["specs"], strict=True):
+        if row["router"] == router:
+            chosen = {key: row[key] for key in ("router", "budget", "achieved", "params", "flops")}
+            write_json(
+                folder / f"{row['budget']:g}.json", chosen | {"widths": widths, "full_widths": outcome["full_spec"]}
+            )
+
+
+def link_weights(folder: Path, finished: list[FinishedStage]) -> None:
+    """The weights that stages left behind, as hard links where the file system allows, else as copies."""
+    sources = [(stage.name, path) for stage in finished for path in sorted(stage.folder.glob("*.safetensors"))]
+    for stage, source in [*sources, ("data", finished[0].folder / "tokenizer.json")]:
+        target = folder / stage / source.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)
+        try:
+            os.link(source, target)
+        except OSError:  # another file system
+            shutil.copy2(source, target)

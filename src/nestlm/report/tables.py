@@ -1,0 +1,68 @@
+"""A run's results as rows, a terminal table and Markdown."""
+
+from __future__ import annotations
+
+import ast
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+Row = Mapping[str, Any]
+
+# Shown columns: heading, key, format.
+SHOWN = (
+    ("router", "router", "{}"),
+    ("budget", "budget", "{:g}"),
+    ("achieved", "achieved", "{:.4f}"),
+    ("loss", "val_loss", "{:.4f}"),
+    ("perplexity", "perplexity", "{:.2f}"),
+    ("accuracy", "accuracy", "{:.4f}"),
+    ("vs full", "loss_vs_full", "{:+.4f}"),
+)
+HEADINGS = tuple(heading for heading, _, _ in SHOWN)
+
+
+def write_csv(path: Path, rows: Sequence[Row]) -> None:
+    """Write rows under the keys of the first; floats in full."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read_csv(path: Path) -> list[dict[str, Any]]:
+    """Rows as `write_csv` wrote them, numbers and truth values as such."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return [{key: parse(cell) for key, cell in row.items()} for row in csv.DictReader(file)]
+
+
+def parse(cell: str) -> Any:
+    """A cell's value: a literal of Python, or else text."""
+    try:
+        return ast.literal_eval(cell)
+    except (ValueError, SyntaxError):
+        return cell
+
+
+def cells(row: Row) -> list[str]:
+    """The shown cells of a result."""
+    return [pattern.format(row[key]) for _, key, pattern in SHOWN]
+
+
+def terminal_table(rows: Sequence[Row], *, cost: str) -> Table:
+    """The table that a run ends with."""
+    table = Table(title=f"Budgets as shares of the full model's {cost}", title_justify="left")
+    for index, (heading, _, _) in enumerate(SHOWN):
+        table.add_column(heading, justify="right" if index else "left")
+    for row in rows:
+        table.add_row(*cells(row))
+    return table
+
+
+def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as a Markdown table."""
+    lines = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])

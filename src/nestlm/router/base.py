@@ -1,0 +1,36 @@
+"""What a router is: for a budget, a policy that keeps it."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from nestlm.cost.table import CostTable
+from nestlm.nn.policy import Policy, fixed
+from nestlm.router.relaxed import Draw
+from nestlm.spec import Budget, SubnetSpec
+
+
+class Router(nn.Module):
+    """Finds sub-networks within budgets. One whose choice is the same for every token only defines `spec`."""
+
+    def __init__(self, table: CostTable) -> None:
+        super().__init__()
+        self.table = table
+
+    def spec(self, budget: Budget) -> SubnetSpec:
+        """The sub-network for a budget; its cost is never above it.
+
+        Raises:
+            BudgetError: even the smallest sub-network costs more.
+        """
+        raise TypeError(f"{type(self).__name__} decides per token: ask it for a policy, not for one spec")
+
+    def policy(self, budget: Budget) -> Policy:
+        """The policy for a budget, as the decoder takes it."""
+        return fixed(self.spec(budget))
+
+    def draw(self, budget: Budget, *, generator: torch.Generator) -> Draw:
+        """A policy for training at a budget. A router that learns samples it, with gradients to its own weights."""
+        del generator
+        return Draw(self.policy(budget), None)

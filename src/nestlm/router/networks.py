@@ -1,0 +1,54 @@
+"""Small networks that routers are made of."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nestlm.spec import SearchSpace
+
+BUDGET_FEATURES = 9
+
+
+def embed_share(shares: Tensor) -> Tensor:
+    """Smooth features of budgets (n,) as shares in [0, 1]: (n, BUDGET_FEATURES).
+
+    Slow waves only, so that a budget between two trained ones lies between their features (our choice).
+    """
+    waves = torch.arange(1, (BUDGET_FEATURES - 1) // 2 + 1, dtype=shares.dtype, device=shares.device)
+    angles = shares[:, None] * waves * math.pi / 2
+    return torch.cat((shares[:, None], angles.sin(), angles.cos()), dim=-1)
+
+
+class SiteNetworks(nn.Module):
+    """One two-layer network with LeakyReLU(0.1) a site, all evaluated together."""
+
+    valid: Tensor
+
+    def __init__(self, space: SearchSpace, *, num_inputs: int, hidden_width: int, init_std: float) -> None:
+        """Allocate the weights; `init_weights` fills them."""
+        super().__init__()
+        sites, choices = len(space.sites), space.max_choices
+        self.init_std = init_std
+        self.input = nn.Parameter(torch.zeros(sites, num_inputs, hidden_width))
+        self.input_bias = nn.Parameter(torch.zeros(sites, 1, hidden_width))
+        self.output = nn.Parameter(torch.zeros(sites, hidden_width, choices))
+        self.output_bias = nn.Parameter(torch.zeros(sites, 1, choices))
+        counts = torch.tensor([len(space.choices[site]) for site in space.sites])
+        self.register_buffer("valid", torch.arange(choices) < counts[:, None], persistent=False)
+
+    def init_weights(self, *, seed: int) -> None:
+        """Normal weights of the given standard deviation, zero biases."""
+        generator = torch.Generator(device="cpu").manual_seed(seed)
+        with torch.no_grad():
+            for weight in (self.input, self.output):
+                weight.copy_(torch.randn(weight.shape, generator=generator) * self.init_std)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features (n, inputs) to logits (n, sites, max choices); -inf where a site has fewer choices."""
+        hidden = F.leaky_relu(features @ self.input + self.input_bias, 0.1)  # (sites, n, hidden width)
+        logits = (hidden @ self.output + self.output_bias).transpose(0, 1)
+        return logits.masked_fill(~self.valid, -math.inf)

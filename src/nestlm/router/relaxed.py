@@ -1,0 +1,58 @@
+"""A random draw of choices that carries gradients to the router that it was drawn from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nestlm.nn.policy import WHOLE, Decision, Policy
+from nestlm.spec import SearchSpace, Site
+
+
+@dataclass(frozen=True)
+class Draw:
+    """A sampled policy, and the expected share of the cost (None where the router learns nothing)."""
+
+    policy: Policy
+    expected_share: Tensor | None
+
+
+def sample_choices(logits: Tensor, *, generator: torch.Generator) -> Tensor:
+    """Choice indices drawn from softmax(logits), by adding Gumbel noise: (..., max choices) to (...)."""
+    uniform = torch.rand(logits.shape, generator=generator).clamp_min(1e-20).to(logits.device)
+    return (logits - (-uniform.log()).log()).argmax(-1)
+
+
+def gated_policy(space: SearchSpace, probabilities: Tensor, choices: Tensor) -> Policy:
+    """Run the chosen prefixes; each unit's gate is 1 and has the gradient of the probability that it runs.
+
+    A unit between two neighbouring choices runs when the wider one or a still wider one is taken, so its probability
+    is the sum over those. Units outside the drawn prefix are not computed and get their gradient in other draws
+    (straight-through prefix gates: our choice for joint tuning).
+
+    Args:
+        space: the choices.
+        probabilities: (sites, max choices), 0 where a site has fewer.
+        choices: index drawn at each site, (sites,).
+    """
+    # probability that choice k or a wider one is taken
+    at_least = probabilities.flip(-1).cumsum(-1).flip(-1)
+    decisions: dict[Site, Decision] = {}
+    for row, (site, index) in enumerate(zip(space.sites, choices.tolist(), strict=True)):
+        widths = space.choices[site][: index + 1]
+        bands = torch.tensor(widths).diff(prepend=torch.tensor([0])).to(at_least.device)
+        soft = at_least[row, : index + 1].repeat_interleave(bands)
+        decisions[site] = Decision(widths[-1], 1.0 + (soft - soft.detach()))
+
+    def policy(site: Site, hidden_BLD: Tensor) -> Decision:
+        del hidden_BLD
+        return decisions.get(site, WHOLE)
+
+    return policy
+
+
+def budget_loss(expected_share: Tensor, target: Tensor, *, dead_zone: float) -> Tensor:
+    """How far an expected cost is from its budget, relative to the budget, beyond a dead zone: |c/b - 1| - zone."""
+    return ((expected_share / target - 1.0).abs() - dead_zone).clamp_min(0.0)

@@ -1,0 +1,42 @@
+"""The static router: sees the budget only, so it names one sub-network for all tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nestlm.cost.knapsack import cheapest_loss
+from nestlm.cost.table import CostTable
+from nestlm.router import base
+from nestlm.router.networks import BUDGET_FEATURES, SiteNetworks, embed_share
+from nestlm.router.relaxed import Draw, gated_policy, sample_choices
+from nestlm.spec import Budget, SubnetSpec
+
+
+class Router(base.Router):
+    """One small network a site from the budget to a logit per choice (Flextron); repaired to keep the budget (ours)."""
+
+    def __init__(self, *, table: CostTable, hidden_width: int, init_std: float, seed: int) -> None:
+        super().__init__(table)
+        self.networks = SiteNetworks(
+            table.space, num_inputs=BUDGET_FEATURES, hidden_width=hidden_width, init_std=init_std
+        )
+        self.networks.init_weights(seed=seed)
+
+    def forward(self, shares: Tensor) -> Tensor:
+        """Budgets (n,) as shares to logits (n, sites, max choices)."""
+        return self.networks(embed_share(shares))
+
+    def draw(self, budget: Budget, *, generator: torch.Generator) -> Draw:
+        """Choices sampled from the router's distribution, gated so that the loss reaches it."""
+        logits = self(torch.tensor([budget.share], device=self.networks.input.device))[0]
+        probabilities = logits.softmax(-1)
+        choices = sample_choices(logits.detach(), generator=generator)
+        return Draw(gated_policy(self.table.space, probabilities, choices), self.table.expected_share(probabilities))
+
+    @torch.no_grad()
+    def spec(self, budget: Budget) -> SubnetSpec:
+        """The choices of highest summed log-probability that fit: an exact multiple-choice knapsack."""
+        device = self.networks.input.device
+        logits = self(torch.tensor([budget.share], device=device))[0]
+        return cheapest_loss((-logits.log_softmax(-1)).tolist(), table=self.table, budget=budget)

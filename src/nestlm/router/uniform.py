@@ -1,0 +1,38 @@
+"""The baseline: the same fraction in all layers."""
+
+from __future__ import annotations
+
+from nestlm.cost.table import CostTable
+from nestlm.router.base import Router
+from nestlm.spec import Budget, SubnetSpec
+
+
+class UniformRouter(Router):
+    """Grows all layers together, the narrowest axis first, as long as the budget holds."""
+
+    def __init__(self, *, table: CostTable) -> None:
+        super().__init__(table)
+
+    def spec(self, budget: Budget) -> SubnetSpec:
+        self.table.check(budget)
+        space = self.table.space
+        level = dict.fromkeys(space.axes, 0)
+
+        def spec_at(level: dict[str, int]) -> SubnetSpec:
+            return space.spec({site: level[site.axis] for site in space.sites})
+
+        def share_of_units(axis: str) -> float:
+            site = space.axes[axis][0]
+            return space.choices[site][level[axis]] / space.choices[site][-1]
+
+        growing = set(space.axes)
+        while growing:
+            axis = min(sorted(growing), key=share_of_units)
+            grown = level | {axis: level[axis] + 1}
+            if grown[axis] >= len(space.choices[space.axes[axis][0]]):
+                growing.remove(axis)
+            elif self.table.cost(spec_at(grown)) <= self.table.limit(budget):
+                level = grown
+            else:
+                growing.remove(axis)
+        return spec_at(level)

@@ -1,0 +1,19 @@
+"""The same choice in all layers (MatFormer, arXiv 2310.07707)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nestlm.sampler.base import generator, homogeneous
+from nestlm.spec import SearchSpace, SubnetSpec
+
+
+@dataclass(frozen=True)
+class Homogeneous:
+    """The full model and `num_random` draws of one choice an axis, the same in all layers."""
+
+    num_random: int
+
+    def draw(self, space: SearchSpace, *, seed: int, step: int) -> tuple[SubnetSpec, ...]:
+        drawn = (homogeneous(space, generator(seed, step, sample)) for sample in range(self.num_random))
+        return (space.full(), *drawn)

@@ -1,0 +1,19 @@
+"""One sub-network a step: the cheapest elastic training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nestlm.sampler.base import generator, independent
+from nestlm.spec import SearchSpace, SubnetSpec
+
+
+@dataclass(frozen=True)
+class One:
+    """The full model with probability `p_full`, otherwise one independent draw."""
+
+    p_full: float
+
+    def draw(self, space: SearchSpace, *, seed: int, step: int) -> tuple[SubnetSpec, ...]:
+        random = generator(seed, step, 0)
+        return (space.full() if random.random() < self.p_full else independent(space, random),)

@@ -1,0 +1,19 @@
+"""The sandwich rule (Yu & Huang, arXiv 1903.05134): largest, smallest, and some between."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nestlm.sampler.base import generator, independent
+from nestlm.spec import SearchSpace, SubnetSpec
+
+
+@dataclass(frozen=True)
+class Sandwich:
+    """The full model, the smallest, and `num_random` independent draws."""
+
+    num_random: int
+
+    def draw(self, space: SearchSpace, *, seed: int, step: int) -> tuple[SubnetSpec, ...]:
+        drawn = (independent(space, generator(seed, step, sample)) for sample in range(self.num_random))
+        return (space.full(), space.smallest(), *drawn)

@@ -1,0 +1,184 @@
+"""What a run is told: the top-level settings. Plug-ins bring their own classes; YAML names them by `_target_`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning import Trainer
+from lightning.pytorch.loggers import Logger
+
+from nestlm.axes.base import Axis, search_space
+from nestlm.cost.table import Cost, CostTable
+from nestlm.data.module import DataSettings
+from nestlm.errors import ConfigError
+from nestlm.model.family import Family
+from nestlm.objective.base import Signal
+from nestlm.objective.teaching import Teaching
+from nestlm.optim import OptimSettings
+from nestlm.ranking.base import Ranking
+from nestlm.router.base import Router
+from nestlm.sampler.base import Sampler
+from nestlm.spec import Budget, SearchSpace
+
+
+@dataclass(frozen=True)
+class StageSettings:
+    """Length and peak learning rate of a training stage."""
+
+    steps: int
+    lr: float
+
+    def __post_init__(self) -> None:
+        if self.steps < 0:
+            raise ConfigError(f"steps: got {self.steps}, wanted 0 (leave the stage out) or more")
+        if self.lr <= 0:
+            raise ConfigError(f"lr: got {self.lr}, wanted a positive learning rate")
+
+
+@dataclass(frozen=True)
+class JointSettings(StageSettings):
+    """Joint tuning of model and router.
+
+    Attributes:
+        budgets_per_step: routed sub-networks that a step trains beside the full model.
+        cost_weight: lambda of the routers' distance from the budget.
+        dead_zone: relative distance that costs nothing.
+    """
+
+    budgets_per_step: int
+    cost_weight: float
+    dead_zone: float
+
+
+@dataclass(frozen=True)
+class RouterSettings:
+    """The router group.
+
+    Attributes:
+        name: as in `router=NAME`.
+        policy: `static` or, where the network sees hidden states, `dynamic`.
+        network: makes the router from a cost table.
+        signal: makes the objective that trains it; None where nothing is learned.
+        steps: training steps of the router stage.
+        lr: peak learning rate of the router, in its own stage.
+        joint_lr: the same in joint tuning.
+    """
+
+    name: str
+    policy: str
+    network: Callable[..., Router]
+    signal: Callable[..., Signal] | None
+    steps: int
+    lr: float
+    joint_lr: float
+
+    def __post_init__(self) -> None:
+        if self.steps < 0:
+            raise ConfigError(f"router.steps: got {self.steps}, wanted 0 or more")
+        if self.lr <= 0 or self.joint_lr <= 0:
+            raise ConfigError(f"router: got lr={self.lr}, joint_lr={self.joint_lr}, wanted positive learning rates")
+
+    @property
+    def label(self) -> str:
+        """As in tables: `uniform`, `surrogate-static`."""
+        return self.name if self.signal is None else f"{self.name}-{self.policy}"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A whole run. Every field is a config group or a plain value of `conf/train.yaml`."""
+
+    model: Family
+    axes: Mapping[str, Axis]
+    ranking: Ranking
+    teacher: Teaching
+    sampler: Sampler
+    cost: Cost
+    router: RouterSettings
+    data: DataSettings
+    optim: OptimSettings
+    trainer: Callable[..., Trainer]
+    logger: Callable[..., Logger]
+    pretrain: StageSettings
+    elastic: StageSettings
+    joint: JointSettings
+    budget: float | Sequence[float]
+    experiment_name: str
+    seed: int
+    run_dir: str | None
+    cache_dir: str | None
+    cache: bool
+    checkpoint_seconds: float
+    dry_run: bool
+    traceback: bool
+
+    @property
+    def axis_list(self) -> tuple[Axis, ...]:
+        """The axes, in the order of the config."""
+        return tuple(self.axes.values())
+
+    @property
+    def budgets(self) -> tuple[Budget, ...]:
+        """The budgets asked for, the largest first."""
+        return Budget.parse_all(self.budget)
+
+    def space(self) -> SearchSpace:
+        """The choices of the model."""
+        return search_space(self.axis_list, self.model.decoder_config())
+
+    def table(self) -> CostTable:
+        """The prices of the choices."""
+        return self.cost.table(self.space(), axes=self.axis_list, config=self.model.decoder_config())
+
+
+# What follows from which fields, and what a stage may see although it changes no number.
+DERIVED = {
+    "axis_list": {"axes"},
+    "budgets": {"budget"},
+    "space": {"axes", "model"},
+    "table": {"axes", "model", "cost"},
+}
+HARMLESS = {"checkpoint_seconds"}
+
+
+class View:
+    """The settings that a stage declared that it reads, and what follows from them.
+
+    Anything else is out of reach, so that no cached result depends on a value that its key does not cover.
+    """
+
+    def __init__(self, settings: Settings, reads: tuple[str, ...]) -> None:
+        derived = {name for name, sources in DERIVED.items() if sources <= set(reads)}
+        self._settings, self._allowed = settings, {*reads, *derived, *HARMLESS}
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self._allowed:
+            raise AttributeError(f"the stage does not declare that it reads {name!r}; it reads {sorted(self._allowed)}")
+        return getattr(self._settings, name)
+
+
+def check(settings: Settings) -> None:
+    """Raise before anything is loaded when the parts do not fit each other."""
+    config = settings.model.decoder_config()
+    settings.model.check_weights(dry_run=settings.dry_run)
+    if settings.data.sequence_length > config.context_length:
+        raise ConfigError(
+            f"data.sequence_length: got {settings.data.sequence_length}, wanted at most "
+            f"model.context_length={config.context_length}"
+        )
+    if settings.checkpoint_seconds <= 0:
+        raise ConfigError(f"checkpoint_seconds: got {settings.checkpoint_seconds}, wanted a positive time")
+    for name in ("run_dir", "cache_dir"):
+        path = getattr(settings, name)
+        if path is not None and Path(path).is_file():
+            raise ConfigError(f"{name}: {path} is a file, wanted a folder")
+    table = settings.table()
+    for budget in settings.budgets:
+        table.check(budget)
+    # Built for their own checks only.
+    settings.router.network(table=table)
+    if settings.router.signal is not None:
+        settings.router.signal(table=table)

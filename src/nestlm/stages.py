@@ -1,0 +1,206 @@
+"""The stages of a run, in order. Each is a function of its context and leaves its result in its own folder."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import nn
+
+from nestlm.context import MODEL, ROUTER, Context
+from nestlm.cost.static import Flops, Params
+from nestlm.data.module import PackedTokens
+from nestlm.data.prepare import Manifest, prepare
+from nestlm.elastic.weights import sort_units
+from nestlm.evaluation import Scores
+from nestlm.nn.decoder import Decoder
+from nestlm.nn.policy import fixed, full
+from nestlm.objective.base import Parts
+from nestlm.objective.elastic import Elastic
+from nestlm.objective.joint import Joint
+from nestlm.objective.pretrain import Pretrain
+from nestlm.progress import track
+from nestlm.ranking.base import order
+from nestlm.router.uniform import UniformRouter
+from nestlm.settings import Settings, View
+from nestlm.spec import Budget, SubnetSpec
+
+Result = dict[str, Any]
+
+
+def tokenizer_file(settings: Settings | View) -> Path | None:
+    """The tokenizer to use: the one that was named, or the model's; None trains one."""
+    named = settings.data.tokenizer
+    return settings.model.tokenizer_file if named is None else Path(named)
+
+
+def prepare_data(context: Context) -> Result:
+    """Tokenize the source into packed shards."""
+    settings = context.settings.data
+    manifest = prepare(
+        settings.source,
+        context.folder,
+        vocab_size=context.settings.model.decoder_config().vocab_size,
+        tokenizer_file=tokenizer_file(context.settings),
+        heldout_share=settings.heldout_share,
+    )
+    return {"fingerprint": manifest.fingerprint, "tokenizer": manifest.tokenizer_hash} | {
+        f"{name}_tokens": split.tokens for name, split in manifest.splits.items()
+    }
+
+
+def pretrain(context: Context) -> Result:
+    """Train the teacher, only because no weights were given; otherwise read them."""
+    settings = context.settings
+    decoder = Decoder(settings.model.decoder_config())
+    if settings.model.weights is not None:
+        settings.model.load_weights(decoder)
+        result = {"steps": 0, "tokens": settings.model.pretraining_tokens}
+    else:
+        decoder.init_weights(seed=settings.seed)
+        result = context.train(
+            "pretrain",
+            Parts(decoder),
+            objective=Pretrain(),
+            trained={"decoder": (decoder, settings.pretrain.lr)},
+            steps=settings.pretrain.steps,
+        )
+    context.save(decoder, MODEL)
+    loss = context.score(decoder, {"full": full})["full"]
+    return result | readings(context, Scores(**loss))
+
+
+def rank(context: Context) -> Result:
+    """Sort the units of every site by importance; the full model stays the same function."""
+    settings = context.settings
+    decoder, smallest = context.decoder("pretrain"), settings.space().smallest()
+    unsorted = context.score(decoder, {"smallest_unsorted": fixed(smallest)})
+    scores = settings.ranking.scores(decoder, axes=settings.axis_list, batches=calibration(context), seed=settings.seed)
+    save_file({str(site): score for site, score in scores.items()}, context.folder / "importance.safetensors")
+    sort_units(decoder, {site: order(score) for site, score in scores.items()}, axes=settings.axis_list)
+    context.save(decoder, MODEL)
+    sliced = context.score(decoder, {"smallest_sliced": fixed(smallest)})
+    return {name: score["loss"] for name, score in (unsorted | sliced).items()}
+
+
+def calibration(context: Context) -> Any:
+    """Batches of calibration text for the ranking, under a bar."""
+    wanted = context.settings.ranking.num_sequences
+    data: PackedTokens = context.data(stream="calibration")
+    loader = data.heldout_dataloader("calibration", num_rows=wanted)
+    return track(loader, "rank", total=len(loader))
+
+
+def elastic(context: Context) -> Result:
+    """Continue training so that every sub-network works."""
+    settings = context.settings
+    decoder, space = context.decoder("rank"), settings.space()
+    teacher = context.decoder("pretrain") if settings.teacher.needs_teacher else None
+    result = context.train(
+        "elastic",
+        Parts(decoder, teacher),
+        objective=Elastic(space, sampler=settings.sampler, teaching=settings.teacher, seed=settings.seed),
+        trained={"decoder": (decoder, settings.elastic.lr)},
+        steps=settings.elastic.steps,
+    )
+    context.save(decoder, MODEL)
+    scores = context.score(decoder, {"full": full, "smallest": fixed(space.smallest())})
+    return result | {name: score["loss"] for name, score in scores.items()}
+
+
+def train_router(context: Context) -> Result:
+    """Train the router on its signal; the model stays as it is, and the signal's own network is thrown away."""
+    settings, router = context.settings, context.router()
+    if settings.router.signal is None:
+        return {"steps": 0, "tokens": 0}
+    objective = settings.router.signal(table=router.table)
+    result = context.train(
+        "router",
+        Parts(context.decoder("elastic"), router=router),
+        objective=objective,
+        trained={"router": (router, settings.router.lr), "signal": (objective, objective.lr)},
+        steps=settings.router.steps,
+    )
+    context.save(router, ROUTER)
+    return result | objective.summary()
+
+
+def joint(context: Context) -> Result:
+    """Tune model and router together."""
+    settings = context.settings
+    decoder, router = context.decoder("elastic"), context.router("router")
+    teacher = context.decoder("pretrain") if settings.teacher.needs_teacher else None
+    trained: dict[str, tuple[nn.Module, float]] = {"decoder": (decoder, settings.joint.lr)}
+    if list(router.parameters()):
+        trained["router"] = (router, settings.router.joint_lr)
+    objective = Joint(
+        settings.teacher,
+        budgets_per_step=settings.joint.budgets_per_step,
+        cost_weight=settings.joint.cost_weight,
+        dead_zone=settings.joint.dead_zone,
+        seed=settings.seed,
+    )
+    result = context.train(
+        "joint", Parts(decoder, teacher, router), objective=objective, trained=trained, steps=settings.joint.steps
+    )
+    context.save(decoder, MODEL)
+    context.save(router, ROUTER)
+    return result
+
+
+def evaluate(context: Context) -> Result:
+    """Find every router's sub-network for every budget, and score it on the validation text."""
+    settings = context.settings
+    decoder, router = context.decoder("joint"), context.router("joint").eval()
+    routers = {"uniform": UniformRouter(table=router.table)} | {settings.router.label: router}
+    whole = router.table.space.full()
+    names: dict[SubnetSpec, str] = {whole: "full"}
+    found: list[tuple[str, Budget, SubnetSpec, float]] = []
+    for label, candidate in routers.items():
+        for budget in settings.budgets:
+            started = time.perf_counter()
+            spec = candidate.spec(budget)
+            names.setdefault(spec, f"subnet{len(names)}")
+            found.append((label, budget, spec, time.perf_counter() - started))
+    scores = context.score(decoder, {name: fixed(spec) for spec, name in names.items()})
+    rows = [
+        {
+            "router": label,
+            "budget": budget.share,
+            "achieved": router.table.share(spec),
+            **sizes(context, spec),
+            **readings(context, Scores(**scores[names[spec]])),
+            "loss_vs_full": scores[names[spec]]["loss"] - scores["full"]["loss"],
+            "seed": settings.seed,
+        }
+        for label, budget, spec, _ in found
+    ]
+    return {
+        "rows": rows,
+        "specs": [spec.by_axis() for _, _, spec, _ in found],
+        "full_spec": whole.by_axis(),
+        "find_seconds": [seconds for _, _, _, seconds in found],
+    }
+
+
+def readings(context: Context, scores: Scores) -> dict[str, float]:
+    """A score in all the units that people read it in."""
+    split = Manifest.read(context.inputs["data"]).splits["validation"]
+    return {
+        "val_loss": scores.loss,
+        "perplexity": scores.perplexity,
+        "bits_per_byte": scores.bits_per_byte(tokens=split.tokens, num_bytes=split.bytes),
+        "accuracy": scores.accuracy,
+    }
+
+
+def sizes(context: Context, spec: SubnetSpec) -> dict[str, int]:
+    """Parameters and FLOPs a token of a sub-network, whatever cost the budget counts."""
+    settings = context.settings
+    config, space = settings.model.decoder_config(), settings.space()
+    costs = {"params": Params(), "flops": Flops(context_length=settings.data.sequence_length)}
+    return {
+        name: int(cost.table(space, axes=settings.axis_list, config=config).cost(spec)) for name, cost in costs.items()
+    }

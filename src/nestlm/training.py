@@ -1,0 +1,66 @@
+"""Run one training stage under Lightning's Trainer, from its last good checkpoint if there is one."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import lightning as L
+from lightning.pytorch.loggers import Logger
+
+from nestlm.callbacks.checkpoint import TimedCheckpoint, last_good_checkpoint
+from nestlm.callbacks.progress import StageProgress
+from nestlm.data.module import PackedTokens
+from nestlm.module import NestedLM
+
+# Lightning announces devices and tips at each of our many trainers; its warnings stay.
+logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+
+
+def make_trainer(
+    factory: Callable[..., L.Trainer],
+    *,
+    callbacks: list[L.Callback] | None = None,
+    logger: Logger | bool = False,
+    log_every_n_steps: int = 10,
+) -> L.Trainer:
+    """The trainer of the config, told what this project decides itself."""
+    return factory(
+        max_epochs=1,
+        callbacks=callbacks,
+        logger=logger,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        log_every_n_steps=log_every_n_steps,
+    )
+
+
+def fit(
+    module: NestedLM,
+    data: PackedTokens,
+    *,
+    stage: str,
+    folder: Path,
+    trainer_factory: Callable[..., L.Trainer],
+    logger: Logger,
+    checkpoint_seconds: float,
+) -> int:
+    """Train to the end of the stage; returns the step that it went on from (0: from the start)."""
+    settings = data.settings
+    saving = TimedCheckpoint(folder / "checkpoints", seconds=checkpoint_seconds)
+    progress = StageProgress(
+        stage, num_steps=module.num_steps, tokens_per_step=settings.batch_size * settings.sequence_length
+    )
+    trainer = make_trainer(
+        trainer_factory,
+        callbacks=[saving, progress],
+        logger=logger,
+        log_every_n_steps=min(10, module.num_steps),
+    )
+    checkpoint = last_good_checkpoint(folder / "checkpoints")
+    trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    return 0 if checkpoint is None else int(checkpoint.stem.rpartition("=")[2])

@@ -1,0 +1,226 @@
+"""Every router, sampler, ranking, cost and source keeps its contract; each is found by itself."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from conftest import AXES, decoder_config, random_decoder
+from nestlm.axes.base import search_space
+from nestlm.cost.static import Flops
+from nestlm.data.batch import Batch
+from nestlm.data.source.base import fingerprint
+from nestlm.elastic.weights import extract
+from nestlm.errors import BudgetError
+from nestlm.nn.policy import fixed
+from nestlm.ranking.base import order
+from nestlm.router.base import Router
+from nestlm.sampler.base import generator, independent
+from nestlm.seeding import torch_generator
+from nestlm.spec import Budget, SubnetSpec
+from plugins import NANO, build, classes, compose, options, targets
+
+CONFIG = decoder_config(num_kv_groups=2)
+SPACE = search_space(AXES, CONFIG)
+TABLE = Flops(context_length=20).table(SPACE, axes=AXES, config=CONFIG)
+SPECS = [independent(SPACE, generator(0, step, 0)) for step in range(8)] + [SPACE.full(), SPACE.smallest()]
+
+
+@pytest.mark.parametrize(
+    ("group", "package"),
+    [
+        ("sampler", "nestlm.sampler"),
+        ("ranking", "nestlm.ranking"),
+        ("cost", "nestlm.cost.static"),
+        ("data", "nestlm.data.source"),
+    ],
+)
+def test_every_plugin_has_a_config(group, package):
+    """A class that no config names cannot be used, and no test here would see it."""
+    shipped = set()
+    for option in options(group):
+        overrides = [f"{group}={option}"] + (["data.path=."] if group == "data" else [])
+        shipped |= targets(compose(overrides)[group])
+    plugins = {name for name in shipped if name.startswith(package)}
+    modules = {name.rpartition(".")[0] for name in plugins}
+    folder = package.rpartition(".")[0] if package == "nestlm.cost.static" else package
+    found = {name for name in classes(folder) if name.rpartition(".")[0] in modules}
+    assert plugins, "the group names classes of this package"
+    assert found <= shipped
+
+
+# samplers
+
+
+@pytest.mark.parametrize("option", options("sampler"))
+def test_sampler_draws_legal_specs_from_seed_and_step_alone(option):
+    sampler = build("sampler", option)
+    drawn = [sampler.draw(SPACE, seed=0, step=step) for step in range(40)]
+    again = [build("sampler", option).draw(SPACE, seed=0, step=step) for step in reversed(range(40))][::-1]
+    assert drawn == again
+    assert drawn != [sampler.draw(SPACE, seed=1, step=step) for step in range(40)]
+    assert len(set(drawn)) > 1, "steps differ"
+    for specs in drawn:
+        assert specs, "a step trains something"
+        for spec in specs:
+            SPACE.indices(spec)  # raises for a width that is no choice
+        assert SPACE.full() not in specs[1:] or specs[0] == SPACE.full(), "the full model comes first"
+
+
+@pytest.mark.parametrize("option", options("sampler"))
+def test_sampler_reaches_every_choice(option):
+    sampler = build("sampler", option)
+    seen = {pair for step in range(200) for spec in sampler.draw(SPACE, seed=0, step=step) for pair in spec.items()}
+    assert seen == {(site, width) for site, widths in SPACE.choices.items() for width in widths}
+
+
+# costs
+
+
+@pytest.mark.parametrize("option", options("cost"))
+def test_cost_is_additive_and_prices_distributions_alike(option):
+    table = build("cost", option).table(SPACE, axes=AXES, config=CONFIG)
+    assert table.unit
+    assert table.share(SPACE.full()) == 1.0
+    for spec in SPECS:
+        one_hot = torch.nn.functional.one_hot(torch.tensor(SPACE.indices(spec)), SPACE.max_choices).double()
+        assert float(table.expected_share(one_hot)) == pytest.approx(table.share(spec), rel=1e-9)
+        assert 0 < table.share(spec) <= 1.0
+    for row in table.prices:
+        assert np.all(np.diff(row) > 0), "wider is dearer"
+
+
+def test_params_are_those_of_the_extracted_model():
+    decoder = random_decoder(CONFIG)
+    table = build("cost", "params").table(SPACE, axes=AXES, config=CONFIG)
+    for spec in SPECS:
+        small = extract(decoder, spec, axes=AXES)
+        assert table.cost(spec) == sum(parameter.numel() for parameter in small.parameters())
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_flops_are_those_that_torch_counts(tie):
+    config = decoder_config(num_kv_groups=4, tie=tie)
+    space = search_space(AXES, config)
+    table = Flops(context_length=20).table(space, axes=AXES, config=config)
+    decoder = random_decoder(config)
+    tokens_BL = torch.zeros(2, 20, dtype=torch.long)
+    for spec in (space.full(), space.smallest(), independent(space, generator(0, 1, 0))):
+        with (
+            FlopCounterMode(display=False) as counter,
+            torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+        ):
+            decoder(tokens_BL, fixed(spec))
+        assert table.cost(spec) * tokens_BL.numel() == counter.get_total_flops()
+
+
+# rankings
+
+
+@pytest.mark.parametrize("option", options("ranking"))
+def test_ranking_scores_every_unit_the_same_each_time(option):
+    decoder, tokens_BL = random_decoder(CONFIG), torch.arange(40).view(2, 20)
+    batches = [Batch(tokens_BL, tokens_BL, None)]
+    ranking = build("ranking", option)
+    scores = ranking.scores(decoder, axes=AXES, batches=batches, seed=3)
+    again = ranking.scores(decoder, axes=AXES, batches=batches, seed=3)
+    assert set(scores) == set(SPACE.sites)
+    for site, score in scores.items():
+        assert score.shape == (SPACE.choices[site][-1],)
+        assert score.dtype == torch.float32
+        assert torch.equal(score, again[site])
+        assert sorted(order(score).tolist()) == list(range(len(score)))
+
+
+# sources
+
+
+@pytest.fixture
+def text_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    for number in range(4):
+        (tmp_path / f"{number}.txt").write_text(f"document {number}\n")
+    (tmp_path / "lines.jsonl").write_text('{"text": "one"}\n\n{"text": "two"}\n')
+    return tmp_path
+
+
+@pytest.mark.parametrize("option", options("data"))
+def test_source_yields_the_same_named_documents_each_time(option, text_folder):
+    source = build("data", option).source
+    first = list(source.documents())
+    assert first == list(source.documents())
+    names = [name for name, _ in first]
+    assert len(names) == len(set(names)) >= 3
+    assert all(text.strip() for _, text in first)
+    assert fingerprint(first) == fingerprint(source.documents())
+    changed = [first[0]._replace(text=first[0].text + "!"), *first[1:]]
+    assert fingerprint(changed) != fingerprint(first)
+
+
+# routers
+
+
+def router_of(option: str) -> Router:
+    return build("router", option).network(table=TABLE)
+
+
+@pytest.mark.parametrize("option", options("router"))
+def test_router_never_exceeds_a_budget(option):
+    router = router_of(option).eval()
+    floor = TABLE.share(SPACE.smallest())
+    for share in [floor + 1e-9, *np.linspace(floor + 1e-6, 1.0, 25)]:
+        budget = Budget(float(share))
+        spec = router.spec(budget)
+        assert TABLE.cost(spec) <= TABLE.limit(budget)
+        assert spec == router.spec(budget), "deterministic"
+    assert router.spec(Budget(1.0)) == SPACE.full()
+    with pytest.raises(BudgetError, match="smallest"):
+        router.spec(Budget(floor - 1e-3))
+
+
+@pytest.mark.parametrize("option", options("router"))
+def test_router_is_causal(option):
+    """Changing tokens after t changes neither choices nor logits at or before t."""
+    decoder, router = random_decoder(CONFIG), router_of(option).eval()
+    tokens_BL = torch.randint(0, 50, (1, 20), generator=torch.Generator().manual_seed(0))
+    changed_BL = tokens_BL.clone()
+    changed_BL[:, 10:] = (changed_BL[:, 10:] + 7) % 50
+    outputs = [decoder(tokens, router.policy(Budget(0.8))) for tokens in (tokens_BL, changed_BL)]
+    torch.testing.assert_close(outputs[0].logits_BLV[:, :10], outputs[1].logits_BLV[:, :10])
+    assert not torch.allclose(outputs[0].logits_BLV[:, 10:], outputs[1].logits_BLV[:, 10:])
+    for site in SPACE.sites:
+        assert outputs[0].decisions[site].width == outputs[1].decisions[site].width
+
+
+@pytest.mark.parametrize("option", options("router"))
+def test_gradients_reach_every_weight_of_a_router_that_learns(option):
+    router, decoder = router_of(option), random_decoder(CONFIG)
+    tokens_BL = torch.randint(0, 50, (2, 20), generator=torch.Generator().manual_seed(0))
+    learns = list(router.parameters())
+    for sample in range(8):
+        draw = router.draw(Budget(0.8), generator=torch_generator("test", sample))
+        loss = decoder(tokens_BL, draw.policy).logits_BLV.square().mean()
+        (loss if draw.expected_share is None else loss + draw.expected_share).backward()
+    for parameter in learns:
+        assert parameter.grad is not None
+        assert parameter.grad.abs().sum() > 0
+    assert bool(learns) == (build("router", option).signal is not None)
+
+
+@pytest.mark.parametrize("option", options("router"))
+def test_router_saves_and_loads(option):
+    router, other = router_of(option), router_of(option)
+    with torch.no_grad():
+        for parameter in router.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5)))
+    other.load_state_dict(router.state_dict())
+    for share in (0.9, 0.8, 0.7):
+        assert isinstance(router.spec(Budget(share)), SubnetSpec)
+        assert router.spec(Budget(share)) == other.spec(Budget(share))
+
+
+def test_every_router_has_a_config():
+    shipped = set().union(*(targets(compose([*NANO, f"router={option}"])["router"]) for option in options("router")))
+    assert classes("nestlm.router", Router) - {"nestlm.router.base.Router"} <= shipped

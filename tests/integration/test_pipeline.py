@@ -1,0 +1,185 @@
+"""The pipeline from text to table: its folder, its cache, its variants, its loggers."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from nestlm.compose import CONF, compose
+from nestlm.report.render import render
+
+COLUMNS = {
+    "router", "budget", "achieved", "params", "flops", "val_loss", "perplexity", "bits_per_byte", "accuracy", "seed",
+}  # fmt: skip
+
+
+def rows_of(folder: Path) -> list[dict[str, str]]:
+    with (folder / "results.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_run_folder_holds_all_that_is_promised(run, capsys):
+    folder = run("budget=[1.0,0.8,0.7]")
+    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert present >= {
+        "config.yaml", "provenance.json", "metrics.json", "results.csv", "timings.csv", "report.md", "pareto.png",
+        "routing.png", "specs/1.json", "specs/0.8.json", "specs/0.7.json", "checkpoints/joint/model.safetensors",
+        "checkpoints/joint/router.safetensors", "checkpoints/data/tokenizer.json",
+    }  # fmt: skip
+    rows = rows_of(folder)
+    assert set(rows[0]) >= COLUMNS
+    assert [(row["router"], float(row["budget"])) for row in rows] == [
+        (router, budget) for router in ("uniform", "surrogate-static") for budget in (1.0, 0.8, 0.7)
+    ]
+    for row in rows:
+        assert float(row["achieved"]) <= float(row["budget"])
+        spec = json.loads((folder / "specs" / f"{float(row['budget']):g}.json").read_text())
+        if row["router"] == spec["router"]:
+            assert spec["params"] == int(row["params"])
+    assert not any("second" in column for column in rows[0]), "times stay out of the results"
+    provenance = json.loads((folder / "provenance.json").read_text())
+    assert provenance["seed"] == 0
+    assert set(provenance) >= {"commit", "dirty", "packages", "device", "data_fingerprint", "tokens", "wall_seconds"}
+    printed = capsys.readouterr()
+    assert "surrogate-static" in printed.out
+    assert "7.63%" in printed.out
+    assert str(folder) in printed.out
+    for stage in ("data", "pretrain", "rank", "elastic", "router", "joint", "evaluate"):
+        assert stage in printed.err
+    before = (folder / "report.md").read_text()
+    render(folder)
+    assert (folder / "report.md").read_text() == before
+
+
+def test_finished_stages_come_from_the_cache(run, tmp_path):
+    cache = tmp_path / "own-cache"
+    first = run("budget=0.8", name="first", cache=cache)
+    stamps = {path: path.stat().st_mtime_ns for path in cache.glob("*/stage.json")}
+    assert len(stamps) == 7
+    again = run("budget=0.8", name="again", cache=cache)
+    assert {path: path.stat().st_mtime_ns for path in cache.glob("*/stage.json")} == stamps
+    assert (first / "results.csv").read_bytes() == (again / "results.csv").read_bytes()
+    run("budget=0.8", "router=uniform", name="other", cache=cache)
+    new = {path.parent.name.split("-")[0] for path in cache.glob("*/stage.json") if path not in stamps}
+    assert new == {"router", "joint", "evaluate"}, "only what depends on the router ran"
+    run("budget=0.8", "seed=1", name="seed", cache=cache)
+    assert len(list(cache.glob("data-*"))) == 1
+    assert len(list(cache.glob("pretrain-*/stage.json"))) == 2
+
+
+def test_two_seeds_differ_and_one_seed_repeats(run, tmp_path):
+    """With separate caches, so that everything is computed again."""
+    first = run("seed=0", "budget=[0.9,0.7]", name="first", cache=tmp_path / "a")
+    again = run("seed=0", "budget=[0.9,0.7]", name="again", cache=tmp_path / "b")
+    other = run("seed=1", "budget=[0.9,0.7]", name="other", cache=tmp_path / "a")
+    assert (first / "results.csv").read_bytes() == (again / "results.csv").read_bytes()
+    assert (first / "metrics.json").read_bytes() == (again / "metrics.json").read_bytes()
+    losses = [[row["val_loss"] for row in rows_of(folder)] for folder in (first, other)]
+    assert losses[0] != losses[1]
+
+
+def test_cache_off_works_in_the_runs_folder(run, tmp_path):
+    cache = tmp_path / "unused"
+    folder = run("cache=false", "budget=0.8", cache=cache)
+    assert not cache.exists()
+    assert len(list((folder / "stages").glob("*/stage.json"))) == 7
+
+
+@pytest.mark.parametrize("teacher", ["ce", "kd_frozen", "kd_inplace"])
+@pytest.mark.parametrize("sampler", ["sandwich", "uniform", "one", "homogeneous"])
+def test_every_teacher_and_sampler_trains(run, teacher, sampler):
+    folder = run(f"teacher={teacher}", f"sampler={sampler}", "budget=0.8", "router=uniform")
+    start, end = (load_file(folder / "checkpoints" / stage / "model.safetensors") for stage in ("rank", "elastic"))
+    assert any(not torch.equal(end[name], value) for name, value in start.items())
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["axes=mlp"],
+        ["axes=heads", "budget=0.9"],
+        ["cost=params"],
+        ["model.num_kv_groups=2", "axes.attn_heads.fractions=[0.5,1.0]"],
+        ["model.tie_embeddings=false"],
+        ["data.separate_documents=false"],
+        ["ranking=none"],
+        ["elastic.steps=0"],
+        ["router.steps=0"],
+        ["joint.steps=0"],
+        ["router.signal.target=loss"],
+        ["data.num_workers=1"],
+    ],
+    ids=" ".join,
+)
+def test_variants_run_within_their_budget(run, overrides):
+    budget = [] if any(override.startswith("budget") for override in overrides) else ["budget=0.8"]
+    for row in rows_of(run(*overrides, *budget)):
+        assert float(row["achieved"]) <= float(row["budget"])
+
+
+@pytest.mark.parametrize("debug", sorted(path.stem for path in (CONF / "debug").glob("*.yaml")))
+def test_shipped_debug_configs_run(run, debug):
+    run(f"debug={debug}", "pretrain.steps=2", "budget=0.9")
+
+
+def test_weights_in_safetensors_and_nothing_pickled_is_left(run):
+    folder = run("budget=0.8")
+    left = {path.suffix for path in (folder / "checkpoints").rglob("*") if path.is_file()}
+    assert left == {".safetensors", ".json"}
+    with safe_open(folder / "checkpoints" / "joint" / "router.safetensors", framework="pt") as router:
+        assert not [name for name in router.keys() if "surrogate" in name], "the surrogate is thrown away"  # noqa: SIM118
+
+
+@pytest.mark.parametrize("logger", sorted(path.stem for path in (CONF / "logger").glob("*.yaml")))
+def test_loggers_log_every_stages_loss(run, logger, tmp_path):
+    """csv, tensorboard and wandb for real (wandb offline)."""
+    folder = run(f"logger={logger}", "budget=0.8", cache=tmp_path / "cache")
+    logged = (
+        b"".join(path.read_bytes() for path in (folder / "logs").rglob("*") if path.is_file())
+        if logger != "wandb"
+        else b""
+    )
+    if logger == "wandb":
+        (offline,) = (folder / "wandb").glob("offline-run-*/*.wandb")
+        logged = offline.read_bytes()
+    for name in (b"pretrain/loss", b"elastic/loss_full", b"router/surrogate_error", b"joint/loss_subnet"):
+        assert name in logged
+
+
+def test_text_folder_is_a_source(run, tmp_path):
+    source = tmp_path / "texts"
+    source.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    words = [f"word{number}" for number in range(60)]
+    for number in range(60):
+        picked = torch.randint(0, 60, (120,), generator=generator).tolist()
+        (source / f"{number}.md").write_text(" ".join(words[index] for index in picked))
+    folder = run("data=text", f"data.path={source}", "budget=0.8")
+    assert len(rows_of(folder)) == 2
+
+
+def test_a_model_with_weights_is_not_pretrained(run, tmp_path):
+    """A tiny checkpoint written by transformers, with a tokenizer of its own."""
+    trained = run("budget=0.8", name="for-its-tokenizer")
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=288, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, head_dim=8, max_position_embeddings=256, tie_word_embeddings=True, rms_norm_eps=1e-5,
+    )  # fmt: skip
+    weights = tmp_path / "weights"
+    transformers.LlamaForCausalLM(config).save_pretrained(weights)
+    (weights / "tokenizer.json").write_bytes((trained / "checkpoints/data/tokenizer.json").read_bytes())
+    folder = run(f"model.weights={weights}", "model.pretraining_tokens=1e6", "budget=0.8", name="imported")
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["pretrain"]["steps"] == 0
+    ours = load_file(folder / "checkpoints/pretrain/model.safetensors")
+    theirs = load_file(weights / "model.safetensors")
+    assert torch.equal(ours["blocks.1.mlp.down.weight"], theirs["model.layers.1.mlp.down_proj.weight"])
+
+
+def test_small_model_composes_with_real_sizes():
+    assert compose(["model=small"])["model"]["hidden_size"] == 768

@@ -1,0 +1,100 @@
+"""`kill -9` at any moment: the same command goes on, and ends with the same results, bit for bit."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from nestlm.callbacks.checkpoint import last_good_checkpoint
+from plugins import NANO
+
+TRAIN = Path(__file__).parents[2] / "train.py"
+# Long enough to be killed in the middle, and a checkpoint so often that the middle is reached.
+LENGTHS = ["pretrain.steps=300", "elastic.steps=80", "router.steps=60", "joint.steps=40", "checkpoint_seconds=0.2"]
+
+
+def command(run_dir: Path, cache: Path) -> list[str]:
+    return [sys.executable, str(TRAIN), *NANO, *LENGTHS, "budget=[0.9,0.7]", f"run_dir={run_dir}", f"cache_dir={cache}"]
+
+
+def kill_when(arguments: list[str], condition, *, deadline: float = 120) -> None:
+    """Start a run and kill it with SIGKILL as soon as the condition holds."""
+    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + deadline
+    while not condition():
+        assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    if process.stderr:
+        process.stderr.close()
+
+
+def checkpoints(cache: Path, stage: str) -> list[Path]:
+    return sorted(cache.glob(f"{stage}-*/checkpoints/*.ckpt"))
+
+
+def test_killed_runs_end_with_the_same_results(tmp_path):
+    whole, cache = tmp_path / "whole", tmp_path / "cache"
+    arguments = command(tmp_path / "killed", cache)
+    subprocess.run(command(whole, tmp_path / "other"), check=True, capture_output=True)
+    kill_when(arguments, lambda: list(cache.glob("data-*")))  # while the text is prepared
+    kill_when(arguments, lambda: checkpoints(cache, "pretrain"))
+    reached = checkpoints(cache, "pretrain")[-1]
+    # A checkpoint that was cut short: the one before it is used, or the start.
+    reached.write_bytes(reached.read_bytes()[: reached.stat().st_size // 2])
+    kill_when(arguments, lambda: checkpoints(cache, "router"))
+    assert list(cache.glob("elastic-*/stage.json")), "finished stages stay finished"
+    elastic_made = next(cache.glob("elastic-*/stage.json")).stat().st_mtime_ns
+    kill_when(arguments, lambda: list(cache.glob("evaluate-*/score-*.json")))
+    last = subprocess.run(arguments, check=True, capture_output=True, text=True)
+    assert next(cache.glob("elastic-*/stage.json")).stat().st_mtime_ns == elastic_made
+    assert "from the cache" in last.stderr
+    assert (tmp_path / "killed/results.csv").read_bytes() == (whole / "results.csv").read_bytes()
+
+
+def test_a_stage_goes_on_from_its_last_checkpoint(run, tmp_path):
+    """Also from one that was written after the last step."""
+    cache = tmp_path / "cache"
+    fast = ["checkpoint_seconds=1e-9", "budget=0.8"]
+    first = run(*fast, name="first", cache=cache)
+    kept = {
+        stage: [path.name for path in checkpoints(cache, stage)] for stage in ("pretrain", "elastic", "router", "joint")
+    }
+    assert kept["pretrain"] == ["step=00000005.ckpt", "step=00000006.ckpt"]
+    for path in cache.glob("*/stage.json"):
+        path.unlink()
+    for stage in ("elastic", "router"):  # these go on from the step before the last
+        checkpoints(cache, stage)[-1].unlink()
+    again = run(*fast, name="again", cache=cache)
+    assert (first / "results.csv").read_bytes() == (again / "results.csv").read_bytes()
+    timings = (again / "timings.csv").read_text()
+    assert ",6\n" in timings, "pretraining was resumed at its end"
+    assert ",3\n" in timings, "elastic training was resumed before its end"
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, capsys):
+    for step in (1, 2):
+        torch.save({"state": torch.ones(1000)}, tmp_path / f"step={step:08d}.ckpt")
+    newest = tmp_path / "step=00000002.ckpt"
+    newest.write_bytes(newest.read_bytes()[:700])
+    assert last_good_checkpoint(tmp_path) == tmp_path / "step=00000001.ckpt"
+    assert "step=00000002.ckpt is damaged" in capsys.readouterr().err
+    assert last_good_checkpoint(tmp_path / "absent") is None
+
+
+def test_nothing_unpickles_code(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.system, ("touch " + str(tmp_path / "owned"),)
+
+    torch.save({"state": Evil()}, tmp_path / "step=00000001.ckpt")
+    with pytest.raises(Exception, match="weights_only"):
+        last_good_checkpoint(tmp_path)
+    assert not (tmp_path / "owned").exists()

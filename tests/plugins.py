@@ -1,0 +1,61 @@
+"""Finds the plug-ins of a kind: every config file of a group, and every class in the source folder."""
+
+import importlib
+import inspect
+import pkgutil
+from types import ModuleType
+from typing import Any
+
+from hydra.utils import instantiate
+
+from nestlm.compose import CONF, check_node, compose
+
+# What a test run needs to be small; synthetic text yields a vocabulary of this size.
+NANO = [
+    "data=synthetic",
+    "model.vocab_size=288",
+    "model.hidden_size=32",
+    "model.num_layers=2",
+    "model.head_dim=8",
+    "model.mlp_width=48",
+    "data.sequence_length=32",
+    "ranking.num_sequences=8",
+    "pretrain.steps=6",
+    "elastic.steps=4",
+    "router.steps=6",
+    "joint.steps=3",
+]
+
+
+def options(group: str) -> list[str]:
+    """Names that `group=NAME` takes."""
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def build(group: str, option: str) -> Any:
+    """The object of a group's option, with the settings of a small run around it."""
+    node = compose([*NANO, f"{group}={option}"] if group != "data" else [f"data={option}", "data.path=."])[group]
+    check_node(node, group)
+    return instantiate(node, _convert_="all")
+
+
+def classes(package: str, base: type | None = None) -> set[str]:
+    """Full names of the public classes defined in a package, of one base where given."""
+    found = set()
+    root = importlib.import_module(package)
+    for info in pkgutil.walk_packages(root.__path__, f"{package}."):
+        module: ModuleType = importlib.import_module(info.name)
+        for name, cls in inspect.getmembers(module, inspect.isclass):
+            if cls.__module__ == info.name and (
+                base is None or (issubclass(cls, base) and not inspect.isabstract(cls))
+            ):
+                found.add(f"{info.name}.{name}")
+    return found
+
+
+def targets(node: Any) -> set[str]:
+    """Every `_target_` below a config node."""
+    if isinstance(node, dict):
+        own = {node["_target_"]} if "_target_" in node else set()
+        return own.union(*(targets(value) for value in node.values()))
+    return set().union(*(targets(item) for item in node)) if isinstance(node, list) else set()

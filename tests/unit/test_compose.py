@@ -1,0 +1,105 @@
+"""What a user can misspell, mistype or ask too much of: one or two lines, exit code 2, nothing loaded."""
+
+import sys
+
+import pytest
+
+from nestlm.compose import build, compose, run
+from plugins import NANO
+
+# overrides, and what the message has to say
+MISTAKES = {
+    "group": (["modle=tiny"], ["modle", "'model'"]),
+    "option": (["model=tinny"], ["tinny", "'tiny'", "llama2_7b"]),
+    "field": (["model.num_layer=3"], ["model.num_layer:", "'model.num_layers'"]),
+    "top field": (["sed=3"], ["sed", "'seed'"]),
+    "added field": (["+model.num_layer=3"], ["model.num_layer", "takes no", "'num_layers'"]),
+    "target's argument": (["+router.network.hidden_widht=3"], ["hidden_widht", "'hidden_width'"]),
+    "target's module": (["router.policy=statik"], ["statik", "'static'"]),
+    "target": (["sampler._target_=nestlm.sampler.sandwich.Sandwhich"], ["Sandwhich", "'Sandwich'"]),
+    "third party's argument": (["+optim.optimizer.beta=3"], ["optim.optimizer.beta", "'betas'"]),
+    "syntax": (["model=[tiny"], ["[tiny"]),
+    "type": (["seed=abc"], ["seed", "'abc'", "int"]),
+    "nested type": (["optim.clip_norm=big"], ["optim.clip_norm", "'big'", "float"]),
+    "truth for a number": (["pretrain.steps=true"], ["pretrain.steps", "True", "int"]),
+    "fraction for a count": (["pretrain.steps=1.5"], ["pretrain.steps", "1.5", "int"]),
+    "type in a list": (["axes.mlp_width.fractions=[a,1.0]"], ["axes.mlp_width.fractions", "float"]),
+    "missing value": (["data=text"], ["data.path", "data.path=VALUE"]),
+    "budget below the floor": (["budget=0.2"], ["0.2", "smallest sub-network costs 0."]),
+    "budget above the model": (["budget=[0.5,1.2]"], ["1.2", "at most 1.0"]),
+    "no budget": (["budget=12ms"], ["12ms", "wanted"]),
+    "negative budget": (["budget=-0.5"], ["-0.5", "above 0"]),
+    "choices that round to zero": (["axes.attn_heads.fractions=[0.1,1.0]"], ["rounds to 0", "raise the fraction"]),
+    "choices that round to zero under GQA": (["model.num_kv_groups=1"], ["rounds to 0"]),
+    "size zero": (["model.num_layers=0"], ["model.num_layers", "got 0", "positive"]),
+    "negative size": (["model.hidden_size=-4"], ["model.hidden_size", "-4", "positive"]),
+    "sizes that don't divide": (["model.num_kv_groups=3"], ["model.num_kv_groups", "got 3", "num_heads=4"]),
+    "odd heads": (["model.head_dim=7"], ["model.head_dim", "got 7", "even"]),
+    "negative steps": (["elastic.steps=-1"], ["elastic.steps", "-1"]),
+    "negative rate": (["elastic.lr=-1.0"], ["elastic.lr", "-1"]),
+    "batch size": (["data.batch_size=0"], ["data.batch_size", "got 0", "positive"]),
+    "long rows": (["data.sequence_length=512"], ["512", "model.context_length=256"]),
+    "absent folder": (["data=text", "data.path=/does/not/exist"], ["/does/not/exist", "no folder"]),
+    "absent weights": (["model.weights=/does/not/exist"], ["model.weights", "/does/not/exist", "config.json"]),
+    "size without weights": (["model=llama2_7b"], ["model.weights=FOLDER", "model.init=random"]),
+    "wrong init": (["model.init=zeros"], ["model.init", "'zeros'", "random"]),
+    "surrogate's target": (["router.signal.target=gapp"], ["router.signal.target", "'gapp'", "gap, loss"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("overrides", "expected"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_named_in_two_lines(overrides, expected, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", *overrides])
+    with pytest.raises(SystemExit) as exit_:
+        run()
+    printed = capsys.readouterr().err.strip()
+    assert exit_.value.code == 2
+    assert printed.startswith("error: ")
+    assert len(printed.splitlines()) <= 2
+    for part in expected:
+        assert part in printed
+    assert not (tmp_path / "cache").exists(), "nothing was started"
+
+
+def test_the_traceback_is_there_on_demand(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", "budget=7", "traceback=true"])
+    with pytest.raises(ValueError, match="at most"):
+        run()
+
+
+@pytest.mark.parametrize("name", ["llama2_7b", "llama2_13b", "llama3_8b", "small", "tiny"])
+def test_dry_run_needs_no_weights(name, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", f"model={name}", "router=surrogate", "dry_run=true"])
+    run()
+    printed = capsys.readouterr().out
+    parameters = {
+        "llama2_7b": "6,738,415,616",
+        "llama2_13b": "13,015,864,320",
+        "llama3_8b": "8,030,261,248",
+        "tiny": "1,066,112",
+    }
+    assert parameters.get(name, "parameters") in printed
+    for word in ("search space", "elastic", "router", "joint", "FLOPs"):
+        assert word in printed
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_option_of_every_group_composes():
+    from nestlm.compose import CONF
+
+    for path in sorted(CONF.glob("*/*.yaml")):
+        group, option = path.parent.name, path.stem
+        if group in ("experiment", "debug"):
+            build(compose([f"+{group}={option}" if group == "hydra" else f"{group}={option}"]))
+        else:
+            extra = ["data.path=."] if group == "data" else []
+            assert build(compose([f"{group}={option}", *extra])) is not None
+
+
+def test_seed_zero_is_a_seed():
+    plain = compose([*NANO, "seed=0"])
+    assert plain["seed"] == 0
+    assert plain["router"]["network"]["seed"] == 0

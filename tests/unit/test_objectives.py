@@ -1,0 +1,206 @@
+"""Losses, teaching, and the surrogate's ability to find what a model loses."""
+
+import pytest
+import torch
+from scipy.stats import spearmanr
+
+from conftest import AXES, decoder_config, random_decoder
+from nestlm.axes.base import search_space
+from nestlm.cost.static import Flops
+from nestlm.data.batch import Batch
+from nestlm.errors import NestlmError
+from nestlm.module import NestedLM
+from nestlm.nn.loss import cross_entropy, forward_kl
+from nestlm.nn.policy import fixed, full
+from nestlm.objective.base import Objective, Parts, Term
+from nestlm.objective.elastic import Elastic
+from nestlm.objective.joint import Joint
+from nestlm.objective.surrogate import SurrogateSignal
+from nestlm.objective.teaching import CrossEntropy, FrozenTeacher, InPlace
+from nestlm.router import static
+from nestlm.router.relaxed import budget_loss
+from nestlm.sampler.sandwich import Sandwich
+from nestlm.spec import Budget
+
+CONFIG = decoder_config(num_kv_groups=4)
+SPACE = search_space(AXES, CONFIG)
+TABLE = Flops(context_length=20).table(SPACE, axes=AXES, config=CONFIG)
+
+
+@pytest.fixture
+def batch() -> Batch:
+    tokens = torch.randint(0, 50, (4, 21), generator=torch.Generator().manual_seed(2))
+    return Batch(tokens[:, :-1], tokens[:, 1:], None)
+
+
+def test_forward_kl_is_the_mean_over_tokens():
+    teacher, student = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
+    p, q = teacher.softmax(-1), student.softmax(-1)
+    expected = (p * (p.log() - q.log())).sum(-1).mean()
+    torch.testing.assert_close(forward_kl(student, teacher), expected)
+    assert float(forward_kl(teacher, teacher)) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_losses_check_shapes():
+    with pytest.raises(ValueError, match="wanted"):
+        cross_entropy(torch.zeros(2, 3, 5), torch.zeros(2, 4, dtype=torch.long))
+    with pytest.raises(ValueError, match="wanted the same"):
+        forward_kl(torch.zeros(2, 3, 5), torch.zeros(2, 3, 6))
+
+
+@pytest.mark.parametrize("ce_share", [0.0, 0.25])
+def test_teaching_gives_each_path_its_loss(batch, ce_share):
+    decoder, teacher = random_decoder(CONFIG, seed=0), random_decoder(CONFIG, seed=1)
+    small = fixed(SPACE.smallest())
+    full_BLV = decoder(batch.tokens_BL).logits_BLV
+    small_BLV = decoder(batch.tokens_BL, small).logits_BLV
+    teacher_BLV = teacher(batch.tokens_BL).logits_BLV
+    parts, policies = Parts(decoder, teacher), ((full, True), (small, False))
+
+    def mix(student, against):
+        return (1 - ce_share) * forward_kl(student, against) + ce_share * cross_entropy(student, batch.targets_BL)
+
+    ce_full, ce_small = (cross_entropy(logits, batch.targets_BL) for logits in (full_BLV, small_BLV))
+    expected = {
+        CrossEntropy(): [ce_full, ce_small],
+        FrozenTeacher(ce_share=ce_share): [mix(full_BLV, teacher_BLV), mix(small_BLV, teacher_BLV)],
+        InPlace(ce_share=ce_share): [ce_full, mix(small_BLV, full_BLV)],
+    }
+    for teaching, losses in expected.items():
+        torch.testing.assert_close(list(teaching.losses(parts, batch, policies=policies)), losses)
+    alone = list(InPlace(ce_share=ce_share).losses(parts, batch, policies=((small, False),)))
+    torch.testing.assert_close(alone, [mix(small_BLV, full_BLV)])
+
+
+def test_elastic_gradients_are_those_of_the_mean_loss(batch):
+    decoder = random_decoder(CONFIG)
+    sampler = Sandwich(num_random=2)
+    specs = sampler.draw(SPACE, seed=0, step=7)
+    torch.stack(
+        [cross_entropy(decoder(batch.tokens_BL, fixed(spec)).logits_BLV, batch.targets_BL) for spec in specs]
+    ).mean().backward()
+    expected = {name: parameter.grad.clone() for name, parameter in decoder.named_parameters()}
+    decoder.zero_grad()
+    objective = Elastic(SPACE, sampler=sampler, teaching=CrossEntropy(), seed=0)
+    for term in objective.terms(Parts(decoder), batch, step=7):
+        term.loss.backward()
+    torch.testing.assert_close({name: p.grad for name, p in decoder.named_parameters()}, expected)
+
+
+def surrogate(target: str) -> SurrogateSignal:
+    return SurrogateSignal(
+        TABLE, target=target, specs_per_step=4, random_share=1.0, replay=512, gate=0.5, cost_weight=1.0,
+        dead_zone=0.01, hidden_width=16, lr=0.01, seed=0,
+    )  # fmt: skip
+
+
+def test_surrogate_learns_to_rank_specs_and_opens_its_gate(batch):
+    decoder = random_decoder(CONFIG)
+    router = static.Router(table=TABLE, hidden_width=8, init_std=0.1, seed=0)
+    signal, parts = surrogate("gap"), Parts(decoder, router=router)
+    optimizer = torch.optim.Adam([*signal.parameters(), *router.parameters()], lr=0.01)
+    opened = []
+    for step in range(120):
+        optimizer.zero_grad()
+        terms = list(signal.terms(parts, batch, step=step))
+        for term in terms:
+            term.loss.backward()
+        if len(terms) == 1:
+            assert all(parameter.grad is None for parameter in router.parameters()), "a closed gate moves no router"
+        else:
+            assert float(signal.error) < signal.gate
+        opened.append(len(terms) == 2)
+        optimizer.step()
+    assert not opened[0]
+    assert opened[-1]
+    assert signal.summary()["surrogate_error"] < 0.5
+    inputs, targets = signal.observe(decoder, router, batch, step=1000)
+    more, more_targets = signal.observe(decoder, router, batch, step=1001)
+    with torch.no_grad():
+        predicted = signal.surrogate(torch.cat((inputs, more)))
+    assert spearmanr(predicted, torch.cat((targets, more_targets))).statistic > 0.7
+
+
+def test_surrogate_targets_differ_by_the_full_models_loss(batch):
+    decoder = random_decoder(CONFIG)
+    router = static.Router(table=TABLE, hidden_width=8, init_std=0.1, seed=0)
+    (inputs, gaps), (same_inputs, losses) = (
+        surrogate(target).observe(decoder, router, batch, step=3) for target in ("gap", "loss")
+    )
+    assert torch.equal(inputs, same_inputs)
+    whole = cross_entropy(decoder(batch.tokens_BL).logits_BLV, batch.targets_BL)
+    torch.testing.assert_close(losses - gaps, whole.expand(4))
+
+
+def test_replay_keeps_the_newest_pairs():
+    signal = surrogate("gap")
+    for start in range(0, 520, 4):
+        pairs = torch.zeros(4, len(SPACE.sites), SPACE.max_choices)
+        signal.remember(pairs, torch.arange(start, start + 4, dtype=torch.float32))
+    assert set(signal.targets.tolist()) == set(range(8, 520))
+
+
+def test_budget_loss_has_a_dead_zone_on_both_sides():
+    target = torch.tensor([0.5, 0.5, 0.5, 0.5])
+    loss = budget_loss(torch.tensor([0.5, 0.504, 0.6, 0.4]), target, dead_zone=0.01)
+    torch.testing.assert_close(loss, torch.tensor([0.0, 0.0, 0.19, 0.19]))
+
+
+def test_joint_trains_model_and_router(batch):
+    decoder, teacher = random_decoder(CONFIG), random_decoder(CONFIG, seed=1)
+    router = static.Router(table=TABLE, hidden_width=8, init_std=0.1, seed=0)
+    objective = Joint(FrozenTeacher(ce_share=0.0), budgets_per_step=2, cost_weight=1.0, dead_zone=0.0, seed=0)
+    terms = objective.terms(Parts(decoder, teacher, router), batch, step=0)
+    names = [sorted(term.logs) for term in backpropagate(terms)]
+    assert names == [["loss_full"], ["budget_distance", "loss_subnet"], ["budget_distance", "loss_subnet"]]
+    for module in (decoder, router):
+        assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in module.parameters())
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def backpropagate(terms):
+    for term in terms:
+        term.loss.backward()
+        yield term
+
+
+def test_gates_carry_the_worth_of_a_wider_choice(batch):
+    """Where wider is better, the loss pushes probability towards the wider choices."""
+    decoder = random_decoder(CONFIG)
+    targets_BL = decoder(batch.tokens_BL).logits_BLV.argmax(-1)
+    router = static.Router(table=TABLE, hidden_width=8, init_std=0.1, seed=0)
+    gradient = torch.zeros_like(router.networks.output_bias)
+    for sample in range(60):
+        draw = router.draw(Budget(0.8), generator=torch.Generator().manual_seed(sample))
+        cross_entropy(decoder(batch.tokens_BL, draw.policy).logits_BLV, targets_BL).backward()
+    gradient = router.networks.output_bias.grad
+    assert gradient is not None
+    narrow, wide = gradient[:3, 0, 0], gradient[:3, 0, 2]
+    assert (narrow > 0).float().mean() > 0.5
+    assert float(wide.sum()) < 0 < float(narrow.sum())
+
+
+class Broken(Objective):
+    def terms(self, parts, batch, *, step):
+        yield Term(next(parts.decoder.parameters()).sum() * float("nan"))
+
+
+def test_a_loss_that_is_not_finite_stops_the_stage_before_the_weights_change(tmp_path, batch):
+    import lightning as L
+
+    from plugins import build
+
+    decoder = random_decoder(CONFIG)
+    before = {name: value.clone() for name, value in decoder.state_dict().items()}
+    module = NestedLM(
+        Parts(decoder), stage="elastic", objective=Broken(), trained={"decoder": (decoder, 1e-3)},
+        optim=build("optim", "adamw"), num_steps=1,
+    )  # fmt: skip
+    trainer = L.Trainer(
+        accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    with pytest.raises(NestlmError, match="loss is nan at step 0"):
+        trainer.fit(module, train_dataloaders=torch.utils.data.DataLoader([batch], collate_fn=lambda rows: rows[0]))
+    for name, value in decoder.state_dict().items():
+        assert torch.equal(value, before[name])
