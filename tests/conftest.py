@@ -1,4 +1,4 @@
-"""Small models and data that tests share."""
+"""The environment of all tests, and their small models as fixtures."""
 
 import os
 
@@ -9,32 +9,9 @@ os.environ["WANDB_MODE"] = "offline"
 import pytest
 import torch
 
-from nestlm.axes.attn_heads import AttnHeads
+from models import AXES, decoder_config, random_decoder
 from nestlm.axes.base import search_space
-from nestlm.axes.mlp_width import MLPWidth
-from nestlm.nn.config import BlockConfig, DecoderConfig
 from nestlm.nn.decoder import Decoder
-
-AXES = (MLPWidth(fractions=(0.25, 0.5, 1.0), multiple_of=2), AttnHeads(fractions=(0.5, 1.0)))
-
-
-def decoder_config(*, num_kv_groups: int, tie: bool = True) -> DecoderConfig:
-    block = BlockConfig(num_heads=4, num_kv_groups=num_kv_groups, mlp_width=24)
-    return DecoderConfig(
-        vocab_size=50, hidden_size=16, head_dim=8, context_length=32, blocks=(block,) * 3, tie_embeddings=tie
-    )
-
-
-def random_decoder(config: DecoderConfig, *, seed: int = 0) -> Decoder:
-    """Large random weights and norms, so that every unit matters."""
-    decoder = Decoder(config)
-    decoder.init_weights(seed=seed, std=0.3)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in decoder.named_parameters():
-            if "norm" in name:
-                parameter.copy_(1 + 0.3 * torch.randn(parameter.shape, generator=generator))
-    return decoder
 
 
 @pytest.fixture(params=[4, 2], ids=["mha", "gqa"])

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch.loggers import Logger
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -60,6 +61,10 @@ class Context:
         partial = self.folder / f".{name}.partial"
         save_file({key: value.contiguous() for key, value in module.state_dict().items()}, partial)
         partial.replace(self.folder / name)
+
+    def device(self) -> torch.device:
+        """Where the configured trainer computes."""
+        return make_trainer(self.settings.trainer).strategy.root_device
 
     def data(self, *, stream: str, num_steps: int = 0) -> PackedTokens:
         """The token loaders."""

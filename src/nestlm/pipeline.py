@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -70,7 +71,7 @@ def run(settings: Settings, *, config: dict[str, Any]) -> Path | None:
         return None
     run_dir = run_folder(settings, config=config)
     run_dir.mkdir(parents=True, exist_ok=True)
-    cache = Path(settings.cache_dir or "cache") if settings.cache else run_dir / "stages"
+    cache = Path(settings.cache_dir or "cache") if settings.cache == "on" else run_dir / "stages"
     logger = settings.logger(save_dir=run_dir, name="logs")
     logger.log_hyperparams(config)
     try:
@@ -109,9 +110,15 @@ def run_stage(stage: Stage, folder: StageFolder, context: Context) -> FinishedSt
             result = stage.run(context)
             result |= {"seconds": time.monotonic() - started}
             folder.finish(result)
+            drop_checkpoints(folder.path)
     seconds = f"{result['seconds']:7.1f} s"
     console.print(f"{stage.name:>9} {seconds}{'  (from the cache)' if cached else ''}", highlight=False)
     return FinishedStage(stage.name, folder.path, result, cached=cached)
+
+
+def drop_checkpoints(folder: Path) -> None:
+    """Remove what a finished stage could have been resumed from: optimizer states are larger than the result."""
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
 def outside_inputs(stage: str, settings: Settings) -> str:

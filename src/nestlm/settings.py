@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lightning import Trainer
 from lightning.pytorch.loggers import Logger
@@ -110,7 +110,7 @@ class Settings:
     seed: int
     run_dir: str | None
     cache_dir: str | None
-    cache: bool
+    cache: Literal["on", "off"]
     checkpoint_seconds: float
     dry_run: bool
     traceback: bool
@@ -169,6 +169,9 @@ def check(settings: Settings) -> None:
             f"data.sequence_length: got {settings.data.sequence_length}, wanted at most "
             f"model.context_length={config.context_length}"
         )
+    devices = getattr(settings.trainer, "keywords", {}).get("devices")
+    if isinstance(devices, int) and devices > 0:
+        settings.data.check_ranks(devices)
     if settings.checkpoint_seconds <= 0:
         raise ConfigError(f"checkpoint_seconds: got {settings.checkpoint_seconds}, wanted a positive time")
     for name in ("run_dir", "cache_dir"):

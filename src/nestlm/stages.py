@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
 from safetensors.torch import save_file
 from torch import nn
 
 from nestlm.context import MODEL, ROUTER, Context
 from nestlm.cost.static import Flops, Params
+from nestlm.data.batch import Batch
 from nestlm.data.module import PackedTokens
-from nestlm.data.prepare import Manifest, prepare
+from nestlm.data.packed import PackedRows
+from nestlm.data.prepare import SPLITS, Manifest, prepare
 from nestlm.elastic.weights import sort_units
 from nestlm.evaluation import Scores
 from nestlm.nn.decoder import Decoder
@@ -46,6 +51,8 @@ def prepare_data(context: Context) -> Result:
         tokenizer_file=tokenizer_file(context.settings),
         heldout_share=settings.heldout_share,
     )
+    for split in SPLITS:  # too little text is found now, not when the split is first read
+        PackedRows(context.folder, split, sequence_length=settings.sequence_length)
     return {"fingerprint": manifest.fingerprint, "tokenizer": manifest.tokenizer_hash} | {
         f"{name}_tokens": split.tokens for name, split in manifest.splits.items()
     }
@@ -77,7 +84,10 @@ def rank(context: Context) -> Result:
     settings = context.settings
     decoder, smallest = context.decoder("pretrain"), settings.space().smallest()
     unsorted = context.score(decoder, {"smallest_unsorted": fixed(smallest)})
-    scores = settings.ranking.scores(decoder, axes=settings.axis_list, batches=calibration(context), seed=settings.seed)
+    device = context.device()
+    scores = settings.ranking.scores(
+        decoder.to(device), axes=settings.axis_list, batches=calibration(context, device), seed=settings.seed
+    )
     save_file({str(site): score for site, score in scores.items()}, context.folder / "importance.safetensors")
     sort_units(decoder, {site: order(score) for site, score in scores.items()}, axes=settings.axis_list)
     context.save(decoder, MODEL)
@@ -85,12 +95,13 @@ def rank(context: Context) -> Result:
     return {name: score["loss"] for name, score in (unsorted | sliced).items()}
 
 
-def calibration(context: Context) -> Any:
+def calibration(context: Context, device: torch.device) -> Iterator[Batch]:
     """Batches of calibration text for the ranking, under a bar."""
     wanted = context.settings.ranking.num_sequences
     data: PackedTokens = context.data(stream="calibration")
     loader = data.heldout_dataloader("calibration", num_rows=wanted)
-    return track(loader, "rank", total=len(loader))
+    for batch in track(loader, "rank", total=len(loader)):
+        yield move_data_to_device(batch, device)
 
 
 def elastic(context: Context) -> Result:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from nestlm.module import NestedLM
 
 # Lightning announces devices and tips at each of our many trainers; its warnings stay.
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+# Lightning's own use of a name that torch renamed.
+warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
 
 
 def make_trainer(

@@ -5,7 +5,7 @@ from random import Random
 import pytest
 import torch
 
-from conftest import AXES, decoder_config, random_decoder
+from models import AXES, decoder_config, random_decoder
 from nestlm.axes.base import Axis, search_space
 from nestlm.data.batch import Batch
 from nestlm.elastic.weights import cuts_by_site, extract, sort_units

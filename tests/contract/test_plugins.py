@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from conftest import AXES, decoder_config, random_decoder
+from models import AXES, decoder_config, random_decoder
 from nestlm.axes.base import search_space
 from nestlm.cost.static import Flops
 from nestlm.data.batch import Batch
@@ -58,7 +58,8 @@ def test_every_plugin_has_a_config(group, package):
 def test_sampler_draws_legal_specs_from_seed_and_step_alone(option):
     sampler = build("sampler", option)
     drawn = [sampler.draw(SPACE, seed=0, step=step) for step in range(40)]
-    again = [build("sampler", option).draw(SPACE, seed=0, step=step) for step in reversed(range(40))][::-1]
+    other = build("sampler", option)
+    again = [other.draw(SPACE, seed=0, step=step) for step in reversed(range(40))][::-1]
     assert drawn == again
     assert drawn != [sampler.draw(SPACE, seed=1, step=step) for step in range(40)]
     assert len(set(drawn)) > 1, "steps differ"

@@ -84,7 +84,7 @@ def test_two_seeds_differ_and_one_seed_repeats(run, tmp_path):
 
 def test_cache_off_works_in_the_runs_folder(run, tmp_path):
     cache = tmp_path / "unused"
-    folder = run("cache=false", "budget=0.8", cache=cache)
+    folder = run("cache=off", "budget=0.8", cache=cache)
     assert not cache.exists()
     assert len(list((folder / "stages").glob("*/stage.json"))) == 7
 
@@ -121,9 +121,16 @@ def test_variants_run_within_their_budget(run, overrides):
         assert float(row["achieved"]) <= float(row["budget"])
 
 
-@pytest.mark.parametrize("debug", sorted(path.stem for path in (CONF / "debug").glob("*.yaml")))
-def test_shipped_debug_configs_run(run, debug):
-    run(f"debug={debug}", "pretrain.steps=2", "budget=0.9")
+SHIPPED = [
+    f"{group}={path.stem}" for group in ("debug", "experiment") for path in sorted((CONF / group).glob("*.yaml"))
+]
+
+
+@pytest.mark.parametrize("choice", SHIPPED)
+def test_shipped_experiments_and_debug_configs_run(run, choice):
+    budget = [] if choice.startswith("experiment") else ["budget=0.9"]
+    rows = rows_of(run(choice, "pretrain.steps=2", "elastic.steps=2", "router.steps=2", *budget))
+    assert all(float(row["achieved"]) <= float(row["budget"]) for row in rows)
 
 
 def test_weights_in_safetensors_and_nothing_pickled_is_left(run):

@@ -38,6 +38,7 @@ MISTAKES = {
     "negative steps": (["elastic.steps=-1"], ["elastic.steps", "-1"]),
     "negative rate": (["elastic.lr=-1.0"], ["elastic.lr", "-1"]),
     "batch size": (["data.batch_size=0"], ["data.batch_size", "got 0", "positive"]),
+    "batch size that does not divide": (["trainer.devices=3"], ["data.batch_size", "got 8", "3 ranks"]),
     "long rows": (["data.sequence_length=512"], ["512", "model.context_length=256"]),
     "absent folder": (["data=text", "data.path=/does/not/exist"], ["/does/not/exist", "no folder"]),
     "absent weights": (["model.weights=/does/not/exist"], ["model.weights", "/does/not/exist", "config.json"]),

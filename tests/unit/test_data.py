@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import decoder_config, random_decoder
+from models import decoder_config, random_decoder
 from nestlm.data.packed import PackedRows, StepLoader, collate, step_rows
 from nestlm.data.prepare import Manifest, assign_splits, prepare
 from nestlm.data.source.synthetic import Synthetic

@@ -4,13 +4,13 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from conftest import AXES, decoder_config, random_decoder
+from models import AXES, decoder_config, random_decoder
 from nestlm.axes.base import search_space
 from nestlm.cost.static import Flops
 from nestlm.data.batch import Batch
 from nestlm.errors import NestlmError
 from nestlm.module import NestedLM
-from nestlm.nn.loss import cross_entropy, forward_kl
+from nestlm.nn.loss import SoftTargets, cross_entropy, forward_kl
 from nestlm.nn.policy import fixed, full
 from nestlm.objective.base import Objective, Parts, Term
 from nestlm.objective.elastic import Elastic
@@ -37,15 +37,15 @@ def test_forward_kl_is_the_mean_over_tokens():
     teacher, student = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
     p, q = teacher.softmax(-1), student.softmax(-1)
     expected = (p * (p.log() - q.log())).sum(-1).mean()
-    torch.testing.assert_close(forward_kl(student, teacher), expected)
-    assert float(forward_kl(teacher, teacher)) == pytest.approx(0.0, abs=1e-6)
+    torch.testing.assert_close(forward_kl(student, SoftTargets.of(teacher)), expected)
+    assert float(forward_kl(teacher, SoftTargets.of(teacher))) == pytest.approx(0.0, abs=1e-6)
 
 
 def test_losses_check_shapes():
     with pytest.raises(ValueError, match="wanted"):
         cross_entropy(torch.zeros(2, 3, 5), torch.zeros(2, 4, dtype=torch.long))
-    with pytest.raises(ValueError, match="wanted the same"):
-        forward_kl(torch.zeros(2, 3, 5), torch.zeros(2, 3, 6))
+    with pytest.raises(ValueError, match="wanted the same shape"):
+        forward_kl(torch.zeros(2, 3, 5), SoftTargets.of(torch.zeros(2, 3, 6)))
 
 
 @pytest.mark.parametrize("ce_share", [0.0, 0.25])
@@ -58,7 +58,9 @@ def test_teaching_gives_each_path_its_loss(batch, ce_share):
     parts, policies = Parts(decoder, teacher), ((full, True), (small, False))
 
     def mix(student, against):
-        return (1 - ce_share) * forward_kl(student, against) + ce_share * cross_entropy(student, batch.targets_BL)
+        return (1 - ce_share) * forward_kl(student, SoftTargets.of(against)) + ce_share * cross_entropy(
+            student, batch.targets_BL
+        )
 
     ce_full, ce_small = (cross_entropy(logits, batch.targets_BL) for logits in (full_BLV, small_BLV))
     expected = {

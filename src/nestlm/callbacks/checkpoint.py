@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import time
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import lightning as L
 import torch
 
+from nestlm.errors import CheckpointError
 from nestlm.progress import console
 
 KEPT = 2  # so that the one before is there when the last one is damaged
@@ -41,10 +43,16 @@ class TimedCheckpoint(L.Callback):
 
 
 def last_good_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that can be read; a damaged one is named and the one before it is used."""
+    """The newest checkpoint that can be read; a damaged one is named and the one before it is used.
+
+    Raises:
+        CheckpointError: a file that would run code when loaded.
+    """
     for path in sorted(folder.glob("*.ckpt"), reverse=True):
         try:
             torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(f"checkpoint {path} holds more than tensors and is not loaded; remove it") from error
         except (RuntimeError, EOFError, OSError) as error:
             console.print(f"checkpoint {path} is damaged ({str(error).splitlines()[0]}); using the one before it")
             path.unlink()

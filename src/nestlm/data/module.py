@@ -51,6 +51,11 @@ class DataSettings:
         if self.num_workers < 0:
             raise ConfigError(f"data.num_workers: got {self.num_workers}, wanted 0 or more")
 
+    def check_ranks(self, num_ranks: int) -> None:
+        """Raise ConfigError unless a step's rows divide over the ranks."""
+        if self.batch_size % num_ranks:
+            raise ConfigError(f"data.batch_size: got {self.batch_size}, wanted a multiple of the {num_ranks} ranks")
+
 
 class PackedTokens(L.LightningDataModule):
     """Packed rows of a prepared folder, for one stage of a run."""
@@ -85,10 +90,7 @@ class PackedTokens(L.LightningDataModule):
             ConfigError: the batch does not divide over the ranks.
         """
         world_size = self.trainer.world_size if self.trainer else 1
-        if self.settings.batch_size % world_size:
-            raise ConfigError(
-                f"data.batch_size: got {self.settings.batch_size}, wanted a multiple of the {world_size} ranks"
-            )
+        self.settings.check_ranks(world_size)
         return StepLoader(
             self.rows("train"),
             num_steps=self.num_steps,

@@ -96,9 +96,13 @@ class Decoder(nn.Module):
         head = self.embed.weight if self.head is None else self.head.weight
         return DecoderOutput(F.linear(hidden_BLD, head), decisions)
 
-    def init_weights(self, *, seed: int, std: float = 0.02) -> None:
-        """Fill the weights: normal, with the projections into the residual stream scaled by 1/sqrt(2N) (GPT-2)."""
+    def init_weights(self, *, seed: int) -> None:
+        """Fill the weights: normal with variance 2/(5D) (Nguyen and Salazar, arXiv 1910.05895).
+
+        Projections into the residual stream are scaled down by sqrt(2N) (GPT-2); norms start at 1.
+        """
         generator = torch.Generator(device="cpu").manual_seed(seed)
+        std = (0.4 / self.config.hidden_size) ** 0.5
         residual_std = std / (2 * len(self.blocks)) ** 0.5
         for name, parameter in self.named_parameters():
             if "norm" in name:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -12,13 +14,30 @@ def cross_entropy(logits_BLV: Tensor, targets_BL: Tensor) -> Tensor:
     return F.cross_entropy(logits_BLV.flatten(0, 1).float(), targets_BL.flatten())
 
 
-def forward_kl(student_BLV: Tensor, teacher_BLV: Tensor) -> Tensor:
-    """Mean over tokens of KL(teacher || student): a scalar. No gradient reaches the teacher."""
-    if student_BLV.shape != teacher_BLV.shape:
-        raise ValueError(f"got logits of shapes {student_BLV.shape} and {teacher_BLV.shape}, wanted the same")
-    student = F.log_softmax(student_BLV.flatten(0, 1).float(), dim=-1)
-    teacher = F.log_softmax(teacher_BLV.detach().flatten(0, 1).float(), dim=-1)
-    return F.kl_div(student, teacher, log_target=True, reduction="batchmean")
+@dataclass(frozen=True)
+class SoftTargets:
+    """A teacher's distributions, made once a step for all its students: (B, L, V), and their mean entropy."""
+
+    probabilities_BLV: Tensor
+    entropy: Tensor
+
+    @classmethod
+    def of(cls, logits_BLV: Tensor) -> SoftTargets:
+        """The distributions of logits; no gradient reaches them."""
+        log_probabilities_BLV = logits_BLV.detach().float().log_softmax(-1)
+        probabilities_BLV = log_probabilities_BLV.exp()
+        return cls(probabilities_BLV, -(probabilities_BLV * log_probabilities_BLV).sum(-1).mean())
+
+
+def forward_kl(student_BLV: Tensor, teacher: SoftTargets) -> Tensor:
+    """Mean over tokens of KL(teacher || student): a scalar.
+
+    Computed as cross-entropy with soft targets less their entropy, which takes less than half the time of `kl_div`.
+    """
+    if student_BLV.shape != teacher.probabilities_BLV.shape:
+        raise ValueError(f"got {student_BLV.shape} and {teacher.probabilities_BLV.shape}, wanted the same shape")
+    soft = F.cross_entropy(student_BLV.flatten(0, 1).float(), teacher.probabilities_BLV.flatten(0, 1))
+    return soft - teacher.entropy
 
 
 def check_shapes(logits_BLV: Tensor, targets_BL: Tensor) -> None:

@@ -44,8 +44,9 @@ class Joint(Objective):
         draws, budgets = [], []
         for sample in range(self.budgets_per_step):
             generator = torch_generator(self.seed, "joint", step, sample)
-            share = floor + (1.0 - floor) * float(torch.rand((), generator=generator))
-            budgets.append(Budget(min(1.0, share)))
+            # just above the floor at least, where rounding could make the smallest sub-network too dear
+            above = max(1e-6, float(torch.rand((), generator=generator)))
+            budgets.append(Budget(floor + (1.0 - floor) * above))
             draws.append(parts.router.draw(budgets[-1], generator=generator))
         policies = ((full, True), *((draw.policy, False) for draw in draws))
         losses = self.teaching.losses(parts, batch, policies=policies)

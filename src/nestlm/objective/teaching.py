@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nestlm.data.batch import Batch
 from nestlm.nn.decoder import Decoder
-from nestlm.nn.loss import cross_entropy, forward_kl
+from nestlm.nn.loss import SoftTargets, cross_entropy, forward_kl
 from nestlm.nn.policy import Policy, full
 from nestlm.objective.base import Parts
 
@@ -62,9 +62,9 @@ class FrozenTeacher(Teaching):
     def losses(self, parts: Parts, batch: Batch, *, policies: tuple[tuple[Policy, bool], ...]) -> Iterator[Tensor]:
         assert parts.teacher is not None, "kd_frozen needs the model before conversion"
         with torch.no_grad():
-            teacher_BLV = logits(parts.teacher, batch, full)
+            targets = SoftTargets.of(logits(parts.teacher, batch, full))
         for policy, _ in policies:
-            yield mixed(logits(parts.decoder, batch, policy), teacher_BLV, batch, ce_share=self.ce_share)
+            yield mixed(logits(parts.decoder, batch, policy), targets, batch, ce_share=self.ce_share)
 
 
 @dataclass(frozen=True)
@@ -78,22 +78,22 @@ class InPlace(Teaching):
     ce_share: float
 
     def losses(self, parts: Parts, batch: Batch, *, policies: tuple[tuple[Policy, bool], ...]) -> Iterator[Tensor]:
-        full_BLV: Tensor | None = None
+        lesson: SoftTargets | None = None
         for policy, whole in policies:
             if whole:
                 student_BLV = logits(parts.decoder, batch, policy)
-                full_BLV = student_BLV.detach()
+                lesson = SoftTargets.of(student_BLV)
                 yield cross_entropy(student_BLV, batch.targets_BL)
             else:
-                if full_BLV is None:  # the step does not train the full path, so it runs for the lesson alone
+                if lesson is None:  # the step does not train the full path, so it runs for the lesson alone
                     with torch.no_grad():
-                        full_BLV = logits(parts.decoder, batch, full)
-                yield mixed(logits(parts.decoder, batch, policy), full_BLV, batch, ce_share=self.ce_share)
+                        lesson = SoftTargets.of(logits(parts.decoder, batch, full))
+                yield mixed(logits(parts.decoder, batch, policy), lesson, batch, ce_share=self.ce_share)
 
 
-def mixed(student_BLV: Tensor, teacher_BLV: Tensor, batch: Batch, *, ce_share: float) -> Tensor:
+def mixed(student_BLV: Tensor, teacher: SoftTargets, batch: Batch, *, ce_share: float) -> Tensor:
     """(1 - ce_share) * KL to the teacher + ce_share * cross-entropy on the text."""
-    kl = forward_kl(student_BLV, teacher_BLV)
+    kl = forward_kl(student_BLV, teacher)
     if ce_share == 0.0:
         return kl
     return (1.0 - ce_share) * kl + ce_share * cross_entropy(student_BLV, batch.targets_BL)

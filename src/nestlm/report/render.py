@@ -63,7 +63,7 @@ def summary_lines(metrics: dict[str, dict[str, Any]]) -> list[str]:
 def write_report(run_dir: Path, rows: list[dict[str, Any]], *, lines: list[str], cost: str) -> None:
     """The run as a page to read."""
     timings = [
-        [row["what"], f"{row['seconds']:.1f}", "yes" if row["cached"] else ""]
+        [row["what"], f"{row['seconds']:.3g}", "yes" if row["cached"] else ""]
         for row in read_csv(run_dir / "timings.csv")
     ]
     parts = [

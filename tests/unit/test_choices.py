@@ -1,6 +1,6 @@
 import pytest
 
-from conftest import decoder_config
+from models import decoder_config
 from nestlm.axes.attn_heads import AttnHeads
 from nestlm.axes.base import search_space
 from nestlm.axes.mlp_width import MLPWidth
