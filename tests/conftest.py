@@ -9,20 +9,6 @@ os.environ["WANDB_MODE"] = "offline"
 import pytest
 import torch
 
-from models import AXES, decoder_config, random_decoder
-from nestlm.axes.base import search_space
-from nestlm.nn.decoder import Decoder
-
-
-@pytest.fixture(params=[4, 2], ids=["mha", "gqa"])
-def decoder(request: pytest.FixtureRequest) -> Decoder:
-    return random_decoder(decoder_config(num_kv_groups=request.param))
-
-
-@pytest.fixture
-def space(decoder: Decoder):
-    return search_space(AXES, decoder.config)
-
 
 @pytest.fixture
 def tokens_BL() -> torch.Tensor:  # noqa: N802 (its shape)

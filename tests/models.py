@@ -10,8 +10,8 @@ from nestlm.nn.decoder import Decoder
 AXES = (MLPWidth(fractions=(0.25, 0.5, 1.0), multiple_of=2), AttnHeads(fractions=(0.5, 1.0)))
 
 
-def decoder_config(*, num_kv_groups: int, tie: bool = True) -> DecoderConfig:
-    block = BlockConfig(num_heads=4, num_kv_groups=num_kv_groups, mlp_width=24)
+def decoder_config(*, num_kv_groups: int, num_heads: int = 4, mlp_width: int = 24, tie: bool = True) -> DecoderConfig:
+    block = BlockConfig(num_heads=num_heads, num_kv_groups=num_kv_groups, mlp_width=mlp_width)
     return DecoderConfig(
         vocab_size=50, hidden_size=16, head_dim=8, context_length=32, blocks=(block,) * 3, tie_embeddings=tie
     )

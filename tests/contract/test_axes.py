@@ -5,17 +5,36 @@ from random import Random
 import pytest
 import torch
 
-from models import AXES, decoder_config, random_decoder
+from models import decoder_config, random_decoder
 from nestlm.axes.base import Axis, search_space
 from nestlm.data.batch import Batch
 from nestlm.elastic.weights import cuts_by_site, extract, sort_units
 from nestlm.nn.decoder import Decoder
-from nestlm.nn.policy import Decision, Policy, fixed, full
+from nestlm.nn.policy import WHOLE, Decision, Policy, fixed, full
 from nestlm.ranking.activation import Activation
 from nestlm.ranking.base import order
 from nestlm.sampler.base import independent
 from nestlm.spec import SearchSpace, Site, SubnetSpec
-from plugins import classes, compose, options, targets
+from plugins import build, classes, compose, options, targets
+
+# Every shipped config, which names every axis; eight heads and 32 neurons can be cut by all shipped fractions.
+SHIPPED = options("axes")
+
+
+@pytest.fixture(params=SHIPPED)
+def axes(request: pytest.FixtureRequest) -> tuple[Axis, ...]:
+    return tuple(build("axes", request.param).values())
+
+
+@pytest.fixture(params=[8, 4], ids=["mha", "gqa"])
+def decoder(request: pytest.FixtureRequest) -> Decoder:
+    return random_decoder(decoder_config(num_heads=8, num_kv_groups=request.param, mlp_width=32))
+
+
+@pytest.fixture
+def space(axes, decoder) -> SearchSpace:
+    return search_space(axes, decoder.config)
+
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 
@@ -24,6 +43,8 @@ def masked(space: SearchSpace, spec: SubnetSpec) -> Policy:
     """The oracle: run everything and multiply what the spec leaves out by 0."""
 
     def policy(site: Site, hidden_BLD: torch.Tensor) -> Decision:
+        if site not in space.choices:
+            return WHOLE
         whole = space.choices[site][-1]
         return Decision(whole, (torch.arange(whole) < spec[site]).float())
 
@@ -45,18 +66,18 @@ def gradients(
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "activation-checkpointing"])
-def test_sliced_equals_masked_equals_extracted(decoder, space, tokens_BL, checkpointing):
+def test_sliced_equals_masked_equals_extracted(axes, decoder, space, tokens_BL, checkpointing):
     for spec in random_specs(space):
         decoder.activation_checkpointing = checkpointing
         sliced, sliced_grads = gradients(decoder, fixed(spec), tokens_BL)
         decoder.activation_checkpointing = False
         oracle, oracle_grads = gradients(decoder, masked(space, spec), tokens_BL)
-        small = extract(decoder, spec, axes=AXES)
+        small = extract(decoder, spec, axes=axes)
         alone, alone_grads = gradients(small, full, tokens_BL)
         torch.testing.assert_close(sliced, oracle, **TOLERANCE)
         torch.testing.assert_close(sliced, alone, **TOLERANCE)
         torch.testing.assert_close(sliced_grads, oracle_grads, **TOLERANCE)
-        for site, cut, name in cuts_by_site(AXES, decoder.config):
+        for site, cut, name in cuts_by_site(axes, decoder.config):
             sliced_grads[name] = sliced_grads[name].narrow(cut.dim, 0, spec[site] * cut.rows)
         torch.testing.assert_close(sliced_grads, alone_grads, **TOLERANCE)
 
@@ -76,46 +97,48 @@ def test_two_subnetworks_in_one_loss_under_checkpointing(decoder, space, tokens_
     torch.testing.assert_close(summed, expected, **TOLERANCE)
 
 
-def test_full_spec_is_the_base(decoder, space, tokens_BL):
+def test_full_spec_is_the_base(axes, decoder, space, tokens_BL):
     base = decoder(tokens_BL).logits_BLV
     assert torch.equal(decoder(tokens_BL, fixed(space.full())).logits_BLV, base)
-    assert torch.equal(extract(decoder, space.full(), axes=AXES)(tokens_BL).logits_BLV, base)
+    assert torch.equal(extract(decoder, space.full(), axes=axes)(tokens_BL).logits_BLV, base)
 
 
-def test_prefixes_nest(decoder, space):
+def test_prefixes_nest(axes, decoder, space):
     """A narrower sub-network's weights are a prefix of a wider one's, at every site."""
-    wide = extract(decoder, space.full(), axes=AXES).state_dict()
-    narrow = extract(decoder, space.smallest(), axes=AXES).state_dict()
+    wide = extract(decoder, space.full(), axes=axes).state_dict()
+    narrow = extract(decoder, space.smallest(), axes=axes).state_dict()
     for name, weight in narrow.items():
         assert torch.equal(weight, wide[name][tuple(slice(size) for size in weight.shape)])
 
 
-def test_ranking_leaves_the_full_logits(decoder, space, tokens_BL):
+def test_ranking_leaves_the_full_logits(axes, decoder, tokens_BL):
     before = decoder(tokens_BL).logits_BLV
     weights_before = {name: value.clone() for name, value in decoder.state_dict().items()}
     batch = Batch(tokens_BL, tokens_BL, None)
-    scores = Activation(num_sequences=2).scores(decoder, axes=AXES, batches=[batch], seed=0)
-    sort_units(decoder, {site: order(score) for site, score in scores.items()}, axes=AXES)
+    scores = Activation(num_sequences=2).scores(decoder, axes=axes, batches=[batch], seed=0)
+    sort_units(decoder, {site: order(score) for site, score in scores.items()}, axes=axes)
     torch.testing.assert_close(decoder(tokens_BL).logits_BLV, before, rtol=0, atol=1e-4)
     assert any(not torch.equal(value, weights_before[name]) for name, value in decoder.state_dict().items())
-    again = Activation(num_sequences=2).scores(decoder, axes=AXES, batches=[batch], seed=0)
+    again = Activation(num_sequences=2).scores(decoder, axes=axes, batches=[batch], seed=0)
     for score in again.values():
         assert torch.all(score.diff() <= 1e-3), "after sorting, importance falls"
 
 
 def test_importance_is_the_sum_of_activations(decoder, tokens_BL):
-    """Against a computation by hand in the first block."""
-    scores = Activation(num_sequences=2).scores(
-        decoder, axes=AXES, batches=[Batch(tokens_BL, tokens_BL, None)] * 2, seed=0
-    )
-    captured = []
-    hook = decoder.blocks[0].mlp.down.register_forward_pre_hook(lambda module, inputs: captured.append(inputs[0]))
+    """Against a computation by hand in the first block, over two equal batches."""
+    axes = tuple(build("axes", "mlp_heads").values())
+    batches = [Batch(tokens_BL, tokens_BL, None)] * 2
+    scores = Activation(num_sequences=2).scores(decoder, axes=axes, batches=batches, seed=0)
+    captured = {}
+    block = decoder.blocks[0]
+    for name, module in (("mlp", block.mlp.down), ("attn", block.attn.o)):
+        module.register_forward_pre_hook(lambda module, inputs, name=name: captured.update({name: inputs[0].detach()}))
     decoder(tokens_BL)
-    hook.remove()
-    expected = 2 * captured[0].abs().sum((0, 1))
-    torch.testing.assert_close(scores[Site("mlp_width", 0)], expected.detach(), rtol=1e-4, atol=1e-4)
+    neurons = 2 * captured["mlp"].abs().sum((0, 1))
     groups = decoder.config.blocks[0].num_kv_groups
-    assert scores[Site("attn_heads", 0)].shape == (groups,)
+    heads = 2 * captured["attn"].unflatten(-1, (8, 8)).norm(dim=-1).sum((0, 1))
+    torch.testing.assert_close(scores[Site("mlp_width", 0)], neurons, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(scores[Site("attn_heads", 0)], heads.view(groups, -1).sum(1), rtol=1e-4, atol=1e-4)
 
 
 def test_gates_of_one_change_nothing_and_zero_removes(decoder, space, tokens_BL):
@@ -125,20 +148,6 @@ def test_gates_of_one_change_nothing_and_zero_removes(decoder, space, tokens_BL)
     assert not torch.allclose(decoder(tokens_BL, masked(space, space.smallest())).logits_BLV, base, atol=1e-3)
 
 
-@pytest.mark.parametrize("option", options("axes"))
-def test_shipped_axes_cut_every_model(option):
-    """Each shipped axes config, on each shipped size, gives a space whose smallest spec can be extracted."""
-    config = decoder_config(num_kv_groups=4)
-    node = compose([f"axes={option}"])["axes"]
-    from hydra.utils import instantiate
-
-    axes = tuple(instantiate(node, _convert_="all").values())
-    assert all(isinstance(axis, Axis) for axis in axes)
-    space = search_space(axes, config)
-    small = extract(random_decoder(config), space.smallest(), axes=axes)
-    assert small.config.blocks != config.blocks
-
-
 def test_every_axis_has_a_config():
-    shipped = set().union(*(targets(compose([f"axes={option}"])["axes"]) for option in options("axes")))
+    shipped = set().union(*(targets(compose([f"axes={option}"])["axes"]) for option in SHIPPED))
     assert classes("nestlm.axes", Axis) <= shipped
