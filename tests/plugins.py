@@ -3,7 +3,6 @@
 import importlib
 import inspect
 import pkgutil
-from types import ModuleType
 from typing import Any
 
 from hydra.utils import instantiate
@@ -43,13 +42,12 @@ def classes(package: str, base: type | None = None) -> set[str]:
     """Full names of the public classes defined in a package, of one base where given."""
     found = set()
     root = importlib.import_module(package)
-    for info in pkgutil.walk_packages(root.__path__, f"{package}."):
-        module: ModuleType = importlib.import_module(info.name)
-        for name, cls in inspect.getmembers(module, inspect.isclass):
-            if cls.__module__ == info.name and (
-                base is None or (issubclass(cls, base) and not inspect.isabstract(cls))
-            ):
-                found.add(f"{info.name}.{name}")
+    below = [info.name for info in pkgutil.walk_packages(getattr(root, "__path__", []), f"{package}.")]
+    for module_name in [package, *below]:
+        for name, cls in inspect.getmembers(importlib.import_module(module_name), inspect.isclass):
+            own = cls.__module__ == module_name and not inspect.isabstract(cls)
+            if own and (base is None or issubclass(cls, base)):
+                found.add(f"{module_name}.{name}")
     return found
 
 

@@ -43,10 +43,12 @@ class Context:
     inputs: dict[str, Path]
     logger: Logger
 
-    def decoder(self, stage: str) -> Decoder:
-        """The model that a stage left behind."""
-        decoder = Decoder(self.settings.model.decoder_config())
-        decoder.load_state_dict(load_file(self.inputs[stage] / MODEL))
+    def decoder(self, stage: str | None = None) -> Decoder:
+        """The model: not filled yet, or as a stage left it behind."""
+        settings = self.settings
+        decoder = Decoder(settings.model.decoder_config(), activation_checkpointing=settings.activation_checkpointing)
+        if stage is not None:
+            decoder.load_state_dict(load_file(self.inputs[stage] / MODEL))
         return decoder
 
     def router(self, stage: str | None = None) -> Router:

@@ -72,7 +72,8 @@ def run(settings: Settings, *, config: dict[str, Any]) -> Path | None:
     run_dir = run_folder(settings, config=config)
     run_dir.mkdir(parents=True, exist_ok=True)
     cache = Path(settings.cache_dir or "cache") if settings.cache == "on" else run_dir / "stages"
-    logger = settings.logger(save_dir=run_dir, name="logs")
+    (run_dir / "logs").mkdir(exist_ok=True)
+    logger = settings.logger(save_dir=run_dir / "logs", name=run_dir.name)
     logger.log_hyperparams(config)
     try:
         finished = run_stages(settings, config=config, cache=cache, logger=logger)
@@ -110,7 +111,7 @@ def run_stage(stage: Stage, folder: StageFolder, context: Context) -> FinishedSt
             result = stage.run(context)
             result |= {"seconds": time.monotonic() - started}
             folder.finish(result)
-            drop_checkpoints(folder.path)
+        drop_checkpoints(folder.path)
     seconds = f"{result['seconds']:7.1f} s"
     console.print(f"{stage.name:>9} {seconds}{'  (from the cache)' if cached else ''}", highlight=False)
     return FinishedStage(stage.name, folder.path, result, cached=cached)

@@ -78,7 +78,7 @@ class RouterSettings:
     def __post_init__(self) -> None:
         if self.steps < 0:
             raise ConfigError(f"router.steps: got {self.steps}, wanted 0 or more")
-        if self.lr <= 0 or self.joint_lr <= 0:
+        if self.signal is not None and (self.lr <= 0 or self.joint_lr <= 0):
             raise ConfigError(f"router: got lr={self.lr}, joint_lr={self.joint_lr}, wanted positive learning rates")
 
     @property
@@ -112,6 +112,7 @@ class Settings:
     cache_dir: str | None
     cache: Literal["on", "off"]
     checkpoint_seconds: float
+    activation_checkpointing: bool
     dry_run: bool
     traceback: bool
 
@@ -141,7 +142,7 @@ DERIVED = {
     "space": {"axes", "model"},
     "table": {"axes", "model", "cost"},
 }
-HARMLESS = {"checkpoint_seconds"}
+HARMLESS = {"checkpoint_seconds", "activation_checkpointing"}
 
 
 class View:

@@ -20,7 +20,6 @@ from nestlm.data.packed import PackedRows
 from nestlm.data.prepare import SPLITS, Manifest, prepare
 from nestlm.elastic.weights import sort_units
 from nestlm.evaluation import Scores
-from nestlm.nn.decoder import Decoder
 from nestlm.nn.policy import fixed, full
 from nestlm.objective.base import Parts
 from nestlm.objective.elastic import Elastic
@@ -61,7 +60,7 @@ def prepare_data(context: Context) -> Result:
 def pretrain(context: Context) -> Result:
     """Train the teacher, only because no weights were given; otherwise read them."""
     settings = context.settings
-    decoder = Decoder(settings.model.decoder_config())
+    decoder = context.decoder()
     if settings.model.weights is not None:
         settings.model.load_weights(decoder)
         result = {"steps": 0, "tokens": settings.model.pretraining_tokens}

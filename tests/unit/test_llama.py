@@ -84,6 +84,10 @@ def test_checkpoints_that_do_not_fit_are_named(tmp_path):
     )
     with pytest.raises(CheckpointError, match="rotary"):
         load()
+    for name, value in (("model_type", "gemma"), ("hidden_act", "gelu"), ("max_position_embeddings", 32)):
+        (tmp_path / "config.json").write_text(json.dumps(config | {name: value}))
+        with pytest.raises(CheckpointError, match=f"{value}"):
+            load()
     (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 96}))
     with pytest.raises(CheckpointError, match=r"has shape .*56.*, wanted .*64"):
         load(mlp_width=64)
@@ -96,6 +100,6 @@ def test_checkpoints_that_do_not_fit_are_named(tmp_path):
     with pytest.raises(CheckpointError, match="damaged"):
         load()
     shard.unlink()
-    with pytest.raises(CheckpointError, match=r"no \.safetensors"):
+    with pytest.raises(CheckpointError, match=r"no model\.safetensors"):
         load()
     assert decoder.config.vocab_size == 96

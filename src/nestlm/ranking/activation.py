@@ -16,7 +16,10 @@ from nestlm.spec import Site
 
 @dataclass(frozen=True)
 class Activation:
-    """Sum over tokens of a unit's activation: |h_i| of a neuron, ||head output||_2 of a head (METHOD, section 2)."""
+    """Sum over tokens of a unit's activation: |h_i| of a neuron, ||head output||_2 of a head.
+
+    A reconstruction of how Flextron ranks; the paper says that it ranks by importance, then sorts.
+    """
 
     num_sequences: int
 

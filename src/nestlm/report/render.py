@@ -46,8 +46,10 @@ def summary_lines(metrics: dict[str, dict[str, Any]]) -> list[str]:
         f"teacher: loss {teacher['val_loss']:.4f}, {teacher['bits_per_byte']:.3f} bits per byte",
         f"full model after elastic training: {elastic['full']:.4f} ({elastic['full_over_teacher']:+.2%})",
         f"smallest sub-network: {rank['smallest_unsorted']:.4f} cut unsorted, {rank['smallest_sliced']:.4f} sorted, "
-        f"{elastic['smallest']:.4f} after elastic training, which recovers {elastic['smallest_recovered']:.0%}",
+        f"{elastic['smallest']:.4f} after elastic training",
     ]
+    if elastic["smallest_recovered"] is not None:
+        lines[-1] += f", which recovers {elastic['smallest_recovered']:.0%}"
     if teacher["tokens"]:
         shares = ", ".join(
             f"{stage} {metrics[stage]['tokens']:,} ({metrics[stage]['token_share']:.2%})"

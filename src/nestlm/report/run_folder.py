@@ -65,7 +65,7 @@ def stage_metrics(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any
     teacher, rank, elastic = (metrics[name] for name in ("pretrain", "rank", "elastic"))
     lost = rank["smallest_sliced"] - teacher["val_loss"]
     elastic["full_over_teacher"] = elastic["full"] / teacher["val_loss"] - 1.0
-    elastic["smallest_recovered"] = (rank["smallest_sliced"] - elastic["smallest"]) / lost
+    elastic["smallest_recovered"] = (rank["smallest_sliced"] - elastic["smallest"]) / lost if lost else None
     for stage in ("elastic", "router", "joint"):
         metrics[stage]["token_share"] = metrics[stage]["tokens"] / teacher["tokens"] if teacher["tokens"] else None
     return metrics

@@ -26,7 +26,7 @@ class Stdlib:
             if not LEFT_OUT.intersection(path.relative_to(root).parts)
         )
         if not names:
-            raise DataError(f"data=stdlib: no source code in {root}; use data=text data.source.path=FOLDER")
+            raise DataError(f"data=stdlib: no source code in {root}; use data=text data.path=FOLDER")
         for name in names:
             # A few files are not UTF-8 on purpose; they say so in their first line, and Python's reader obeys it.
             text = (root / name).read_bytes().decode("utf-8", errors="replace")

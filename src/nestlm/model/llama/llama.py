@@ -64,9 +64,9 @@ class Llama(Family):
         folder = Path(self.weights)
         check_sizes(self, json.loads((folder / "config.json").read_text()))
         ours_of = hf_names(decoder)
-        shards = sorted(folder.glob("*.safetensors"))
+        shards = shard_files(folder)
         if not shards:
-            raise CheckpointError(f"model.weights: {folder} holds no .safetensors file")
+            raise CheckpointError(f"model.weights: {folder} holds no model.safetensors and no index of several")
         parameters = dict(decoder.named_parameters())
         missing = set(ours_of)
         for shard in shards:
@@ -79,10 +79,21 @@ class Llama(Family):
                             raise CheckpointError(f"model.weights: {shard.name} has {theirs}, which this family lacks")
                         fill(parameters[ours_of[theirs]], tensors.get_tensor(theirs), name=theirs)
                         missing.discard(theirs)
-            except SafetensorError as error:
-                raise CheckpointError(f"model.weights: {shard} is damaged ({error}); fetch it again") from error
+            except (SafetensorError, FileNotFoundError) as error:
+                raise CheckpointError(
+                    f"model.weights: {shard} is absent or damaged ({error}); fetch it again"
+                ) from error
         if missing:
             raise CheckpointError(f"model.weights: {folder} lacks {sorted(missing)[0]} and {len(missing) - 1} more")
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """The files that the checkpoint's index names, or its one file; other files of the folder are not ours to read."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = set(json.loads(index.read_text())["weight_map"].values())
+        return [folder / name for name in sorted(names)]
+    return sorted(folder.glob("model.safetensors"))
 
 
 def hf_names(decoder: Decoder) -> dict[str, str]:
@@ -107,6 +118,14 @@ def fill(parameter: torch.Tensor, value: torch.Tensor, *, name: str) -> None:
 
 def check_sizes(model: Llama, config: dict[str, Any]) -> None:
     """Raise CheckpointError when a checkpoint's config.json disagrees with the chosen size, or asks for more."""
+    for name, known in (("model_type", "llama"), ("hidden_act", "silu")):
+        if config.get(name, known) != known:
+            raise CheckpointError(f"model.weights: {name} is {config[name]!r} in config.json, wanted {known!r}")
+    longest = config.get("max_position_embeddings", model.context_length)
+    if longest < model.context_length:
+        raise CheckpointError(
+            f"model.context_length: got {model.context_length}, wanted at most the checkpoint's {longest}"
+        )
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if rope.get("rope_type", rope.get("type", "default")) != "default":
         raise CheckpointError(f"model.weights: scales rotary positions ({rope}), which is not supported")
