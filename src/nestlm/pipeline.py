@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import Logger, WandbLogger
 
 from nestlm import stages
@@ -18,10 +19,12 @@ from nestlm.cache import StageFolder, files_identity, stage_key
 from nestlm.context import Context
 from nestlm.data.source.base import fingerprint
 from nestlm.dry_run import describe
+from nestlm.errors import ConfigError
 from nestlm.progress import console
 from nestlm.report.render import render
 from nestlm.report.run_folder import FinishedStage, write_run_folder
 from nestlm.settings import Settings, View, check
+from nestlm.training import make_trainer
 
 TRAINING = ("optim", "trainer", "data", "seed")
 
@@ -69,6 +72,7 @@ def run(settings: Settings, *, config: dict[str, Any]) -> Path | None:
     if settings.dry_run:
         describe(settings)
         return None
+    check_trainer(settings)
     run_dir = run_folder(settings, config=config)
     run_dir.mkdir(parents=True, exist_ok=True)
     cache = Path(settings.cache_dir or "cache") if settings.cache == "on" else run_dir / "stages"
@@ -85,6 +89,14 @@ def run(settings: Settings, *, config: dict[str, Any]) -> Path | None:
             logger.experiment.finish()  # it would stay open, and the next job of a sweep would log into it
     render(run_dir)
     return run_dir
+
+
+def check_trainer(settings: Settings) -> None:
+    """Raise ConfigError when this machine cannot run the configured trainer."""
+    try:
+        make_trainer(settings.trainer)
+    except (MisconfigurationException, ValueError) as error:
+        raise ConfigError(f"trainer: {str(error).splitlines()[0]}") from error
 
 
 def run_stages(settings: Settings, *, config: dict[str, Any], cache: Path, logger: Logger) -> list[FinishedStage]:

@@ -39,6 +39,7 @@ MISTAKES = {
     "negative rate": (["elastic.lr=-1.0"], ["elastic.lr", "-1"]),
     "batch size": (["data.batch_size=0"], ["data.batch_size", "got 0", "positive"]),
     "batch size that does not divide": (["trainer.devices=3"], ["data.batch_size", "got 8", "3 ranks"]),
+    "no such device": (["trainer.accelerator=cuda"], ["trainer", "CUDA"]),
     "long rows": (["data.sequence_length=512"], ["512", "model.context_length=256"]),
     "absent folder": (["data=text", "data.path=/does/not/exist"], ["/does/not/exist", "no folder"]),
     "absent weights": (["model.weights=/does/not/exist"], ["model.weights", "/does/not/exist", "config.json"]),

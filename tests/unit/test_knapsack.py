@@ -49,3 +49,12 @@ def test_equals_brute_force_and_keeps_the_budget(steps, losses, share, constant)
         # within the solver's tolerance: a spec that fits by less than 1e-6 of the budget may be passed over
         roomy = [spec for spec in fitting if table.cost(spec) <= table.limit(budget) * (1 - 1e-5)]
         assert loss(found) <= min((loss(spec) for spec in roomy), default=float("inf")) + 1e-6
+
+
+def test_a_spec_over_the_budget_by_less_than_the_solvers_tolerance_is_refused():
+    space = SearchSpace({Site("mlp_width", layer): (1, 2, 3) for layer in range(2)})
+    table = CostTable("cost", "units", space, constant=0.0, prices=((1.0, 2.0, 10.0),) * 2)
+    losses = [(3.0, 1.0, 0.0)] * 2
+    assert cheapest_loss(losses, table=table, budget=Budget(4 / 20)).widths == (2, 2)
+    found = cheapest_loss(losses, table=table, budget=Budget(4 / 20 * (1 - 1e-9)))
+    assert table.cost(found) == 3.0

@@ -74,6 +74,7 @@ def test_checkpoints_that_do_not_fit_are_named(tmp_path):
 
     def load(**changes):
         model = ours(tmp_path, 2, **changes)
+        model.check_weights(dry_run=False)
         model.load_weights(Decoder(model.decoder_config()))
 
     with pytest.raises(CheckpointError, match=r"model\.mlp_width: config\.json .* says 56.* says 64"):
@@ -95,6 +96,10 @@ def test_checkpoints_that_do_not_fit_are_named(tmp_path):
         load(num_layers=4)
     with pytest.raises(CheckpointError, match="which this family lacks"):
         load(num_layers=2)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="no JSON"):
+        load()
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 96}))
     shard = tmp_path / "model.safetensors"
     shard.write_bytes(shard.read_bytes()[:1000])
     with pytest.raises(CheckpointError, match="damaged"):

@@ -96,6 +96,10 @@ class SurrogateSignal(Signal):
         super().__init__()
         if target not in TARGETS:
             raise ConfigError(f"router.signal.target: got {target!r}, wanted one of {', '.join(TARGETS)}")
+        if not 0 < specs_per_step <= replay:
+            raise ConfigError(
+                f"router.signal: got specs_per_step={specs_per_step}, replay={replay}, wanted at least 1, and room"
+            )
         self.table = table
         self.target, self.specs_per_step, self.random_share = target, specs_per_step, random_share
         self.gate, self.cost_weight, self.dead_zone = gate, cost_weight, dead_zone

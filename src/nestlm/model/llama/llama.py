@@ -59,10 +59,40 @@ class Llama(Family):
             tie_embeddings=self.tie_embeddings,
         )
 
+    def check_config(self, config: dict[str, Any]) -> None:
+        for name, known in (("model_type", "llama"), ("hidden_act", "silu")):
+            if config.get(name, known) != known:
+                raise CheckpointError(f"model.weights: {name} is {config[name]!r} in config.json, wanted {known!r}")
+        longest = config.get("max_position_embeddings", self.context_length)
+        if longest < self.context_length:
+            raise CheckpointError(
+                f"model.context_length: got {self.context_length}, wanted at most the checkpoint's {longest}"
+            )
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        if rope.get("rope_type", rope.get("type", "default")) != "default":
+            raise CheckpointError(f"model.weights: scales rotary positions ({rope}), which is not supported")
+        theirs = {
+            "vocab_size": config.get("vocab_size"),
+            "hidden_size": config.get("hidden_size"),
+            "num_layers": config.get("num_hidden_layers"),
+            "num_heads": config.get("num_attention_heads"),
+            "num_kv_groups": config.get("num_key_value_heads"),
+            "head_dim": config.get("head_dim"),
+            "mlp_width": config.get("intermediate_size"),
+            "rope_theta": rope.get("rope_theta", config.get("rope_theta")),
+            "norm_eps": config.get("rms_norm_eps"),
+            "tie_embeddings": config.get("tie_word_embeddings"),
+        }
+        for name, value in theirs.items():
+            ours = getattr(self, name)
+            if value is not None and value != ours:
+                raise CheckpointError(
+                    f"model.{name}: config.json of model.weights says {value}, the chosen size says {ours}"
+                )
+
     def load_weights(self, decoder: Decoder) -> None:
         assert self.weights is not None, "there is nothing to load"
         folder = Path(self.weights)
-        check_sizes(self, json.loads((folder / "config.json").read_text()))
         ours_of = hf_names(decoder)
         shards = shard_files(folder)
         if not shards:
@@ -114,35 +144,3 @@ def fill(parameter: torch.Tensor, value: torch.Tensor, *, name: str) -> None:
     if parameter.shape != value.shape:
         raise CheckpointError(f"model.weights: {name} has shape {tuple(value.shape)}, wanted {tuple(parameter.shape)}")
     parameter.copy_(value)
-
-
-def check_sizes(model: Llama, config: dict[str, Any]) -> None:
-    """Raise CheckpointError when a checkpoint's config.json disagrees with the chosen size, or asks for more."""
-    for name, known in (("model_type", "llama"), ("hidden_act", "silu")):
-        if config.get(name, known) != known:
-            raise CheckpointError(f"model.weights: {name} is {config[name]!r} in config.json, wanted {known!r}")
-    longest = config.get("max_position_embeddings", model.context_length)
-    if longest < model.context_length:
-        raise CheckpointError(
-            f"model.context_length: got {model.context_length}, wanted at most the checkpoint's {longest}"
-        )
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise CheckpointError(f"model.weights: scales rotary positions ({rope}), which is not supported")
-    theirs = {
-        "vocab_size": config.get("vocab_size"),
-        "hidden_size": config.get("hidden_size"),
-        "num_layers": config.get("num_hidden_layers"),
-        "num_heads": config.get("num_attention_heads"),
-        "num_kv_groups": config.get("num_key_value_heads"),
-        "head_dim": config.get("head_dim"),
-        "mlp_width": config.get("intermediate_size"),
-        "rope_theta": rope.get("rope_theta", config.get("rope_theta")),
-        "norm_eps": config.get("rms_norm_eps"),
-        "tie_embeddings": config.get("tie_word_embeddings"),
-    }
-    for name, value in theirs.items():
-        if value is not None and value != getattr(model, name):
-            raise CheckpointError(
-                f"model.{name}: config.json of model.weights says {value}, the chosen size says {getattr(model, name)}"
-            )
