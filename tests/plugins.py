@@ -33,7 +33,7 @@ def options(group: str) -> list[str]:
 
 def build(group: str, option: str) -> Any:
     """The object of a group's option, with the settings of a small run around it."""
-    node = compose([*NANO, f"{group}={option}"] if group != "data" else [f"data={option}", "data.path=."])[group]
+    node = compose([*NANO, f"{group}={option}"] if group != "data" else [f"data={option}", "++data.path=."])[group]
     check_node(node, group)
     return instantiate(node, _convert_="all")
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock
 
+# Packages whose version decides numbers.
+DETERMINING = ("torch", "lightning", "tokenizers", "numpy", "scipy")
 # What is written from results, after them: a change there makes no cached result stale.
 AFTER_RESULTS = ("report", "cli.py")
 
@@ -30,8 +33,8 @@ def code_digest() -> str:
 
 
 def stage_key(name: str, *, sections: dict[str, Any], previous: str, extra: str) -> str:
-    """Hash of a stage: its name, resolved config sections, the stage before, data, source code and torch."""
-    content = [name, sections, previous, extra, code_digest(), torch.__version__]
+    """Hash of a stage: its name, resolved config sections, the stage before, data, source code and versions."""
+    content = [name, sections, previous, extra, code_digest(), platform.python_version(), *map(version, DETERMINING)]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -7,10 +7,9 @@ from typing import Annotated
 
 import typer
 
-from nestlm.errors import NestlmError
+from nestlm.errors import EXIT_USER_ERROR, NestlmError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-EXIT_USER_ERROR = 2
 
 
 @app.callback()

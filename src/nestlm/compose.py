@@ -24,11 +24,10 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nestlm.errors import ConfigError, NestlmError
+from nestlm.errors import EXIT_USER_ERROR, ConfigError, NestlmError
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 INSTANTIATE_KEYS = {"_target_", "_partial_"}
-EXIT_USER_ERROR = 2
 
 
 def run() -> None:

@@ -1,5 +1,7 @@
 """What can go wrong by a user's hand. Each message says what it got, what it wanted, and the cure."""
 
+EXIT_USER_ERROR = 2
+
 
 class NestlmError(ValueError):
     """Base of all errors that a user can cause and cure; the command line prints them without a traceback."""

@@ -74,9 +74,11 @@ def run(settings: Settings, *, config: dict[str, Any]) -> Path | None:
         return None
     check_trainer(settings)
     run_dir = run_folder(settings, config=config)
-    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"run_dir: cannot make {run_dir} ({error.strerror}); wanted a folder to write to") from error
     cache = Path(settings.cache_dir or "cache") if settings.cache == "on" else run_dir / "stages"
-    (run_dir / "logs").mkdir(exist_ok=True)
     logger = settings.logger(save_dir=run_dir / "logs", name=run_dir.name)
     logger.log_hyperparams(config)
     try:
@@ -137,7 +139,7 @@ def drop_checkpoints(folder: Path) -> None:
 def outside_inputs(stage: str, settings: Settings) -> str:
     """What determines a stage from outside the config: the text, the tokenizer, the weights."""
     if stage == "data":
-        tokenizer = stages.tokenizer_file(settings)
+        tokenizer = settings.tokenizer_file
         tokenizer_hash = hashlib.sha256(tokenizer.read_bytes()).hexdigest() if tokenizer and tokenizer.is_file() else ""
         return fingerprint(settings.data.source.documents()) + tokenizer_hash
     if stage == "pretrain" and settings.model.weights is not None:

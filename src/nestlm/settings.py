@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from lightning import Trainer
 from lightning.pytorch.loggers import Logger
+from torch import nn
 
 from nestlm.axes.base import Axis, search_space
 from nestlm.cost.table import Cost, CostTable
@@ -51,6 +53,11 @@ class JointSettings(StageSettings):
     budgets_per_step: int
     cost_weight: float
     dead_zone: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.budgets_per_step <= 0:
+            raise ConfigError(f"budgets_per_step: got {self.budgets_per_step}, wanted 1 or more")
 
 
 @dataclass(frozen=True)
@@ -126,6 +133,11 @@ class Settings:
         """The budgets asked for, the largest first."""
         return Budget.parse_all(self.budget)
 
+    @property
+    def tokenizer_file(self) -> Path | None:
+        """The tokenizer to use: the one that was named, or the model's; None trains one."""
+        return self.model.tokenizer_file if self.data.tokenizer is None else Path(self.data.tokenizer)
+
     def space(self) -> SearchSpace:
         """The choices of the model."""
         return search_space(self.axis_list, self.model.decoder_config())
@@ -140,9 +152,24 @@ DERIVED = {
     "axis_list": {"axes"},
     "budgets": {"budget"},
     "space": {"axes", "model"},
+    "tokenizer_file": {"data", "model"},
     "table": {"axes", "model", "cost"},
 }
 HARMLESS = {"checkpoint_seconds", "activation_checkpointing"}
+
+
+# Arguments of Lightning's Trainer that would cut a stage short, or step otherwise than the stages do.
+PIPELINES_OWN = {
+    "accumulate_grad_batches",
+    "fast_dev_run",
+    "gradient_clip_val",
+    "limit_train_batches",
+    "limit_val_batches",
+    "max_epochs",
+    "max_steps",
+    "max_time",
+    "overfit_batches",
+}
 
 
 class View:
@@ -173,6 +200,19 @@ def check(settings: Settings) -> None:
     devices = getattr(settings.trainer, "keywords", {}).get("devices")
     if isinstance(devices, int) and devices > 0:
         settings.data.check_ranks(devices)
+        if devices != 1:
+            raise ConfigError(f"trainer.devices: got {devices}, wanted 1: several devices are not supported yet")
+    taken = sorted(PIPELINES_OWN & set(getattr(settings.trainer, "keywords", {})))
+    if taken:
+        raise ConfigError(f"trainer.{taken[0]}: the stages decide that themselves; remove it (lengths are STAGE.steps)")
+    if not 0 <= settings.seed < 2**63:
+        raise ConfigError(f"seed: got {settings.seed}, wanted 0 or more, below 2**63")
+    if settings.tokenizer_file is not None and not settings.tokenizer_file.is_file() and not settings.dry_run:
+        raise ConfigError(f"data.tokenizer: {settings.tokenizer_file} does not exist; wanted a tokenizer.json")
+    try:
+        settings.optim.optimizer([nn.Parameter(torch.zeros(1))], lr=1e-3)
+    except ValueError as error:
+        raise ConfigError(f"optim.optimizer: {error}") from error
     if settings.checkpoint_seconds <= 0:
         raise ConfigError(f"checkpoint_seconds: got {settings.checkpoint_seconds}, wanted a positive time")
     for name in ("run_dir", "cache_dir"):

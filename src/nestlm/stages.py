@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,16 +27,9 @@ from nestlm.objective.pretrain import Pretrain
 from nestlm.progress import track
 from nestlm.ranking.base import order
 from nestlm.router.uniform import UniformRouter
-from nestlm.settings import Settings, View
 from nestlm.spec import Budget, SubnetSpec
 
 Result = dict[str, Any]
-
-
-def tokenizer_file(settings: Settings | View) -> Path | None:
-    """The tokenizer to use: the one that was named, or the model's; None trains one."""
-    named = settings.data.tokenizer
-    return settings.model.tokenizer_file if named is None else Path(named)
 
 
 def prepare_data(context: Context) -> Result:
@@ -47,7 +39,7 @@ def prepare_data(context: Context) -> Result:
         settings.source,
         context.folder,
         vocab_size=context.settings.model.decoder_config().vocab_size,
-        tokenizer_file=tokenizer_file(context.settings),
+        tokenizer_file=context.settings.tokenizer_file,
         heldout_share=settings.heldout_share,
     )
     for split in SPLITS:  # too little text is found now, not when the split is first read
@@ -91,7 +83,8 @@ def rank(context: Context) -> Result:
     sort_units(decoder, {site: order(score) for site, score in scores.items()}, axes=settings.axis_list)
     context.save(decoder, MODEL)
     sliced = context.score(decoder, {"smallest_sliced": fixed(smallest)})
-    return {name: score["loss"] for name, score in (unsorted | sliced).items()}
+    used = min(settings.ranking.num_sequences, len(context.data(stream="calibration").rows("calibration")))
+    return {"sequences": used} | {name: score["loss"] for name, score in (unsorted | sliced).items()}
 
 
 def calibration(context: Context, device: torch.device) -> Iterator[Batch]:

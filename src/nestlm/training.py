@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import Logger
 from nestlm.callbacks.checkpoint import TimedCheckpoint, last_good_checkpoint
 from nestlm.callbacks.progress import StageProgress
 from nestlm.data.module import PackedTokens
+from nestlm.errors import ConfigError
 from nestlm.module import NestedLM
 
 # Lightning announces devices and tips at each of our many trainers; its warnings stay.
@@ -66,4 +67,6 @@ def fit(
     )
     checkpoint = last_good_checkpoint(folder / "checkpoints")
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    if trainer.global_step != module.num_steps:
+        raise ConfigError(f"{stage}: stopped after {trainer.global_step} of {module.num_steps} steps; look at trainer")
     return 0 if checkpoint is None else int(checkpoint.stem.rpartition("=")[2])

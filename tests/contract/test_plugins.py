@@ -45,7 +45,7 @@ def test_every_plugin_has_a_config(group):
     """A class that no config names cannot be used, and no test here would see it."""
     shipped = set()
     for option in options(group):
-        shipped |= targets(compose([f"{group}={option}", *(["data.path=."] if group == "data" else [])])[group])
+        shipped |= targets(compose([f"{group}={option}", *(["++data.path=."] if group == "data" else [])])[group])
     found = {
         name
         for name in classes(PACKAGES[group])
@@ -178,11 +178,15 @@ def test_router_never_exceeds_a_budget(option):
     for share in [floor + 1e-9, *np.linspace(floor + 1e-6, 1.0, 25)]:
         budget = Budget(float(share))
         spec = router.spec(budget)
-        assert TABLE.cost(spec) <= TABLE.limit(budget)
+        assert TABLE.share(spec) <= share
         assert spec == router.spec(budget), "deterministic"
     assert router.spec(Budget(1.0)) == SPACE.full()
-    with pytest.raises(BudgetError, match="smallest"):
+    with pytest.raises(BudgetError, match="smallest") as refused:
         router.spec(Budget(floor - 1e-3))
+    named = float(str(refused.value).partition("costs ")[2].partition(";")[0])
+    assert router.spec(Budget(named)), "the budget that the message names can be met"
+    for spec in SPECS:
+        assert router.spec(Budget(TABLE.share(spec))), "what was achieved once can be asked for"
 
 
 @pytest.mark.parametrize("option", options("router"))

@@ -40,6 +40,24 @@ MISTAKES = {
     "batch size": (["data.batch_size=0"], ["data.batch_size", "got 0", "positive"]),
     "batch size that does not divide": (["trainer.devices=3"], ["data.batch_size", "got 8", "3 ranks"]),
     "no such device": (["trainer.accelerator=cuda"], ["trainer", "CUDA"]),
+    "sampler=uniform sampler.num_random=0 sampler.full=false": (
+        ["sampler=uniform", "sampler.num_random=0", "sampler.full=false"], ["num_random"]),
+    "sampler.num_random=-1": (["sampler.num_random=-1"], ["num_random"]),
+    "sampler=one sampler.p_full=7": (["sampler=one", "sampler.p_full=7"], ["p_full"]),
+    "teacher.ce_share=4": (["teacher.ce_share=4"], ["ce_share"]),
+    "joint.budgets_per_step=-3": (["joint.budgets_per_step=-3"], ["joint.budgets_per_step"]),
+    "ranking.num_sequences=0": (["ranking.num_sequences=0"], ["num_sequences"]),
+    "router.network.hidden_width=0": (["router.network.hidden_width=0"], ["hidden_width"]),
+    "router.network.hidden_width=-1": (["router.network.hidden_width=-1"], ["hidden_width"]),
+    "optim.optimizer.betas=[2,3]": (["optim.optimizer.betas=[2,3]"], ["optim.optimizer"]),
+    "+trainer.gradient_clip_val=1.0": (["+trainer.gradient_clip_val=1.0"], ["gradient_clip_val"]),
+    "+trainer.max_steps=1": (["+trainer.max_steps=1"], ["max_steps"]),
+    "trainer.devices=2": (["trainer.devices=2"], ["trainer.devices"]),
+    "seed=99999999999999999999999": (["seed=99999999999999999999999"], ["seed"]),
+    "run_dir=/dev/null/x": (["run_dir=/dev/null/x"], ["run_dir"]),
+    "model.rope_theta=-1": (["model.rope_theta=-1"], ["rope_theta"]),
+    "data=stdlib data.path=/x": (["data=stdlib", "data.path=/x"], ["data.path"]),
+    "data.tokenizer=/nope": (["data.tokenizer=/nope"], ["/nope"]),
     "long rows": (["data.sequence_length=512"], ["512", "model.context_length=256"]),
     "absent folder": (["data=text", "data.path=/does/not/exist"], ["/does/not/exist", "no folder"]),
     "absent weights": (["model.weights=/does/not/exist"], ["model.weights", "/does/not/exist", "config.json"]),
@@ -97,7 +115,7 @@ def test_every_option_of_every_group_composes():
         if group in ("experiment", "debug"):
             build(compose([f"+{group}={option}" if group == "hydra" else f"{group}={option}"]))
         else:
-            extra = ["data.path=."] if group == "data" else []
+            extra = ["++data.path=."] if group == "data" else []
             assert build(compose([f"{group}={option}", *extra])) is not None
 
 

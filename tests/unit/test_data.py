@@ -151,3 +151,26 @@ def test_loss_of_a_uniform_guess_is_the_log_of_the_vocabulary():
     assert scores.perplexity == pytest.approx(256)
     assert scores.bits_per_byte(tokens=10, num_bytes=10) == pytest.approx(8.0)
     assert scores.bits_per_byte(tokens=10, num_bytes=40) == pytest.approx(2.0)
+
+
+def test_a_separators_name_in_a_text_is_text(tmp_path):
+    """It neither splits the document nor is lost."""
+    source = tmp_path / "texts"
+    source.mkdir()
+    for number in range(40):
+        (source / f"{number}.txt").write_text(f"{number} holds <|endoftext|> in words, and some more words " * 4)
+    manifest = prepare(TextFolder(str(source)), tmp_path, vocab_size=300, tokenizer_file=None, heldout_share=0.1)
+    train = manifest.splits["train"]
+    tokens = np.concatenate([np.load(tmp_path / name) for name in train.shards])
+    assert (tokens == manifest.separator).sum() == train.documents
+    assert "holds <|endoftext|> in words" in load(tmp_path / "tokenizer.json").decode(tokens.tolist())
+
+
+def test_json_lines_keep_odd_line_breaks_and_refuse_what_is_no_text(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    path.write_text('{"text": "one\u2028still one"}\n{"text": "two"}\n', encoding="utf-8")
+    assert [text for _, text in TextFolder(str(tmp_path)).documents()] == ["one\u2028still one", "two"]
+    for bad in ('{"text": null}', '{"text": "\\ud800"}', "[1]"):
+        path.write_text(bad)
+        with pytest.raises(DataError, match=r"lines\.jsonl line 1"):
+            list(TextFolder(str(tmp_path)).documents())

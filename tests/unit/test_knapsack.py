@@ -32,13 +32,13 @@ def test_equals_brute_force_and_keeps_the_budget(steps, losses, share, constant)
     budget = Budget(share)
     choices = [range(len(SPACE.choices[site])) for site in SPACE.sites]
     specs = [SPACE.spec(dict(zip(SPACE.sites, indices, strict=True))) for indices in product(*choices)]
-    fitting = [spec for spec in specs if table.cost(spec) <= table.limit(budget)]
-    if table.cost(SPACE.smallest()) > table.limit(budget):
+    fitting = [spec for spec in specs if table.fits(spec, budget)]
+    if not table.fits(SPACE.smallest(), budget):
         with pytest.raises(BudgetError, match="smallest"):
             cheapest_loss(losses, table=table, budget=budget)
         return
     found = cheapest_loss(losses, table=table, budget=budget)
-    assert table.cost(found) <= table.limit(budget)
+    assert table.fits(found, budget)
 
     def loss(spec):
         return sum(row[index] for row, index in zip(losses, SPACE.indices(spec), strict=True))
@@ -47,7 +47,7 @@ def test_equals_brute_force_and_keeps_the_budget(steps, losses, share, constant)
         assert found == SPACE.full(), "the whole model is taken where it fits"
     else:
         # within the solver's tolerance: a spec that fits by less than 1e-6 of the budget may be passed over
-        roomy = [spec for spec in fitting if table.cost(spec) <= table.limit(budget) * (1 - 1e-5)]
+        roomy = [spec for spec in fitting if table.share(spec) <= budget.share * (1 - 1e-5)]
         assert loss(found) <= min((loss(spec) for spec in roomy), default=float("inf")) + 1e-6
 
 

@@ -35,8 +35,11 @@ class TimedCheckpoint(L.Callback):
         """Save when it is time; rank 0's clock decides for all."""
         if not trainer.strategy.broadcast(time.monotonic() - self.saved_at >= self.seconds):
             return
-        trainer.save_checkpoint(self.folder / f"step={batch_idx + 1:08d}.ckpt")
+        # Lightning writes to the temporary folder and moves; across file systems the move can be cut short.
+        partial = self.folder / ".partial"
+        trainer.save_checkpoint(partial)
         if trainer.is_global_zero:
+            partial.replace(self.folder / f"step={batch_idx + 1:08d}.ckpt")
             for old in sorted(self.folder.glob("*.ckpt"))[:-KEPT]:
                 old.unlink()
         self.saved_at = time.monotonic()

@@ -24,7 +24,7 @@ def cheapest_loss(losses: Sequence[Sequence[float]], *, table: CostTable, budget
     """
     table.check(budget)
     space = table.space
-    if table.full_cost <= table.limit(budget):
+    if table.fits(space.full(), budget):
         return space.full()
     counts = [len(space.choices[site]) for site in space.sites]
     objective = np.concatenate(
@@ -32,7 +32,7 @@ def cheapest_loss(losses: Sequence[Sequence[float]], *, table: CostTable, budget
     )
     prices = np.concatenate([np.asarray(row, dtype=float) for row in table.prices]) / table.full_cost
     one_choice_per_site = np.repeat(np.eye(len(counts)), counts, axis=1)
-    allowance = (table.limit(budget) - table.constant) / table.full_cost
+    allowance = budget.share - table.constant / table.full_cost
     margin = 0.0
     # The solver keeps bounds to about 1e-6 only; a spec that slips over is refused and asked for again, tighter.
     for _ in range(8):
@@ -50,7 +50,7 @@ def cheapest_loss(losses: Sequence[Sequence[float]], *, table: CostTable, budget
             break
         chosen = [int(part.argmax()) for part in np.split(solution.x, np.cumsum(counts)[:-1])]
         spec = space.spec(dict(zip(space.sites, chosen, strict=True)))
-        if table.cost(spec) <= table.limit(budget):
+        if table.fits(spec, budget):
             return spec
         margin = max(2 * margin, 1e-7)
     return space.smallest()

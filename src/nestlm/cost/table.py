@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -47,9 +48,9 @@ class CostTable:
         """Cost relative to the whole model."""
         return self.cost(spec) / self.full_cost
 
-    def limit(self, budget: Budget) -> float:
-        """The budget in the table's unit."""
-        return budget.share * self.full_cost
+    def fits(self, spec: SubnetSpec, budget: Budget) -> bool:
+        """Whether a spec is at or below the budget: the one comparison by which budgets are kept."""
+        return self.share(spec) <= budget.share
 
     @cached_property
     def shares(self) -> Tensor:
@@ -66,8 +67,8 @@ class CostTable:
 
     def check(self, budget: Budget) -> None:
         """Raise BudgetError when even the smallest sub-network costs more."""
-        floor = self.share(self.space.smallest())
-        if self.cost(self.space.smallest()) > self.limit(budget):
+        if not self.fits(self.space.smallest(), budget):
+            floor = math.ceil(self.share(self.space.smallest()) * 1e4) / 1e4  # rounded to a budget that can be met
             raise BudgetError(
                 f"budget: got {budget} of the full model's {self.name}, but the smallest sub-network costs "
                 f"{floor:.4f}; ask for at least that, or give axes smaller fractions"

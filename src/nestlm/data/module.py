@@ -22,7 +22,6 @@ class DataSettings:
 
     Attributes:
         source: where documents come from.
-        path: folder of a source that reads one.
         tokenizer: a tokenizer.json; None trains a byte-level BPE of the model's vocabulary size.
         sequence_length: tokens a row, L.
         batch_size: rows a step over all ranks together, B.
@@ -30,10 +29,10 @@ class DataSettings:
         heldout_share: share of the bytes in each of calibration and validation.
         separate_documents: documents packed into one row don't attend to each other.
         num_workers: loader processes a rank.
+        path: folder of a source that reads one; its YAML hands it on.
     """
 
     source: Source
-    path: str | None
     tokenizer: str | None
     sequence_length: int
     batch_size: int
@@ -41,6 +40,7 @@ class DataSettings:
     heldout_share: float
     separate_documents: bool
     num_workers: int
+    path: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("sequence_length", "batch_size", "eval_batch_size"):

@@ -93,7 +93,7 @@ class StepLoader:
         return self.num_steps
 
     def __iter__(self) -> Iterator[Batch]:
-        batches = [self.order(step)[self.share] for step in range(self.next_step, self.num_steps)]
+        batches = (self.order(step)[self.share] for step in range(self.next_step, self.num_steps))
         loader = DataLoader(self.rows, batch_sampler=batches, collate_fn=self.collate, num_workers=self.num_workers)
         for batch in loader:
             self.next_step += 1

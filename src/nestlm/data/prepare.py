@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from nestlm.data.source.base import Document, Source, fingerprint
 from nestlm.errors import DataError
 from nestlm.progress import track
 
-SPLITS = ("train", "calibration", "validation")
+SPLITS: tuple[str, ...] = ("train", "calibration", "validation")
 SHARD_TOKENS = 2**26
 LARGEST_HELDOUT = 0.2  # of a held-out split, for one document
 ENCODE_TOGETHER = 64  # documents that the tokenizer takes at once
@@ -80,6 +81,7 @@ def prepare(
             "wanted the model's own tokenizer"
         )
     serialized = tokenizer.to_str()
+    tokenizer.encode_special_tokens = True  # a separator's name in a text is text
     (folder / "tokenizer.json").write_text(serialized, encoding="utf-8")
     manifest = Manifest(
         fingerprint=fingerprint(source.documents()),
@@ -129,17 +131,18 @@ def write_splits(
     dtype = np.uint16 if vocab_size <= 2**16 else np.uint32
     separator = tokenizers.separator_id(tokenizer)
     pending: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
+    waiting = dict.fromkeys(SPLITS, 0)
     written: dict[str, Split] = {split: Split((), 0, 0, 0) for split in SPLITS}
 
     def flush(split: str) -> None:
         if pending[split]:
             name = f"{split}-{len(written[split].shards):05d}.npy"
             np.save(folder / name, np.concatenate(pending[split]))
-            pending[split] = []
+            pending[split], waiting[split] = [], 0
             total = written[split]
             written[split] = Split((*total.shards, name), total.documents, total.tokens, total.bytes)
 
-    for documents in track(list(chunks(source.documents())), "tokenize"):
+    for documents in track(chunks(source.documents()), "tokenize", total=math.ceil(len(split_of) / ENCODE_TOGETHER)):
         encoded = tokenizer.encode_batch([text for _, text in documents], add_special_tokens=False)
         for document, encoding in zip(documents, encoded, strict=True):
             split = split_of[document.name]
@@ -148,7 +151,8 @@ def write_splits(
             total = written[split]
             size = len(document.text.encode())
             written[split] = Split(total.shards, total.documents + 1, total.tokens + len(tokens), total.bytes + size)
-            if sum(map(len, pending[split])) >= SHARD_TOKENS:
+            waiting[split] += len(tokens)
+            if waiting[split] >= SHARD_TOKENS:
                 flush(split)
     for split in SPLITS:
         flush(split)

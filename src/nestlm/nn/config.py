@@ -53,5 +53,8 @@ class DecoderConfig:
                 )
         if not self.blocks:
             raise ConfigError("model.num_layers: got 0, wanted a positive size")
+        for name, value in (("rope_theta", self.rope_theta), ("norm_eps", self.norm_eps)):
+            if value <= 0:
+                raise ConfigError(f"model.{name}: got {value}, wanted a positive number")
         if self.head_dim % 2:
             raise ConfigError(f"model.head_dim: got {self.head_dim}, wanted an even size (rotary embedding)")

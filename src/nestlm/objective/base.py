@@ -52,7 +52,7 @@ class Signal(Objective):
     lr: float
 
     @abstractmethod
-    def summary(self) -> dict[str, float]:
+    def summary(self) -> dict[str, float | None]:
         """What to report when training has ended."""
 
     @abstractmethod

@@ -8,6 +8,7 @@ routers' logits after a softmax, with a replay of earlier pairs: these are our c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -131,9 +132,10 @@ class SurrogateSignal(Signal):
         if is_open:
             yield self.router_term(router, step=step)
 
-    def summary(self) -> dict[str, float]:
-        """The running squared error relative to the variance of what is predicted."""
-        return {"surrogate_error": float(self.error)}
+    def summary(self) -> dict[str, float | None]:
+        """The running squared error relative to the variance of what is predicted; None before the first step."""
+        error = float(self.error)
+        return {"surrogate_error": error if math.isfinite(error) else None}
 
     def forward_passes(self, mean_share: float) -> float:
         """One pass a pair, and the full model's for the gap."""

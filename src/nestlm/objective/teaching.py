@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nestlm.data.batch import Batch
+from nestlm.errors import ConfigError
 from nestlm.nn.decoder import Decoder
 from nestlm.nn.loss import SoftTargets, cross_entropy, forward_kl
 from nestlm.nn.policy import Policy, full
@@ -59,6 +60,9 @@ class FrozenTeacher(Teaching):
     needs_teacher: ClassVar[bool] = True
     ce_share: float
 
+    def __post_init__(self) -> None:
+        check_share(self.ce_share)
+
     def losses(self, parts: Parts, batch: Batch, *, policies: tuple[tuple[Policy, bool], ...]) -> Iterator[Tensor]:
         assert parts.teacher is not None, "kd_frozen needs the model before conversion"
         with torch.no_grad():
@@ -77,6 +81,9 @@ class InPlace(Teaching):
 
     ce_share: float
 
+    def __post_init__(self) -> None:
+        check_share(self.ce_share)
+
     def losses(self, parts: Parts, batch: Batch, *, policies: tuple[tuple[Policy, bool], ...]) -> Iterator[Tensor]:
         lesson: SoftTargets | None = None
         for policy, whole in policies:
@@ -89,6 +96,12 @@ class InPlace(Teaching):
                     with torch.no_grad():
                         lesson = SoftTargets.of(logits(parts.decoder, batch, full))
                 yield mixed(logits(parts.decoder, batch, policy), lesson, batch, ce_share=self.ce_share)
+
+
+def check_share(ce_share: float) -> None:
+    """Raise ConfigError unless it is a share of 1."""
+    if not 0 <= ce_share <= 1:
+        raise ConfigError(f"teacher.ce_share: got {ce_share}, wanted a share of 1")
 
 
 def mixed(student_BLV: Tensor, teacher: SoftTargets, batch: Batch, *, ce_share: float) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from nestlm.axes.base import Axis
 from nestlm.data.batch import Batch
+from nestlm.errors import ConfigError
 from nestlm.nn.decoder import Decoder
 from nestlm.spec import Site
 
@@ -22,6 +23,10 @@ class Activation:
     """
 
     num_sequences: int
+
+    def __post_init__(self) -> None:
+        if self.num_sequences <= 0:
+            raise ConfigError(f"ranking.num_sequences: got {self.num_sequences}, wanted 1 or more")
 
     @torch.no_grad()
     def scores(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ def pareto(path: Path, rows: Sequence[Row], *, teacher_loss: float, cost: str) -
     """Loss against cost: one line a router, the full model and the teacher marked."""
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.add_subplot()
-    for marker, router in zip(MARKERS, dict.fromkeys(row["router"] for row in rows), strict=False):
+    for marker, router in zip(cycle(MARKERS), dict.fromkeys(row["router"] for row in rows), strict=False):
         points = sorted((row["achieved"], row["val_loss"]) for row in rows if row["router"] == router)
         axes.plot(*zip(*points, strict=True), marker=marker, label=router)
     for row in rows:

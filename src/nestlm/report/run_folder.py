@@ -105,11 +105,11 @@ def write_specs(folder: Path, outcome: dict[str, Any], *, router: str) -> None:
 
 def link_weights(folder: Path, finished: list[FinishedStage]) -> None:
     """The weights that stages left behind, as hard links where the file system allows, else as copies."""
+    shutil.rmtree(folder, ignore_errors=True)  # of an earlier run in this folder
     sources = [(stage.name, path) for stage in finished for path in sorted(stage.folder.glob("*.safetensors"))]
     for stage, source in [*sources, ("data", finished[0].folder / "tokenizer.json")]:
         target = folder / stage / source.name
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.unlink(missing_ok=True)
         try:
             os.link(source, target)
         except OSError:  # another file system

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nestlm.errors import ConfigError
 from nestlm.spec import SearchSpace
 
 BUDGET_FEATURES = 9
@@ -31,6 +32,8 @@ class SiteNetworks(nn.Module):
     def __init__(self, space: SearchSpace, *, num_inputs: int, hidden_width: int, init_std: float) -> None:
         """Allocate the weights; `init_weights` fills them."""
         super().__init__()
+        if hidden_width <= 0:
+            raise ConfigError(f"router.network.hidden_width: got {hidden_width}, wanted a positive width")
         sites, choices = len(space.sites), space.max_choices
         self.init_std = init_std
         self.input = nn.Parameter(torch.zeros(sites, num_inputs, hidden_width))

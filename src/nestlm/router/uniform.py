@@ -31,7 +31,7 @@ class UniformRouter(Router):
             grown = level | {axis: level[axis] + 1}
             if grown[axis] >= len(space.choices[space.axes[axis][0]]):
                 growing.remove(axis)
-            elif self.table.cost(spec_at(grown)) <= self.table.limit(budget):
+            elif self.table.fits(spec_at(grown), budget):
                 level = grown
             else:
                 growing.remove(axis)

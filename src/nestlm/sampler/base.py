@@ -5,6 +5,7 @@ from __future__ import annotations
 from random import Random
 from typing import Protocol
 
+from nestlm.errors import ConfigError
 from nestlm.spec import SearchSpace, SubnetSpec
 
 
@@ -14,6 +15,12 @@ class Sampler(Protocol):
     def draw(self, space: SearchSpace, *, seed: int, step: int) -> tuple[SubnetSpec, ...]:
         """The specs of a step: a pure function of the arguments, so that all ranks draw alike."""
         ...
+
+
+def check_count(num_random: int, *, least: int) -> None:
+    """Raise ConfigError for too few draws."""
+    if num_random < least:
+        raise ConfigError(f"sampler.num_random: got {num_random}, wanted {least} or more")
 
 
 def generator(seed: int, step: int, sample: int) -> Random:

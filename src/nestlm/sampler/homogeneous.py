@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nestlm.sampler.base import generator, homogeneous
+from nestlm.sampler.base import check_count, generator, homogeneous
 from nestlm.spec import SearchSpace, SubnetSpec
 
 
@@ -13,6 +13,9 @@ class Homogeneous:
     """The full model and `num_random` draws of one choice an axis, the same in all layers."""
 
     num_random: int
+
+    def __post_init__(self) -> None:
+        check_count(self.num_random, least=0)
 
     def draw(self, space: SearchSpace, *, seed: int, step: int) -> tuple[SubnetSpec, ...]:
         drawn = (homogeneous(space, generator(seed, step, sample)) for sample in range(self.num_random))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nestlm.sampler.base import generator, independent
+from nestlm.sampler.base import check_count, generator, independent
 from nestlm.spec import SearchSpace, SubnetSpec
 
 
@@ -13,6 +13,9 @@ class Sandwich:
     """The full model, the smallest, and `num_random` independent draws."""
 
     num_random: int
+
+    def __post_init__(self) -> None:
+        check_count(self.num_random, least=0)
 
     def draw(self, space: SearchSpace, *, seed: int, step: int) -> tuple[SubnetSpec, ...]:
         drawn = (independent(space, generator(seed, step, sample)) for sample in range(self.num_random))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nestlm.sampler.base import generator, independent
+from nestlm.sampler.base import check_count, generator, independent
 from nestlm.spec import SearchSpace, SubnetSpec
 
 
@@ -14,6 +14,9 @@ class Uniform:
 
     num_random: int
     full: bool
+
+    def __post_init__(self) -> None:
+        check_count(self.num_random, least=1)
 
     def draw(self, space: SearchSpace, *, seed: int, step: int) -> tuple[SubnetSpec, ...]:
         drawn = tuple(independent(space, generator(seed, step, sample)) for sample in range(self.num_random))

@@ -28,7 +28,7 @@ class Stdlib:
         if not names:
             raise DataError(f"data=stdlib: no source code in {root}; use data=text data.path=FOLDER")
         for name in names:
-            # A few files are not UTF-8 on purpose; they say so in their first line, and Python's reader obeys it.
+            # A few files are in another encoding; what is not UTF-8 in them becomes U+FFFD.
             text = (root / name).read_bytes().decode("utf-8", errors="replace")
             if text.strip():
                 yield Document(name, text)

@@ -35,12 +35,16 @@ class TextFolder:
 
 def read_lines(name: str, text: str) -> Iterator[Document]:
     """The documents of a JSON-lines file. Raises DataError, naming the line, when one has no key `text`."""
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
-            yield Document(f"{name}:{number}", str(json.loads(line)["text"]))
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            value = json.loads(line)["text"]
+            if not isinstance(value, str):
+                raise TypeError(f"text is {value!r}")
+            value.encode()
+        except (ValueError, KeyError, TypeError) as error:
             raise DataError(
                 f'data: {name} line {number} is not {{"text": ...}} ({error!r}); mend or remove it'
             ) from error
+        yield Document(f"{name}:{number}", value)
