@@ -17,19 +17,19 @@ def describe(settings: Settings) -> None:
     config, space, axes = settings.model.decoder_config(), settings.space(), settings.axis_list
     params = Params().table(space, axes=axes, config=config)
     flops = Flops(context_length=settings.data.sequence_length).table(space, axes=axes, config=config)
-    smallest = space.smallest()
-    output.print(f"parameters      {params.full_cost:,.0f}  (smallest sub-network {params.cost(smallest):,.0f})")
-    output.print(f"FLOPs a token   {flops.full_cost:,.0f}  (smallest sub-network {flops.cost(smallest):,.0f})")
+    for table in (params, flops):
+        smallest_cost = table.cost(space.smallest())
+        output.print(f"{table.unit:<15} {table.full_cost:,.0f}  (smallest sub-network {smallest_cost:,.0f})")
     choices = ", ".join(f"{axis} {list(space.choices[sites[0]])}" for axis, sites in space.axes.items())
     output.print(f"search space    {space.size:.3g} sub-networks  ({len(space.sites)} sites: {choices})")
-    table = Table("stage", "steps", "tokens", "FLOPs")
-    for column in table.columns[1:]:
+    stages = Table("stage", "steps", "tokens", "FLOPs")
+    for column in stages.columns[1:]:
         column.justify = "right"
     tokens_per_step = settings.data.batch_size * settings.data.sequence_length
     for stage, steps, passes in stage_passes(settings):
         tokens = steps * tokens_per_step
-        table.add_row(stage, f"{steps:,}", f"{tokens:,}", f"{tokens * passes * flops.full_cost:.3g}")
-    output.print(table)
+        stages.add_row(stage, f"{steps:,}", f"{tokens:,}", f"{tokens * passes * flops.full_cost:.3g}")
+    output.print(stages)
 
 
 def stage_passes(settings: Settings) -> list[tuple[str, int, float]]:
