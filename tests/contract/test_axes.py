@@ -10,7 +10,7 @@ from nestlm.axes.base import Axis, search_space
 from nestlm.data.batch import Batch
 from nestlm.elastic.weights import cuts_by_site, extract, sort_units
 from nestlm.nn.decoder import Decoder
-from nestlm.nn.policy import WHOLE, Decision, Policy, fixed, full
+from nestlm.nn.policy import Decision, Policy, constant, fixed, full
 from nestlm.ranking.activation import Activation
 from nestlm.ranking.base import order
 from nestlm.sampler.base import independent
@@ -42,13 +42,11 @@ TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 def masked(space: SearchSpace, spec: SubnetSpec) -> Policy:
     """The oracle: run everything and multiply what the spec leaves out by 0."""
 
-    def policy(site: Site, hidden_BLD: torch.Tensor) -> Decision:
-        if site not in space.choices:
-            return WHOLE
+    def mask(site: Site) -> Decision:
         whole = space.choices[site][-1]
         return Decision(whole, (torch.arange(whole) < spec[site]).float())
 
-    return policy
+    return constant({site: mask(site) for site in space.sites})
 
 
 def random_specs(space: SearchSpace, count: int = 6) -> list[SubnetSpec]:

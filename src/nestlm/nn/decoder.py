@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nestlm.errors import ConfigError
-from nestlm.nn.attention import GroupedQueryAttention
+from nestlm.nn.attention import GroupedQueryAttention, Sight
 from nestlm.nn.config import BlockConfig, DecoderConfig
+from nestlm.nn.kv_cache import KVCache, LayerCache
 from nestlm.nn.mlp import GatedMLP
-from nestlm.nn.policy import Decision, Policy, full
+from nestlm.nn.policy import Decision, Policy, Stream, full
 from nestlm.nn.rope import rotary_table
 from nestlm.spec import ATTN_HEADS, MLP_WIDTH, Site
 
@@ -38,14 +39,15 @@ class Block(nn.Module):
         self.mlp = GatedMLP(config.hidden_size, mlp_width=block.mlp_width)
 
     def forward(
-        self, hidden_BLD: Tensor, policy: Policy, rotary: tuple[Tensor, Tensor], mask_B1LL: Tensor | None
+        self, hidden_BLD: Tensor, policy: Policy, *, sight: Sight, stream: Stream, cache: LayerCache | None
     ) -> tuple[Tensor, dict[Site, Decision]]:
-        """The new residual stream (B, L, D), and the decisions taken on the old one."""
-        heads = policy(self.heads_site, hidden_BLD)
-        attended_BLD = self.attn(self.attn_norm(hidden_BLD), heads, rotary=rotary, mask_B1LL=mask_B1LL)
-        hidden_BLD = hidden_BLD + attended_BLD
-        neurons = policy(self.mlp_site, hidden_BLD)
-        hidden_BLD = hidden_BLD + self.mlp(self.mlp_norm(hidden_BLD), neurons)
+        """The new residual stream (B, L, D), and the decisions taken on the old one; width 0 skips a site."""
+        heads = policy(self.heads_site, hidden_BLD, stream)
+        if heads.width != 0:
+            hidden_BLD = hidden_BLD + self.attn(self.attn_norm(hidden_BLD), heads, sight=sight, cache=cache)
+        neurons = policy(self.mlp_site, hidden_BLD, stream)
+        if neurons.width != 0:
+            hidden_BLD = hidden_BLD + self.mlp(self.mlp_norm(hidden_BLD), neurons)
         return hidden_BLD, {self.heads_site: heads, self.mlp_site: neurons}
 
 
@@ -63,38 +65,65 @@ class Decoder(nn.Module):
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def forward(self, tokens_BL: Tensor, policy: Policy = full, *, documents_BL: Tensor | None = None) -> DecoderOutput:
+    def forward(
+        self,
+        tokens_BL: Tensor,
+        policy: Policy = full,
+        *,
+        documents_BL: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> DecoderOutput:
         """Logits of the next token at every position.
 
         Args:
-            tokens_BL: token ids, (B, L), L at most the context length.
+            tokens_BL: token ids, (B, L), with those in the cache at most the context length.
             policy: how wide each site runs.
             documents_BL: number of the document that a token belongs to; tokens of different documents don't
-                attend to each other. None: each row is one document.
+                attend to each other, and negative numbers are padding. None: each row is one document.
+            cache: of the tokens before these, which are then added to it. Without gradients only.
 
         Raises:
-            ConfigError: the rows are longer than the model's context.
+            ConfigError: the rows are longer than the model's context, or than the cache.
         """
-        length = tokens_BL.shape[1]
-        if length > self.config.context_length:
+        length, start = tokens_BL.shape[1], 0 if cache is None else cache.num_tokens
+        if start + length > self.config.context_length:
             raise ConfigError(
-                f"got rows of {length} tokens, wanted at most model.context_length={self.config.context_length}"
+                f"got rows of {start + length} tokens, wanted at most model.context_length={self.config.context_length}"
             )
-        rotary = rotary_table(
-            length, head_dim=self.config.head_dim, theta=self.config.rope_theta, device=tokens_BL.device
-        )
-        mask_B1LL = None if documents_BL is None else document_mask(documents_BL)
+        seen_documents_BL = documents_BL if cache is None else cache.advance(documents_BL, tokens=length)
         hidden_BLD = self.embed(tokens_BL)
+        sight = self.sight(hidden_BLD, start=start, documents_BL=seen_documents_BL)
+        real_BL = None if documents_BL is None else documents_BL >= 0
+        stream = Stream(real_BL, None if cache is None else cache.memory)
         decisions: dict[Site, Decision] = {}
-        for block in self.blocks:
+        for layer, block in enumerate(self.blocks):
+            seen = {"sight": sight, "stream": stream, "cache": None if cache is None else cache.layer(layer)}
             if self.activation_checkpointing and torch.is_grad_enabled():
-                hidden_BLD, decided = checkpoint(block, hidden_BLD, policy, rotary, mask_B1LL, use_reentrant=False)
+                hidden_BLD, decided = checkpoint(block, hidden_BLD, policy, use_reentrant=False, **seen)
             else:
-                hidden_BLD, decided = block(hidden_BLD, policy, rotary, mask_B1LL)
+                hidden_BLD, decided = block(hidden_BLD, policy, **seen)
             decisions |= decided
-        hidden_BLD = self.norm(hidden_BLD)
+        if cache is not None:
+            cache.num_tokens += length
+        return DecoderOutput(self.project(hidden_BLD), decisions)
+
+    def project(self, hidden_BLD: Tensor) -> Tensor:
+        """From the residual stream to logits: final norm and head."""
         head = self.embed.weight if self.head is None else self.head.weight
-        return DecoderOutput(F.linear(hidden_BLD, head), decisions)
+        return F.linear(self.norm(hidden_BLD), head)
+
+    def sight(self, hidden_BLD: Tensor, *, start: int, documents_BL: Tensor | None) -> Sight:
+        """What the tokens from position `start` on may look at."""
+        length = hidden_BLD.shape[1]
+        wide = torch.float64 if hidden_BLD.dtype == torch.float64 else torch.float32
+        positions_L = torch.arange(start, start + length, device=hidden_BLD.device)
+        rotary = rotary_table(positions_L, head_dim=self.config.head_dim, theta=self.config.rope_theta, dtype=wide)
+        if documents_BL is not None:
+            return Sight(rotary, document_mask(documents_BL, num_queries=length), causal=True)
+        if start == 0 or length == 1:
+            return Sight(rotary, None, causal=start == 0)
+        past = torch.ones(length, start + length, dtype=torch.bool, device=hidden_BLD.device).tril(start)
+        return Sight(rotary, past[None, None], causal=True)
 
     def init_weights(self, *, seed: int) -> None:
         """Fill the weights: normal with variance 2/(5D) (Nguyen and Salazar, arXiv 1910.05895).
@@ -113,7 +142,11 @@ class Decoder(nn.Module):
                     parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
 
 
-def document_mask(documents_BL: Tensor) -> Tensor:
-    """True where a query may look: at itself and before, within its own document. Shape (B, 1, L, L)."""
-    same_BLL = documents_BL[:, :, None] == documents_BL[:, None, :]
-    return same_BLL.tril().unsqueeze(1)
+def document_mask(documents_BL: Tensor, *, num_queries: int) -> Tensor:
+    """True where the last `num_queries` tokens may look: at themselves and before, within their own document.
+
+    Shape (B, 1, queries, L).
+    """
+    length = documents_BL.shape[1]
+    same_BLL = documents_BL[:, length - num_queries :, None] == documents_BL[:, None, :]
+    return same_BLL.tril(length - num_queries).unsqueeze(1)

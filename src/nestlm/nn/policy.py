@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, MutableMapping
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from nestlm.spec import Site, SubnetSpec
+from nestlm.spec import SearchSpace, Site, SubnetSpec
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """A width of its own for each sequence or each token of a batch.
+
+    Attributes:
+        widths: the site's choices, ascending.
+        index: which of them: (B,) for whole sequences, (B, L) for tokens; integers.
+    """
+
+    widths: tuple[int, ...]
+    index: Tensor
 
 
 @dataclass(frozen=True)
@@ -15,33 +28,67 @@ class Decision:
     """What a policy answers at a site.
 
     Attributes:
-        width: units that run, as a prefix; None runs the site whole.
-        gate: factor of each unit that runs, shape (width,) or broadcastable to (B, L, width). Its value is 1 where
-            it only carries gradients to a router, and 0 or 1 where a test masks units; None multiplies nothing.
+        width: units that run, as a prefix, for all tokens or for each; 0 skips the site, None runs it whole.
+        gate: factor of each unit that runs, (width,) or broadcastable to (B, L, width); with a `Mixed` width the
+            factor of each band of units between two neighbouring choices, `index.shape + (K,)`. Its value is 1 where it
+            only carries gradients to a router, and 0 or 1 where a test masks units; None multiplies nothing.
+        scores: what a router thought of each choice, (..., K), for the objective that trains it.
     """
 
-    width: int | None = None
+    width: int | Mixed | None = None
     gate: Tensor | None = None
+    scores: Tensor | None = None
 
 
-# A pure function of (site, hidden_BLD): with activation checkpointing it is asked twice and must answer the same.
-Policy = Callable[[Site, Tensor], Decision]
+@dataclass(frozen=True)
+class Stream:
+    """What a policy may know of the sequences beside their hidden states.
+
+    Attributes:
+        real_BL: False where a token is padding; None where none is.
+        memory: what a policy carries from call to call on the same sequences, kept beside the KV cache; None where
+            every call stands alone.
+    """
+
+    real_BL: Tensor | None = None
+    memory: MutableMapping[Site, Tensor] | None = field(default=None, hash=False)
+
+
+# A pure function of (site, hidden_BLD, stream): with activation checkpointing it is asked twice and must answer the
+# same. Only beside a KV cache, without gradients, does it write to the stream's memory.
+Policy = Callable[[Site, Tensor, Stream], Decision]
 
 WHOLE = Decision()
 
 
-def full(site: Site, hidden_BLD: Tensor) -> Decision:
+def full(site: Site, hidden_BLD: Tensor, stream: Stream) -> Decision:
     """The policy of the whole model."""
-    del site, hidden_BLD
+    del site, hidden_BLD, stream
     return WHOLE
 
 
-def fixed(spec: SubnetSpec) -> Policy:
-    """The policy that runs one sub-network for every token; sites that the spec does not name run whole."""
-    decisions = {site: Decision(width) for site, width in spec.items()}
+def constant(decisions: dict[Site, Decision]) -> Policy:
+    """The policy whose answers are known before it is asked; sites without one run whole."""
 
-    def policy(site: Site, hidden_BLD: Tensor) -> Decision:
-        del hidden_BLD
+    def policy(site: Site, hidden_BLD: Tensor, stream: Stream) -> Decision:
+        del hidden_BLD, stream
         return decisions.get(site, WHOLE)
 
     return policy
+
+
+def fixed(spec: SubnetSpec) -> Policy:
+    """The policy that runs one sub-network for every token."""
+    return constant({site: Decision(width) for site, width in spec.items()})
+
+
+def mixed(space: SearchSpace, indices: Tensor) -> Policy:
+    """The policy that runs a batch in which each sequence, or each token, has a spec of its own.
+
+    Args:
+        space: the choices.
+        indices: choice index at every site, in the order of the space: (sites, B) for sequences, (sites, B, L) for
+            tokens.
+    """
+    rows = zip(space.choices.items(), indices, strict=True)
+    return constant({site: Decision(Mixed(widths, index)) for (site, widths), index in rows})

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nestlm.nn.policy import WHOLE, Decision, Policy
+from nestlm.nn.policy import Decision, Policy, constant
 from nestlm.spec import SearchSpace, Site
 
 
@@ -45,12 +45,7 @@ def gated_policy(space: SearchSpace, probabilities: Tensor, choices: Tensor) -> 
         bands = torch.tensor(widths).diff(prepend=torch.tensor([0])).to(at_least.device)
         soft = at_least[row, : index + 1].repeat_interleave(bands)
         decisions[site] = Decision(widths[-1], 1.0 + (soft - soft.detach()))
-
-    def policy(site: Site, hidden_BLD: Tensor) -> Decision:
-        del hidden_BLD
-        return decisions.get(site, WHOLE)
-
-    return policy
+    return constant(decisions)
 
 
 def budget_loss(expected_share: Tensor, target: Tensor, *, dead_zone: float) -> Tensor:
