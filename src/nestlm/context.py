@@ -24,7 +24,7 @@ from nestlm.router.base import Router
 from nestlm.settings import View
 from nestlm.training import fit, make_trainer
 
-MODEL, ROUTER = "model.safetensors", "router.safetensors"
+MODEL, ROUTER, PAIRS = "model.safetensors", "router.safetensors", "pairs.safetensors"
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from rich.table import Table
 
 from nestlm.cost.static import Flops, Params
+from nestlm.cost.table import CostTable
 from nestlm.report.console import output
+from nestlm.sampler.base import Drawn, Mixture
 from nestlm.settings import Settings
 
 SAMPLED_STEPS = 64  # draws from which the mean cost of a sampler's step is taken
@@ -37,8 +40,12 @@ def stage_passes(settings: Settings) -> list[tuple[str, int, float]]:
     flops = Flops(context_length=settings.data.sequence_length).table(
         settings.space(), axes=settings.axis_list, config=settings.model.decoder_config()
     )
+    shape = (settings.data.batch_size, settings.data.sequence_length)
     drawn = [
-        sum(flops.share(spec) for spec in settings.sampler.draw(flops.space, seed=settings.seed, step=step))
+        sum(
+            share_of(item, flops)
+            for item in settings.sampler.draw(flops.space, seed=settings.seed, step=step, batch=shape)
+        )
         for step in range(SAMPLED_STEPS)
     ]
     teacher = 1.0 if settings.teacher.needs_teacher else 0.0
@@ -54,3 +61,11 @@ def stage_passes(settings: Settings) -> list[tuple[str, int, float]]:
         signal = settings.router.signal(table=flops)
         stages.insert(2, ("router", settings.router.steps, signal.forward_passes(mean_share)))
     return stages
+
+
+def share_of(drawn: Drawn, table: CostTable) -> float:
+    """What was drawn costs, as a share of the whole model; a mixture as the mean over its sequences or tokens."""
+    if not isinstance(drawn, Mixture):
+        return table.share(drawn)
+    taken = torch.nn.functional.one_hot(drawn.indices.flatten(1), table.space.max_choices)
+    return float(table.expected_share(taken.double().mean(1)))

@@ -47,7 +47,7 @@ class PolicyEvaluation(L.LightningModule):
         del batch_idx
         logits_BLV = self.decoder(batch.tokens_BL, self.policy, documents_BL=batch.documents_BL).logits_BLV
         tokens = batch.targets_BL.numel()
-        self.loss.update(cross_entropy(logits_BLV, batch.targets_BL), weight=tokens)
+        self.loss.update(cross_entropy(logits_BLV, batch.targets_BL).mean(), weight=tokens)
         self.accuracy.update((logits_BLV.argmax(-1) == batch.targets_BL).double().mean(), weight=tokens)
 
 

@@ -11,7 +11,7 @@ from lightning.fabric.utilities.apply_func import move_data_to_device
 from safetensors.torch import save_file
 from torch import nn
 
-from nestlm.context import MODEL, ROUTER, Context
+from nestlm.context import MODEL, PAIRS, ROUTER, Context
 from nestlm.cost.static import Flops, Params
 from nestlm.data.batch import Batch
 from nestlm.data.module import PackedTokens
@@ -101,14 +101,16 @@ def elastic(context: Context) -> Result:
     settings = context.settings
     decoder, space = context.decoder("rank"), settings.space()
     teacher = context.decoder("pretrain") if settings.teacher.needs_teacher else None
+    objective = Elastic(space, sampler=settings.sampler, teaching=settings.teacher, seed=settings.seed)
     result = context.train(
         "elastic",
         Parts(decoder, teacher),
-        objective=Elastic(space, sampler=settings.sampler, teaching=settings.teacher, seed=settings.seed),
+        objective=objective,
         trained={"decoder": (decoder, settings.elastic.lr)},
         steps=settings.elastic.steps,
     )
     context.save(decoder, MODEL)
+    save_file(objective.pairs(), context.folder / PAIRS)
     scores = context.score(decoder, {"full": full, "smallest": fixed(space.smallest())})
     return result | {name: score["loss"] for name, score in scores.items()}
 

@@ -1,5 +1,6 @@
 """Many specs in one batch: each sequence equals its own run, each token its masked self, forward and backward."""
 
+from itertools import pairwise
 from random import Random
 
 import pytest
@@ -146,16 +147,14 @@ def test_sequences_run_at_their_mean_flops(decoder, space, tokens_BL):
 
 def new_cache(decoder: Decoder, batch: int = BATCH) -> KVCache:
     parameter = next(decoder.parameters())
-    return KVCache(
-        decoder.config, batch_size=batch, length=LENGTH + 4, device=parameter.device, dtype=parameter.dtype
-    )
+    return KVCache(decoder.config, batch_size=batch, length=LENGTH + 4, device=parameter.device, dtype=parameter.dtype)
 
 
 def cached_logits(decoder: Decoder, tokens_BL, policies, *, prompt: int, documents_BL=None) -> torch.Tensor:
     """Prompt in one call, then token by token; `policies(start, end)` is the policy of those positions."""
     cache, found = new_cache(decoder, len(tokens_BL)), []
     edges = [0, prompt, *range(prompt + 1, tokens_BL.shape[1] + 1)]
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in pairwise(edges):
         documents = None if documents_BL is None else documents_BL[:, start:end]
         found.append(
             decoder(tokens_BL[:, start:end], policies(start, end), documents_BL=documents, cache=cache).logits_BLV

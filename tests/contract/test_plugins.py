@@ -1,5 +1,6 @@
 """Every router, sampler, ranking, cost and source keeps its contract; each is found by itself."""
 
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,8 @@ from nestlm.errors import BudgetError
 from nestlm.nn.policy import fixed
 from nestlm.ranking.base import order
 from nestlm.router.base import Router
-from nestlm.sampler.base import generator, independent
+from nestlm.router.relaxed import mean_probabilities
+from nestlm.sampler.base import Mixture, Sampler, generator, independent
 from nestlm.seeding import torch_generator
 from nestlm.spec import Budget, SubnetSpec
 from plugins import NANO, build, classes, compose, options, targets
@@ -58,27 +60,51 @@ def test_every_plugin_has_a_config(group):
 # samplers
 
 
+def draw(sampler: Sampler, *, seed: int = 0, step: int) -> list[list[SubnetSpec]]:
+    """What a step draws, as specs: a mixture gives those of its sequences or tokens."""
+    drawn = []
+    for item in sampler.draw(SPACE, seed=seed, step=step, batch=(4, 6)):
+        columns = item.indices.flatten(1).T.tolist() if isinstance(item, Mixture) else [SPACE.indices(item)]
+        if isinstance(item, Mixture):
+            assert item.indices.shape[1:] in ((4,), (4, 6))
+        drawn.append([SPACE.spec(dict(zip(SPACE.sites, column, strict=True))) for column in columns])
+    return drawn
+
+
 @pytest.mark.parametrize("option", options("sampler"))
 def test_sampler_draws_legal_specs_from_seed_and_step_alone(option):
     sampler = build("sampler", option)
-    drawn = [sampler.draw(SPACE, seed=0, step=step) for step in range(40)]
+    drawn = [draw(sampler, step=step) for step in range(40)]
     other = build("sampler", option)
-    again = [other.draw(SPACE, seed=0, step=step) for step in reversed(range(40))][::-1]
+    again = [draw(other, step=step) for step in reversed(range(40))][::-1]
     assert drawn == again
-    assert drawn != [sampler.draw(SPACE, seed=1, step=step) for step in range(40)]
-    assert len(set(drawn)) > 1, "steps differ"
+    assert drawn != [draw(sampler, seed=1, step=step) for step in range(40)]
+    assert any(specs != drawn[0] for specs in drawn), "steps differ"
     for specs in drawn:
         assert specs, "a step trains something"
-        for spec in specs:
+        for spec in chain(*specs):
             SPACE.indices(spec)  # raises for a width that is no choice
-        assert SPACE.full() not in specs[1:] or specs[0] == SPACE.full(), "the full model comes first"
+        assert [SPACE.full()] not in specs[1:] or specs[0] == [SPACE.full()], "the full model comes first"
 
 
 @pytest.mark.parametrize("option", options("sampler"))
 def test_sampler_reaches_every_choice(option):
     sampler = build("sampler", option)
-    seen = {pair for step in range(200) for spec in sampler.draw(SPACE, seed=0, step=step) for pair in spec.items()}
+    seen = {pair for step in range(200) for spec in chain(*draw(sampler, step=step)) for pair in spec.items()}
     assert seen == {(site, width) for site, widths in SPACE.choices.items() for width in widths}
+
+
+@pytest.mark.parametrize("option", ["sequence", "token"])
+def test_a_rows_draw_does_not_depend_on_the_batch(option):
+    """So that ranks which hold other rows agree on all of them."""
+    sampler = build("sampler", option)
+    (small,), (large,) = (sampler.draw(SPACE, seed=0, step=3, batch=(rows, 6)) for rows in (2, 8))
+    assert torch.equal(small.indices, large.indices[:, :2])
+    drawn = [sampler.draw(SPACE, seed=0, step=step, batch=(8, 6))[0].indices for step in range(60)]
+    rows = torch.cat(drawn, dim=1).view(len(SPACE.sites), 60 * 8, -1)
+    widest = torch.tensor([len(widths) - 1 for widths in SPACE.choices.values()])[:, None, None]
+    for index, share in ((widest, 0.25), (0, 0.125)):
+        assert float((rows == index).all(2).all(0).float().mean()) == pytest.approx(share, abs=0.06)
 
 
 # costs
@@ -209,9 +235,10 @@ def test_gradients_reach_every_weight_of_a_router_that_learns(option):
     tokens_BL = torch.randint(0, 50, (2, 20), generator=torch.Generator().manual_seed(0))
     learns = list(router.parameters())
     for sample in range(8):
-        draw = router.draw(Budget(0.8), generator=torch_generator("test", sample))
-        loss = decoder(tokens_BL, draw.policy).logits_BLV.square().mean()
-        (loss if draw.expected_share is None else loss + draw.expected_share).backward()
+        output = decoder(tokens_BL, router.draw(Budget(0.8), generator=torch_generator("test", sample)))
+        loss = output.logits_BLV.square().mean()
+        probabilities = mean_probabilities(SPACE, output.decisions)
+        (loss if probabilities is None else loss + TABLE.expected_share(probabilities)).backward()
     for parameter in learns:
         assert parameter.grad is not None
         assert parameter.grad.abs().sum() > 0

@@ -20,6 +20,7 @@ from nestlm.objective.teaching import CrossEntropy, FrozenTeacher, InPlace
 from nestlm.router import static
 from nestlm.router.relaxed import budget_loss
 from nestlm.sampler.sandwich import Sandwich
+from nestlm.sampler.within_batch import WithinBatch
 from nestlm.spec import Budget
 
 CONFIG = decoder_config(num_kv_groups=4)
@@ -33,12 +34,12 @@ def batch() -> Batch:
     return Batch(tokens[:, :-1], tokens[:, 1:], None)
 
 
-def test_forward_kl_is_the_mean_over_tokens():
+def test_forward_kl_of_each_token():
     teacher, student = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
     p, q = teacher.softmax(-1), student.softmax(-1)
-    expected = (p * (p.log() - q.log())).sum(-1).mean()
+    expected = (p * (p.log() - q.log())).sum(-1)
     torch.testing.assert_close(forward_kl(student, SoftTargets.of(teacher)), expected)
-    assert float(forward_kl(teacher, SoftTargets.of(teacher))) == pytest.approx(0.0, abs=1e-6)
+    assert float(forward_kl(teacher, SoftTargets.of(teacher)).abs().max()) == pytest.approx(0.0, abs=1e-6)
 
 
 def test_losses_check_shapes():
@@ -58,28 +59,29 @@ def test_teaching_gives_each_path_its_loss(batch, ce_share):
     parts, policies = Parts(decoder, teacher), ((full, True), (small, False))
 
     def mix(student, against):
-        return (1 - ce_share) * forward_kl(student, SoftTargets.of(against)) + ce_share * cross_entropy(
+        return (1 - ce_share) * forward_kl(student, SoftTargets.of(against)).mean() + ce_share * cross_entropy(
             student, batch.targets_BL
-        )
+        ).mean()
 
-    ce_full, ce_small = (cross_entropy(logits, batch.targets_BL) for logits in (full_BLV, small_BLV))
+    ce_full, ce_small = (cross_entropy(logits, batch.targets_BL).mean() for logits in (full_BLV, small_BLV))
     expected = {
         CrossEntropy(): [ce_full, ce_small],
         FrozenTeacher(ce_share=ce_share): [mix(full_BLV, teacher_BLV), mix(small_BLV, teacher_BLV)],
         InPlace(ce_share=ce_share): [ce_full, mix(small_BLV, full_BLV)],
     }
     for teaching, losses in expected.items():
-        torch.testing.assert_close(list(teaching.losses(parts, batch, policies=policies)), losses)
-    alone = list(InPlace(ce_share=ce_share).losses(parts, batch, policies=((small, False),)))
+        found = [lesson.loss for lesson in teaching.lessons(parts, batch, policies=policies)]
+        torch.testing.assert_close(found, losses)
+    alone = [lesson.loss for lesson in InPlace(ce_share=ce_share).lessons(parts, batch, policies=((small, False),))]
     torch.testing.assert_close(alone, [mix(small_BLV, full_BLV)])
 
 
 def test_elastic_gradients_are_those_of_the_mean_loss(batch):
     decoder = random_decoder(CONFIG)
     sampler = Sandwich(num_random=2)
-    specs = sampler.draw(SPACE, seed=0, step=7)
+    specs = sampler.draw(SPACE, seed=0, step=7, batch=(4, 20))
     torch.stack(
-        [cross_entropy(decoder(batch.tokens_BL, fixed(spec)).logits_BLV, batch.targets_BL) for spec in specs]
+        [cross_entropy(decoder(batch.tokens_BL, fixed(spec)).logits_BLV, batch.targets_BL).mean() for spec in specs]
     ).mean().backward()
     expected = {name: parameter.grad.clone() for name, parameter in decoder.named_parameters()}
     decoder.zero_grad()
@@ -87,6 +89,25 @@ def test_elastic_gradients_are_those_of_the_mean_loss(batch):
     for term in objective.terms(Parts(decoder), batch, step=7):
         term.loss.backward()
     torch.testing.assert_close({name: p.grad for name, p in decoder.named_parameters()}, expected)
+
+
+def test_elastic_training_records_what_sequences_lose(batch):
+    """Each pair is a sequence's own choices, its loss, and its gap to the teacher's loss on the same sequence."""
+    decoder, teacher = random_decoder(CONFIG), random_decoder(CONFIG, seed=1)
+    sampler = WithinBatch(per_token=False, p_full=0.25, p_smallest=0.25)
+    objective = Elastic(SPACE, sampler=sampler, teaching=FrozenTeacher(ce_share=0.0), seed=0)
+    for step in range(3):
+        list(objective.terms(Parts(decoder, teacher), batch, step=step))
+    pairs = objective.pairs()
+    assert len(pairs["losses"]) == 3 * len(batch.tokens_BL)
+    for number in range(len(pairs["losses"])):
+        row = slice(number % 4, number % 4 + 1)
+        spec = SPACE.spec(dict(zip(SPACE.sites, pairs["choices"][number].tolist(), strict=True)))
+        target = batch.targets_BL[row]
+        loss = cross_entropy(decoder(batch.tokens_BL[row], fixed(spec)).logits_BLV, target).mean()
+        reference = cross_entropy(teacher(batch.tokens_BL[row]).logits_BLV, target).mean()
+        torch.testing.assert_close(pairs["losses"][number], loss, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(pairs["gaps"][number], loss - reference, rtol=1e-4, atol=1e-4)
 
 
 def surrogate(target: str) -> SurrogateSignal:
@@ -130,7 +151,7 @@ def test_surrogate_targets_differ_by_the_full_models_loss(batch):
         surrogate(target).observe(decoder, router, batch, step=3) for target in ("gap", "loss")
     )
     assert torch.equal(inputs, same_inputs)
-    whole = cross_entropy(decoder(batch.tokens_BL).logits_BLV, batch.targets_BL)
+    whole = cross_entropy(decoder(batch.tokens_BL).logits_BLV, batch.targets_BL).mean()
     torch.testing.assert_close(losses - gaps, whole.expand(4))
 
 
@@ -174,7 +195,7 @@ def test_gates_carry_the_worth_of_a_wider_choice(batch):
     gradient = torch.zeros_like(router.networks.output_bias)
     for sample in range(60):
         draw = router.draw(Budget(0.8), generator=torch.Generator().manual_seed(sample))
-        cross_entropy(decoder(batch.tokens_BL, draw.policy).logits_BLV, targets_BL).backward()
+        cross_entropy(decoder(batch.tokens_BL, draw).logits_BLV, targets_BL).mean().backward()
     gradient = router.networks.output_bias.grad
     assert gradient is not None
     narrow, wide = gradient[:3, 0, 0], gradient[:3, 0, 2]

@@ -20,7 +20,9 @@ class LayerCache:
     values: Tensor
     start: int
 
-    def extend(self, k_BGLE: Tensor, v_BGLE: Tensor, *, groups: slice, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def extend(
+        self, k_BGLE: Tensor, v_BGLE: Tensor, *, groups: slice, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Write new keys and values of some KV groups (and sequences); returns those of all tokens so far."""
         end = self.start + k_BGLE.shape[2]
         found = []
@@ -68,7 +70,7 @@ class KVCache:
         """
         if self.num_tokens + tokens > self.length:
             raise ConfigError(
-                f"got {self.num_tokens + tokens} tokens, wanted at most the {self.length} that the KV cache was made for"
+                f"got {self.num_tokens + tokens} tokens, wanted at most {self.length}, the room of the KV cache"
             )
         if self.num_tokens == 0:
             self.documents_BL = documents_BL

@@ -32,12 +32,13 @@ class Decision:
         gate: factor of each unit that runs, (width,) or broadcastable to (B, L, width); with a `Mixed` width the
             factor of each band of units between two neighbouring choices, `index.shape + (K,)`. Its value is 1 where it
             only carries gradients to a router, and 0 or 1 where a test masks units; None multiplies nothing.
-        scores: what a router thought of each choice, (..., K), for the objective that trains it.
+        probabilities: the distribution over the choices that a width was drawn from, (..., K), so that an objective can
+            price it; None where nothing was drawn.
     """
 
     width: int | Mixed | None = None
     gate: Tensor | None = None
-    scores: Tensor | None = None
+    probabilities: Tensor | None = None
 
 
 @dataclass(frozen=True)

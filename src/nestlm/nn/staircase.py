@@ -1,7 +1,7 @@
 """Rows of different widths in one pass of prefix products.
 
-Rows are sorted by falling width. Band k of the units, between two neighbouring choices, then serves a prefix of the rows:
-those that reach it. Each weight is read once, nothing is masked, and no row is computed wider than it asked for.
+Rows are sorted by falling width. Band k of the units, between two neighbouring choices, then serves a prefix of the
+rows: those that reach it. Each weight is read once, nothing is masked, and no row is computed wider than it asked for.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import FunctionCtx
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class Staircase:
         return [band for band, units in enumerate(self.bands) if units and self.counts[band]]
 
     def split(self, weight: Tensor, *, dim: int, rows: int = 1) -> list[Tensor]:
-        """The weight of each band, `rows` entries along `dim` a unit. What lies beyond the widest choice is left out."""
+        """The weight of each band, `rows` entries along `dim` a unit; without what lies beyond the widest choice."""
         sizes = [units * rows for units in self.bands]
         rest = weight.shape[dim] - sum(sizes)
         return list(weight.split([*sizes, rest] if rest else sizes, dim))[: len(sizes)]
@@ -80,9 +79,9 @@ class Prefixes(Function):
         return tuple(sorted_rows[:count] for count in counts)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         """Sum, then unsort."""
-        (inverse,) = ctx.saved_tensors  # type: ignore[attr-defined] (torch declares it on a subclass)
+        (inverse,) = ctx.saved_tensors
         return sum_of_prefixes(list(grads), len(inverse))[inverse], None, None, None
 
 
@@ -97,8 +96,8 @@ class PrefixSum(Function):
         return sum_of_prefixes(list(parts), len(inverse))[inverse]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Sort, then hand each part its prefix."""
         (order,) = ctx.saved_tensors
-        sorted_grad = grad[order]
+        sorted_grad = grads[0][order]
         return (None, None, *(sorted_grad[:count] for count in ctx.counts))

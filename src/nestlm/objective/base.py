@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from nestlm.data.batch import Batch
-from nestlm.nn.decoder import Decoder
+from nestlm.nn.decoder import Decoder, DecoderOutput
 from nestlm.router.base import Router
 
 
@@ -28,6 +28,23 @@ class Term:
 
     loss: Tensor
     logs: Mapping[str, Tensor | float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What one policy of a step learned.
+
+    Attributes:
+        loss: to back-propagate, a scalar.
+        text_loss_BL: negative log-likelihood of the text, without gradient.
+        output: logits, and what was decided.
+        reference_BL: the text's negative log-likelihood under the teacher or the full path, where the step knows it.
+    """
+
+    loss: Tensor
+    text_loss_BL: Tensor
+    output: DecoderOutput
+    reference_BL: Tensor | None
 
 
 class Objective(nn.Module, ABC):

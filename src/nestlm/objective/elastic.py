@@ -1,32 +1,72 @@
-"""Elastic training: every step sums the loss of the sub-networks that a sampler draws."""
+"""Elastic training: every step trains the sub-networks that a sampler draws."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
+from torch import Tensor
+
 from nestlm.data.batch import Batch
-from nestlm.nn.policy import fixed, full
 from nestlm.objective.base import Objective, Parts, Term
 from nestlm.objective.teaching import Teaching
-from nestlm.sampler.base import Sampler
+from nestlm.sampler.base import Drawn, Mixture, Sampler, policy_of
 from nestlm.spec import SearchSpace
+
+PAIRS = 1024  # that are kept: the newest, since the model changes
 
 
 class Elastic(Objective):
-    """The mean over the drawn sub-networks' losses.
+    """The mean over the drawn sub-networks' losses, and a record of what they lost.
 
-    Flextron sums them. The mean keeps the norm at which gradients are clipped independent of their number, and AdamW
-    takes the same step (our choice).
+    Flextron sums the losses. The mean keeps the norm at which gradients are clipped independent of their number, and
+    AdamW takes the same step (our choice). The record, pairs of choices and loss, comes for free and can warm up a
+    surrogate; a spec for each token has no loss of its own, so the sampler `token` leaves none.
     """
+
+    choices: Tensor
+    losses: Tensor
+    gaps: Tensor
+    count: Tensor
 
     def __init__(self, space: SearchSpace, *, sampler: Sampler, teaching: Teaching, seed: int) -> None:
         super().__init__()
         self.space, self.sampler, self.teaching, self.seed = space, sampler, teaching, seed
+        self.register_buffer("choices", torch.zeros(PAIRS, len(space.sites), dtype=torch.long))
+        self.register_buffer("losses", torch.zeros(PAIRS))
+        self.register_buffer("gaps", torch.zeros(PAIRS))
+        self.register_buffer("count", torch.zeros((), dtype=torch.long))
 
     def terms(self, parts: Parts, batch: Batch, *, step: int) -> Iterator[Term]:
-        specs = self.sampler.draw(self.space, seed=self.seed, step=step)
-        whole = [spec == self.space.full() for spec in specs]
-        policies = [full if is_whole else fixed(spec) for spec, is_whole in zip(specs, whole, strict=True)]
-        losses = self.teaching.losses(parts, batch, policies=tuple(zip(policies, whole, strict=True)))
-        for loss, is_whole in zip(losses, whole, strict=True):
-            yield Term(loss / len(specs), {"loss_full" if is_whole else "loss_subnet": loss.detach()})
+        shape = batch.tokens_BL.shape
+        drawn = self.sampler.draw(self.space, seed=self.seed, step=step, batch=(shape[0], shape[1]))
+        whole = [not isinstance(spec, Mixture) and spec == self.space.full() for spec in drawn]
+        policies = tuple(zip((policy_of(spec, self.space) for spec in drawn), whole, strict=True))
+        for lesson, spec, is_whole in zip(
+            self.teaching.lessons(parts, batch, policies=policies), drawn, whole, strict=True
+        ):
+            if not is_whole and lesson.reference_BL is not None:
+                self.remember(spec, loss_BL=lesson.text_loss_BL, reference_BL=lesson.reference_BL)
+            name = "loss_full" if is_whole else "loss_subnet"
+            yield Term(lesson.loss / len(drawn), {name: lesson.loss.detach()})
+
+    @torch.no_grad()
+    def remember(self, drawn: Drawn, *, loss_BL: Tensor, reference_BL: Tensor) -> None:
+        """Keep what sub-networks lost in place of the oldest pairs."""
+        if isinstance(drawn, Mixture):
+            if drawn.indices.ndim == 3:
+                return
+            choices, losses, references = drawn.indices.T, loss_BL.mean(1), reference_BL.mean(1)
+        else:
+            choices = torch.tensor([self.space.indices(drawn)])
+            losses, references = loss_BL.mean()[None], reference_BL.mean()[None]
+        slots = (torch.arange(len(losses)) + self.count.cpu()) % PAIRS
+        slots = slots.to(self.count.device)
+        self.choices[slots] = choices.to(self.choices.device)
+        self.losses[slots], self.gaps[slots] = losses, losses - references
+        self.count += len(losses)
+
+    def pairs(self) -> dict[str, Tensor]:
+        """The record, oldest pair first where it has not been full yet: `choices` (n, sites), `losses`, `gaps` (n,)."""
+        known = min(int(self.count), PAIRS)
+        return {"choices": self.choices[:known], "losses": self.losses[:known], "gaps": self.gaps[:known]}

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from nestlm.data.batch import Batch
-from nestlm.nn.policy import full
+from nestlm.nn.policy import Policy, full
 from nestlm.objective.base import Objective, Parts, Term
 from nestlm.objective.teaching import Teaching
-from nestlm.router.relaxed import budget_loss
+from nestlm.router.relaxed import budget_loss, mean_probabilities
 from nestlm.seeding import torch_generator
 from nestlm.spec import Budget
 
@@ -41,22 +41,23 @@ class Joint(Objective):
         assert parts.router is not None, "joint tuning needs a router"
         table = parts.router.table
         floor = table.share(table.space.smallest())
-        draws, budgets = [], []
+        policies: list[tuple[Policy, bool]] = [(full, True)]
+        budgets = []
         for sample in range(self.budgets_per_step):
             generator = torch_generator(self.seed, "joint", step, sample)
             # just above the floor at least, where rounding could make the smallest sub-network too dear
             above = max(1e-6, float(torch.rand((), generator=generator)))
             budgets.append(Budget(floor + (1.0 - floor) * above))
-            draws.append(parts.router.draw(budgets[-1], generator=generator))
-        policies = ((full, True), *((draw.policy, False) for draw in draws))
-        losses = self.teaching.losses(parts, batch, policies=policies)
-        loss_full = next(losses)
+            policies.append((parts.router.draw(budgets[-1], generator=generator), False))
+        lessons = self.teaching.lessons(parts, batch, policies=tuple(policies))
+        loss_full = next(lessons).loss
         yield Term(loss_full / len(policies), {"loss_full": loss_full.detach()})
-        for loss, draw, budget in zip(losses, draws, budgets, strict=True):
-            logs: dict[str, Tensor | float] = {"loss_subnet": loss.detach()}
-            if draw.expected_share is not None:
-                target = torch.full_like(draw.expected_share, budget.share)
-                distance = budget_loss(draw.expected_share, target, dead_zone=self.dead_zone)
+        for lesson, budget in zip(lessons, budgets, strict=True):
+            loss, logs = lesson.loss, dict[str, Tensor | float](loss_subnet=lesson.loss.detach())
+            probabilities = mean_probabilities(table.space, lesson.output.decisions)
+            if probabilities is not None:
+                expected = table.expected_share(probabilities)
+                distance = budget_loss(expected, torch.full_like(expected, budget.share), dead_zone=self.dead_zone)
                 logs["budget_distance"] = distance.detach()
                 loss = loss + self.cost_weight * distance
             yield Term(loss / len(policies), logs)

@@ -14,5 +14,5 @@ class Pretrain(Objective):
 
     def terms(self, parts: Parts, batch: Batch, *, step: int) -> Iterator[Term]:
         logits_BLV = parts.decoder(batch.tokens_BL, documents_BL=batch.documents_BL).logits_BLV
-        loss = cross_entropy(logits_BLV, batch.targets_BL)
+        loss = cross_entropy(logits_BLV, batch.targets_BL).mean()
         yield Term(loss, {"loss": loss.detach()})

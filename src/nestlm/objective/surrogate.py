@@ -154,11 +154,11 @@ class SurrogateSignal(Signal):
         for row in choices.tolist():
             policy = fixed(space.spec(dict(zip(space.sites, row, strict=True))))
             logits_BLV = decoder(batch.tokens_BL, policy, documents_BL=batch.documents_BL).logits_BLV
-            losses.append(cross_entropy(logits_BLV, batch.targets_BL))
+            losses.append(cross_entropy(logits_BLV, batch.targets_BL).mean())
         targets = torch.stack(losses)
         if self.target == "gap":
             logits_BLV = decoder(batch.tokens_BL, documents_BL=batch.documents_BL).logits_BLV
-            targets = targets - cross_entropy(logits_BLV, batch.targets_BL)
+            targets = targets - cross_entropy(logits_BLV, batch.targets_BL).mean()
         return nn.functional.one_hot(choices, space.max_choices).float(), targets
 
     @torch.no_grad()

@@ -12,21 +12,21 @@ from torch import Tensor
 
 from nestlm.data.batch import Batch
 from nestlm.errors import ConfigError
-from nestlm.nn.decoder import Decoder
+from nestlm.nn.decoder import Decoder, DecoderOutput
 from nestlm.nn.loss import SoftTargets, cross_entropy, forward_kl
 from nestlm.nn.policy import Policy, full
-from nestlm.objective.base import Parts
+from nestlm.objective.base import Lesson, Parts
 
 
 @dataclass(frozen=True)
 class Teaching(ABC):
-    """Turns the policies of a step into losses, one after the other."""
+    """Turns the policies of a step into lessons, one after the other."""
 
     needs_teacher: ClassVar[bool] = False
 
     @abstractmethod
-    def losses(self, parts: Parts, batch: Batch, *, policies: tuple[tuple[Policy, bool], ...]) -> Iterator[Tensor]:
-        """One loss a policy, in order.
+    def lessons(self, parts: Parts, batch: Batch, *, policies: tuple[tuple[Policy, bool], ...]) -> Iterator[Lesson]:
+        """One lesson a policy, in order.
 
         Args:
             parts: the model that is trained, and its teacher where `needs_teacher`.
@@ -35,18 +35,23 @@ class Teaching(ABC):
         """
 
 
-def logits(decoder: Decoder, batch: Batch, policy: Policy) -> Tensor:
-    """Logits of a policy on a batch, (B, L, V)."""
-    return decoder(batch.tokens_BL, policy, documents_BL=batch.documents_BL).logits_BLV
+def run(decoder: Decoder, batch: Batch, policy: Policy) -> DecoderOutput:
+    """Logits and decisions of a policy on a batch."""
+    return decoder(batch.tokens_BL, policy, documents_BL=batch.documents_BL)
 
 
 @dataclass(frozen=True)
 class CrossEntropy(Teaching):
     """Cross-entropy on the text, as the paper."""
 
-    def losses(self, parts: Parts, batch: Batch, *, policies: tuple[tuple[Policy, bool], ...]) -> Iterator[Tensor]:
-        for policy, _ in policies:
-            yield cross_entropy(logits(parts.decoder, batch, policy), batch.targets_BL)
+    def lessons(self, parts: Parts, batch: Batch, *, policies: tuple[tuple[Policy, bool], ...]) -> Iterator[Lesson]:
+        reference_BL: Tensor | None = None
+        for policy, whole in policies:
+            output = run(parts.decoder, batch, policy)
+            loss_BL = cross_entropy(output.logits_BLV, batch.targets_BL)
+            if whole:
+                reference_BL = loss_BL.detach()
+            yield Lesson(loss_BL.mean(), loss_BL.detach(), output, reference_BL)
 
 
 @dataclass(frozen=True)
@@ -63,12 +68,19 @@ class FrozenTeacher(Teaching):
     def __post_init__(self) -> None:
         check_share(self.ce_share)
 
-    def losses(self, parts: Parts, batch: Batch, *, policies: tuple[tuple[Policy, bool], ...]) -> Iterator[Tensor]:
+    def lessons(self, parts: Parts, batch: Batch, *, policies: tuple[tuple[Policy, bool], ...]) -> Iterator[Lesson]:
         assert parts.teacher is not None, "kd_frozen needs the model before conversion"
         with torch.no_grad():
-            targets = SoftTargets.of(logits(parts.teacher, batch, full))
-        for policy, _ in policies:
-            yield mixed(logits(parts.decoder, batch, policy), targets, batch, ce_share=self.ce_share)
+            teacher_BLV = run(parts.teacher, batch, full).logits_BLV
+            targets = SoftTargets.of(teacher_BLV)
+            reference_BL = cross_entropy(teacher_BLV, batch.targets_BL)
+            del teacher_BLV
+        for policy, whole in policies:
+            output = run(parts.decoder, batch, policy)
+            loss, text_loss_BL = mixed_loss(output.logits_BLV, targets, batch, ce_share=self.ce_share)
+            if whole:
+                reference_BL = text_loss_BL
+            yield Lesson(loss, text_loss_BL, output, reference_BL)
 
 
 @dataclass(frozen=True)
@@ -84,18 +96,24 @@ class InPlace(Teaching):
     def __post_init__(self) -> None:
         check_share(self.ce_share)
 
-    def losses(self, parts: Parts, batch: Batch, *, policies: tuple[tuple[Policy, bool], ...]) -> Iterator[Tensor]:
-        lesson: SoftTargets | None = None
+    def lessons(self, parts: Parts, batch: Batch, *, policies: tuple[tuple[Policy, bool], ...]) -> Iterator[Lesson]:
+        targets: SoftTargets | None = None
+        reference_BL: Tensor | None = None
         for policy, whole in policies:
+            if not whole and targets is None:  # the step does not train the full path, so it runs for this alone
+                with torch.no_grad():
+                    full_BLV = run(parts.decoder, batch, full).logits_BLV
+                    targets = SoftTargets.of(full_BLV)
+                    reference_BL = cross_entropy(full_BLV, batch.targets_BL)
+            output = run(parts.decoder, batch, policy)
             if whole:
-                student_BLV = logits(parts.decoder, batch, policy)
-                lesson = SoftTargets.of(student_BLV)
-                yield cross_entropy(student_BLV, batch.targets_BL)
+                loss_BL = cross_entropy(output.logits_BLV, batch.targets_BL)
+                targets, reference_BL = SoftTargets.of(output.logits_BLV), loss_BL.detach()
+                yield Lesson(loss_BL.mean(), reference_BL, output, reference_BL)
             else:
-                if lesson is None:  # the step does not train the full path, so it runs for the lesson alone
-                    with torch.no_grad():
-                        lesson = SoftTargets.of(logits(parts.decoder, batch, full))
-                yield mixed(logits(parts.decoder, batch, policy), lesson, batch, ce_share=self.ce_share)
+                assert targets is not None, "made above"
+                loss, text_loss_BL = mixed_loss(output.logits_BLV, targets, batch, ce_share=self.ce_share)
+                yield Lesson(loss, text_loss_BL, output, reference_BL)
 
 
 def check_share(ce_share: float) -> None:
@@ -104,9 +122,10 @@ def check_share(ce_share: float) -> None:
         raise ConfigError(f"teacher.ce_share: got {ce_share}, wanted a share of 1")
 
 
-def mixed(student_BLV: Tensor, teacher: SoftTargets, batch: Batch, *, ce_share: float) -> Tensor:
-    """(1 - ce_share) * KL to the teacher + ce_share * cross-entropy on the text."""
-    kl = forward_kl(student_BLV, teacher)
-    if ce_share == 0.0:
-        return kl
-    return (1.0 - ce_share) * kl + ce_share * cross_entropy(student_BLV, batch.targets_BL)
+def mixed_loss(student_BLV: Tensor, teacher: SoftTargets, batch: Batch, *, ce_share: float) -> tuple[Tensor, Tensor]:
+    """(1 - ce_share) * KL to the teacher + ce_share * cross-entropy on the text, and the latter of each token."""
+    kl = forward_kl(student_BLV, teacher).mean()
+    with torch.set_grad_enabled(ce_share > 0 and torch.is_grad_enabled()):
+        text_loss_BL = cross_entropy(student_BLV, batch.targets_BL)
+    loss = kl if ce_share == 0.0 else (1.0 - ce_share) * kl + ce_share * text_loss_BL.mean()
+    return loss, text_loss_BL.detach()

@@ -7,7 +7,6 @@ from torch import nn
 
 from nestlm.cost.table import CostTable
 from nestlm.nn.policy import Policy, fixed
-from nestlm.router.relaxed import Draw
 from nestlm.spec import Budget, SubnetSpec
 
 
@@ -30,7 +29,7 @@ class Router(nn.Module):
         """The policy for a budget, as the decoder takes it."""
         return fixed(self.spec(budget))
 
-    def draw(self, budget: Budget, *, generator: torch.Generator) -> Draw:
+    def draw(self, budget: Budget, *, generator: torch.Generator) -> Policy:
         """A policy for training at a budget. A router that learns samples it, with gradients to its own weights."""
         del generator
-        return Draw(self.policy(budget), None)
+        return self.policy(budget)

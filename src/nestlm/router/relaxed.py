@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from nestlm.nn.policy import Decision, Policy, constant
 from nestlm.spec import SearchSpace, Site
-
-
-@dataclass(frozen=True)
-class Draw:
-    """A sampled policy, and the expected share of the cost (None where the router learns nothing)."""
-
-    policy: Policy
-    expected_share: Tensor | None
 
 
 def sample_choices(logits: Tensor, *, generator: torch.Generator) -> Tensor:
@@ -44,8 +36,19 @@ def gated_policy(space: SearchSpace, probabilities: Tensor, choices: Tensor) -> 
         widths = space.choices[site][: index + 1]
         bands = torch.tensor(widths).diff(prepend=torch.tensor([0])).to(at_least.device)
         soft = at_least[row, : index + 1].repeat_interleave(bands)
-        decisions[site] = Decision(widths[-1], 1.0 + (soft - soft.detach()))
+        decisions[site] = Decision(widths[-1], 1.0 + (soft - soft.detach()), probabilities[row])
     return constant(decisions)
+
+
+def mean_probabilities(space: SearchSpace, decisions: Mapping[Site, Decision]) -> Tensor | None:
+    """The distributions that a pass drew from, as means over its tokens: (sites, max choices); None if it drew none."""
+    rows = []
+    for site in space.sites:
+        probabilities = decisions[site].probabilities
+        if probabilities is None:
+            return None
+        rows.append(probabilities.flatten(0, -2).mean(0) if probabilities.ndim > 1 else probabilities)
+    return torch.stack(rows)
 
 
 def budget_loss(expected_share: Tensor, target: Tensor, *, dead_zone: float) -> Tensor:

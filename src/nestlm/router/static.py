@@ -7,9 +7,10 @@ from torch import Tensor
 
 from nestlm.cost.knapsack import cheapest_loss
 from nestlm.cost.table import CostTable
+from nestlm.nn.policy import Policy
 from nestlm.router import base
 from nestlm.router.networks import BUDGET_FEATURES, SiteNetworks, embed_share
-from nestlm.router.relaxed import Draw, gated_policy, sample_choices
+from nestlm.router.relaxed import gated_policy, sample_choices
 from nestlm.spec import Budget, SubnetSpec
 
 
@@ -27,12 +28,12 @@ class Router(base.Router):
         """Budgets (n,) as shares to logits (n, sites, max choices)."""
         return self.networks(embed_share(shares))
 
-    def draw(self, budget: Budget, *, generator: torch.Generator) -> Draw:
+    def draw(self, budget: Budget, *, generator: torch.Generator) -> Policy:
         """Choices sampled from the router's distribution, gated so that the loss reaches it."""
         logits = self(torch.tensor([budget.share], device=self.networks.input.device))[0]
         probabilities = logits.softmax(-1)
         choices = sample_choices(logits.detach(), generator=generator)
-        return Draw(gated_policy(self.table.space, probabilities, choices), self.table.expected_share(probabilities))
+        return gated_policy(self.table.space, probabilities, choices)
 
     @torch.no_grad()
     def spec(self, budget: Budget) -> SubnetSpec:

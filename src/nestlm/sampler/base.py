@@ -2,19 +2,43 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from random import Random
 from typing import Protocol
 
+from torch import Tensor
+
 from nestlm.errors import ConfigError
+from nestlm.nn.policy import Policy, fixed, full, mixed
 from nestlm.spec import SearchSpace, SubnetSpec
+
+
+@dataclass(frozen=True, eq=False)
+class Mixture:
+    """Specs that differ within a batch: choice index at every site, (sites, B), or (sites, B, L) by token."""
+
+    indices: Tensor
+
+
+Drawn = SubnetSpec | Mixture
 
 
 class Sampler(Protocol):
     """Says which sub-networks a training step runs."""
 
-    def draw(self, space: SearchSpace, *, seed: int, step: int) -> tuple[SubnetSpec, ...]:
-        """The specs of a step: a pure function of the arguments, so that all ranks draw alike."""
+    def draw(self, space: SearchSpace, *, seed: int, step: int, batch: tuple[int, int]) -> tuple[Drawn, ...]:
+        """The specs of a step, each for the whole batch, or mixtures for a batch of (sequences, tokens a sequence).
+
+        A pure function of the arguments, so that all ranks draw alike; the full model comes first where it takes part.
+        """
         ...
+
+
+def policy_of(drawn: Drawn, space: SearchSpace) -> Policy:
+    """How the decoder runs what was drawn."""
+    if isinstance(drawn, Mixture):
+        return mixed(space, drawn.indices)
+    return full if drawn == space.full() else fixed(drawn)
 
 
 def check_count(num_random: int, *, least: int) -> None:

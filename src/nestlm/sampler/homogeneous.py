@@ -17,6 +17,7 @@ class Homogeneous:
     def __post_init__(self) -> None:
         check_count(self.num_random, least=0)
 
-    def draw(self, space: SearchSpace, *, seed: int, step: int) -> tuple[SubnetSpec, ...]:
+    def draw(self, space: SearchSpace, *, seed: int, step: int, batch: tuple[int, int]) -> tuple[SubnetSpec, ...]:
+        del batch  # the same specs for all of it
         drawn = (homogeneous(space, generator(seed, step, sample)) for sample in range(self.num_random))
         return (space.full(), *drawn)

@@ -19,6 +19,7 @@ class One:
         if not 0 <= self.p_full <= 1:
             raise ConfigError(f"sampler.p_full: got {self.p_full}, wanted a probability")
 
-    def draw(self, space: SearchSpace, *, seed: int, step: int) -> tuple[SubnetSpec, ...]:
+    def draw(self, space: SearchSpace, *, seed: int, step: int, batch: tuple[int, int]) -> tuple[SubnetSpec, ...]:
+        del batch  # the same specs for all of it
         random = generator(seed, step, 0)
         return (space.full() if random.random() < self.p_full else independent(space, random),)

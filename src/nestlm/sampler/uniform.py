@@ -18,6 +18,7 @@ class Uniform:
     def __post_init__(self) -> None:
         check_count(self.num_random, least=1)
 
-    def draw(self, space: SearchSpace, *, seed: int, step: int) -> tuple[SubnetSpec, ...]:
+    def draw(self, space: SearchSpace, *, seed: int, step: int, batch: tuple[int, int]) -> tuple[SubnetSpec, ...]:
+        del batch  # the same specs for all of it
         drawn = tuple(independent(space, generator(seed, step, sample)) for sample in range(self.num_random))
         return (space.full(), *drawn) if self.full else drawn
