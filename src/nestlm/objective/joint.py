@@ -39,23 +39,23 @@ class Joint(Objective):
 
     def terms(self, parts: Parts, batch: Batch, *, step: int) -> Iterator[Term]:
         assert parts.router is not None, "joint tuning needs a router"
-        table = parts.router.table
+        table = parts.router.prices.main
         floor = table.share(table.space.smallest())
-        draws, budgets = [], []
+        draws, targets = [], []
         for sample in range(self.budgets_per_step):
             generator = torch_generator(self.seed, "joint", step, sample)
             # just above the floor at least, where rounding could make the smallest sub-network too dear
             above = max(1e-6, float(torch.rand((), generator=generator)))
-            budgets.append(Budget(floor + (1.0 - floor) * above))
-            draws.append(parts.router.draw(budgets[-1], generator=generator))
+            targets.append(floor + (1.0 - floor) * above)
+            draws.append(parts.router.draw(Budget.of_share(targets[-1]), generator=generator))
         policies = ((full, True), *((draw.policy, False) for draw in draws))
         losses = self.teaching.losses(parts, batch, policies=policies)
         loss_full = next(losses)
         yield Term(loss_full / len(policies), {"loss_full": loss_full.detach()})
-        for loss, draw, budget in zip(losses, draws, budgets, strict=True):
+        for loss, draw, share in zip(losses, draws, targets, strict=True):
             logs: dict[str, Tensor | float] = {"loss_subnet": loss.detach()}
             if draw.expected_share is not None:
-                target = torch.full_like(draw.expected_share, budget.share)
+                target = torch.full_like(draw.expected_share, share)
                 distance = budget_loss(draw.expected_share, target, dead_zone=self.dead_zone)
                 logs["budget_distance"] = distance.detach()
                 loss = loss + self.cost_weight * distance
