@@ -53,7 +53,7 @@ class Context:
 
     def router(self, stage: str | None = None) -> Router:
         """The router: new, or as a stage left it behind."""
-        router = self.settings.router.network(table=self.settings.table())
+        router = self.settings.router.network(prices=self.settings.prices())
         if stage is not None and list(router.parameters()):
             router.load_state_dict(load_file(self.inputs[stage] / ROUTER))
         return router

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from rich.table import Table
 
-from nestlm.cost.static import Flops, Params
+from nestlm.cost.static import Flops
 from nestlm.cost.table import CostTable
 from nestlm.report.console import output
 from nestlm.sampler.base import Drawn, Mixture
@@ -18,11 +18,10 @@ BACKWARD = 3.0  # a forward and backward pass costs three forward passes
 def describe(settings: Settings) -> None:
     """Print parameters, search-space size, and stages with tokens and FLOPs; everything is on the meta device."""
     config, space, axes = settings.model.decoder_config(), settings.space(), settings.axis_list
-    params = Params().table(space, axes=axes, config=config)
     flops = Flops(context_length=settings.data.sequence_length).table(space, axes=axes, config=config)
-    for table in (params, flops):
+    for name, table in settings.prices().tables.items():
         smallest_cost = table.cost(space.smallest())
-        output.print(f"{table.unit:<15} {table.full_cost:,.0f}  (smallest sub-network {smallest_cost:,.0f})")
+        output.print(f"{name:<15} {table.whole:,.0f} {table.unit}  (smallest sub-network {smallest_cost:,.0f})")
     choices = ", ".join(f"{axis} {list(space.choices[sites[0]])}" for axis, sites in space.axes.items())
     output.print(f"search space    {space.size:.3g} sub-networks  ({len(space.sites)} sites: {choices})")
     stages = Table("stage", "steps", "tokens", "FLOPs")
@@ -31,7 +30,7 @@ def describe(settings: Settings) -> None:
     tokens_per_step = settings.data.batch_size * settings.data.sequence_length
     for stage, steps, passes in stage_passes(settings):
         tokens = steps * tokens_per_step
-        stages.add_row(stage, f"{steps:,}", f"{tokens:,}", f"{tokens * passes * flops.full_cost:.3g}")
+        stages.add_row(stage, f"{steps:,}", f"{tokens:,}", f"{tokens * passes * flops.whole:.3g}")
     output.print(stages)
 
 

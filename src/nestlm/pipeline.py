@@ -49,9 +49,11 @@ STAGES = (
     Stage("pretrain", stages.pretrain, ("model", "pretrain", *TRAINING)),
     Stage("rank", stages.rank, ("model", "axes", "ranking", "trainer", "data", "seed")),
     Stage("elastic", stages.elastic, ("model", "axes", "elastic", "sampler", "teacher", *TRAINING)),
-    Stage("router", stages.train_router, ("model", "axes", "cost", "router", *TRAINING)),
-    Stage("joint", stages.joint, ("model", "axes", "cost", "router", "joint", "teacher", *TRAINING)),
-    Stage("evaluate", stages.evaluate, ("model", "axes", "cost", "router", "budget", "trainer", "data", "seed")),
+    Stage("router", stages.train_router, ("model", "axes", "cost", "costs", "router", *TRAINING)),
+    Stage("joint", stages.joint, ("model", "axes", "cost", "costs", "router", "joint", "teacher", *TRAINING)),
+    Stage(
+        "evaluate", stages.evaluate, ("model", "axes", "cost", "costs", "router", "budget", "trainer", "data", "seed")
+    ),
 )
 
 
@@ -150,7 +152,7 @@ def outside_inputs(stage: str, settings: Settings) -> str:
 def result_metrics(rows: list[dict[str, Any]]) -> dict[str, float]:
     """The results as a logger takes them: one number a name."""
     return {
-        f"evaluate/{row['router']}/{row['budget']:g}/{name}": row[name]
+        f"evaluate/{row['router']}/{row['budget']}/{name}": row[name]
         for row in rows
         for name in ("achieved", "val_loss", "accuracy")
     }

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import Logger
 from torch import nn
 
 from nestlm.axes.base import Axis, search_space
-from nestlm.cost.table import Cost, CostTable
+from nestlm.cost.table import Cost, PriceList
 from nestlm.data.module import DataSettings
 from nestlm.errors import ConfigError
 from nestlm.model.family import Family
@@ -67,7 +67,7 @@ class RouterSettings:
     Attributes:
         name: as in `router=NAME`.
         policy: `static` or, where the network sees hidden states, `dynamic`.
-        network: makes the router from a cost table.
+        network: makes the router from a price list.
         signal: makes the objective that trains it; None where nothing is learned.
         steps: training steps of the router stage.
         lr: peak learning rate of the router, in its own stage.
@@ -104,6 +104,7 @@ class Settings:
     teacher: Teaching
     sampler: Sampler
     cost: Cost
+    costs: Mapping[str, Cost]
     router: RouterSettings
     data: DataSettings
     optim: OptimSettings
@@ -112,7 +113,7 @@ class Settings:
     pretrain: StageSettings
     elastic: StageSettings
     joint: JointSettings
-    budget: float | Sequence[float]
+    budget: float | str | Sequence[float | str | Sequence[float | str]]
     experiment_name: str
     seed: int
     run_dir: str | None
@@ -130,7 +131,7 @@ class Settings:
 
     @property
     def budgets(self) -> tuple[Budget, ...]:
-        """The budgets asked for, the largest first."""
+        """The budgets asked for: shares first, the largest first."""
         return Budget.parse_all(self.budget)
 
     @property
@@ -142,9 +143,17 @@ class Settings:
         """The choices of the model."""
         return search_space(self.axis_list, self.model.decoder_config())
 
-    def table(self) -> CostTable:
-        """The prices of the choices."""
-        return self.cost.table(self.space(), axes=self.axis_list, config=self.model.decoder_config())
+    def prices(self) -> PriceList:
+        """The prices of the choices: by the run's own cost, and by every other kind that a budget may limit."""
+        space, config = self.space(), self.model.decoder_config()
+        main = self.cost.table(space, axes=self.axis_list, config=config)
+        tables = {name: cost.table(space, axes=self.axis_list, config=config) for name, cost in self.costs.items()}
+        for name, table in tables.items():
+            if table.name != name:
+                raise ConfigError(
+                    f"costs.{name}: prices {table.name!r}, wanted it under its own name, costs.{table.name}"
+                )
+        return PriceList(main, {name: table for name, table in tables.items() if name != main.name})
 
 
 # What follows from which fields, and what a stage may see although it changes no number.
@@ -153,7 +162,7 @@ DERIVED = {
     "budgets": {"budget"},
     "space": {"axes", "model"},
     "tokenizer_file": {"data", "model"},
-    "table": {"axes", "model", "cost"},
+    "prices": {"axes", "model", "cost", "costs"},
 }
 HARMLESS = {"checkpoint_seconds", "activation_checkpointing"}
 
@@ -219,10 +228,10 @@ def check(settings: Settings) -> None:
         path = getattr(settings, name)
         if path is not None and Path(path).is_file():
             raise ConfigError(f"{name}: {path} is a file, wanted a folder")
-    table = settings.table()
+    prices = settings.prices()
     for budget in settings.budgets:
-        table.check(budget)
+        prices.check(budget)
     # Built for their own checks only.
-    settings.router.network(table=table)
+    settings.router.network(prices=prices)
     if settings.router.signal is not None:
-        settings.router.signal(table=table)
+        settings.router.signal(table=prices.main)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +13,29 @@ from nestlm.errors import BudgetError
 
 MLP_WIDTH = "mlp_width"
 ATTN_HEADS = "attn_heads"
+
+# What can be limited, and the unit that a plain number of it counts.
+KINDS = {
+    "latency": "ms",
+    "flops": "FLOPs a token",
+    "memory": "bytes",
+    "params": "parameters",
+    "active_params": "parameters",
+}
+# A unit of its own: the kind that it measures, and how many of the kind's own units it is.
+UNITS = {
+    "us": ("latency", 1e-3),
+    "ms": ("latency", 1.0),
+    "s": ("latency", 1e3),
+    "B": ("memory", 1.0),
+    "KB": ("memory", 1e3),
+    "MB": ("memory", 1e6),
+    "GB": ("memory", 1e9),
+    "KiB": ("memory", 2.0**10),
+    "MiB": ("memory", 2.0**20),
+    "GiB": ("memory", 2.0**30),
+}
+QUANTITY = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*([A-Za-z_%]*)\s*")
 
 
 @dataclass(frozen=True, order=True)
@@ -105,37 +129,99 @@ class SearchSpace:
 
 
 @dataclass(frozen=True)
-class Budget:
-    """What a deployment allows, as a share of the full model's cost."""
+class Limit:
+    """At most so much of one kind of cost.
 
-    share: float
+    Attributes:
+        amount: a share of the whole model's cost, or an absolute number.
+        unit: None (a share of the run's own cost), a kind of cost, or a unit of `UNITS`.
+    """
+
+    amount: float
+    unit: str | None
+
+    @classmethod
+    def parse(cls, value: Any) -> Limit:
+        """Read `0.6`, `60%`, `0.6memory`, `3.4e9params` or `12ms`.
+
+        Raises:
+            BudgetError: no such quantity, an unknown unit, not positive, or a share above the whole model.
+        """
+        found = QUANTITY.fullmatch(f"{value!r}" if isinstance(value, int | float) else str(value))
+        if found is None or isinstance(value, bool) or not math.isfinite(amount := float(found.group(1))):
+            raise BudgetError(f"budget: got {value!r}, wanted a share such as 0.6, or a number and a unit such as 4GiB")
+        unit = found.group(2) or None
+        if unit is not None and unit not in {"%", *KINDS, *UNITS}:
+            raise BudgetError(
+                f"budget: got {value!r} with the unit {unit!r}, wanted one of %, {', '.join((*KINDS, *UNITS))}; "
+                "try budget=0.6, a share of the run's cost"
+            )
+        amount, unit = (amount / 100, None) if unit == "%" else (amount, unit)
+        if amount <= 0 or (unit is None and amount > 1):
+            raise BudgetError(
+                f"budget: got {value!r}, wanted a share above 0 and at most 1.0, the full model, or a positive number "
+                "with a unit; try budget=0.6"
+            )
+        return cls(amount, unit)
+
+    @property
+    def kind(self) -> str | None:
+        """The kind of cost that is limited; None is the run's own."""
+        return UNITS[self.unit][0] if self.unit in UNITS else self.unit
+
+    @property
+    def is_share(self) -> bool:
+        """Whether the amount counts whole models."""
+        return self.unit not in UNITS and (self.unit is None or self.amount <= 1.0)
+
+    @property
+    def factor(self) -> float:
+        """How many of its kind's own units an absolute limit's unit is."""
+        return UNITS[self.unit][1] if self.unit in UNITS else 1.0
+
+    def __str__(self) -> str:
+        return f"{self.amount!r}".removesuffix(".0") + (self.unit or "")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a deployment allows: limits that hold together."""
+
+    limits: tuple[Limit, ...]
+
+    @classmethod
+    def of_share(cls, share: float) -> Budget:
+        """A share of the whole model's cost, of the kind that the run counts."""
+        return cls((Limit(float(share), None),))
 
     @classmethod
     def parse(cls, value: Any) -> Budget:
-        """Read a budget as written in a config.
+        """Read one budget as written in a config: one limit, or a list of limits that hold together.
 
         Raises:
-            BudgetError: not a number, not positive, or above the full model.
+            BudgetError: an empty list, or what `Limit.parse` refuses.
         """
-        try:
-            share = float(value)
-        except (TypeError, ValueError):
-            share = math.nan
-        if isinstance(value, bool) or not math.isfinite(share):
-            raise BudgetError(f"budget: got {value!r}, wanted a share of the full model's cost, such as 0.6")
-        if not 0.0 < share <= 1.0:
-            raise BudgetError(
-                f"budget: got {value!r}, wanted a share above 0 and at most 1.0, the full model; try budget=0.6"
-            )
-        return cls(share)
+        values = value if isinstance(value, list | tuple) else [value]
+        if not values:
+            raise BudgetError("budget: got an empty list, wanted at least one limit, such as budget=[0.8,0.6]")
+        return cls(tuple(Limit.parse(item) for item in values))
 
     @classmethod
     def parse_all(cls, value: Any) -> tuple[Budget, ...]:
-        """Read one budget or a list of them; without repeats, the largest first."""
+        """Read one budget or a list of them, without repeats: bare shares first, the largest first.
+
+        A list inside the list is one budget of several limits: `[[0.6, "4GiB"], 0.5]`.
+        """
         values = value if isinstance(value, list | tuple) else [value]
         if not values:
-            raise BudgetError("budget: got an empty list, wanted at least one share, such as budget=[0.8,0.6]")
-        return tuple(sorted({cls.parse(item) for item in values}, key=lambda budget: -budget.share))
+            raise BudgetError("budget: got an empty list, wanted at least one budget, such as budget=[0.8,0.6]")
+        budgets = dict.fromkeys(cls.parse(item) for item in values)
+
+        def place(budget: Budget) -> float:
+            bare = len(budget.limits) == 1 and budget.limits[0].unit is None
+            return -budget.limits[0].amount if bare else 0.0
+
+        return tuple(sorted(budgets, key=place))
 
     def __str__(self) -> str:
-        return f"{self.share:g}"
+        return "+".join(map(str, self.limits))

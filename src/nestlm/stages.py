@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 from torch import nn
 
 from nestlm.context import MODEL, PAIRS, ROUTER, Context
-from nestlm.cost.static import Flops, Params
 from nestlm.data.batch import Batch
 from nestlm.data.module import PackedTokens
 from nestlm.data.packed import PackedRows
@@ -120,7 +119,7 @@ def train_router(context: Context) -> Result:
     settings, router = context.settings, context.router()
     if settings.router.signal is None:
         return {"steps": 0, "tokens": 0}
-    objective = settings.router.signal(table=router.table)
+    objective = settings.router.signal(table=router.prices.main)
     result = context.train(
         "router",
         Parts(context.decoder("elastic"), router=router),
@@ -159,8 +158,8 @@ def evaluate(context: Context) -> Result:
     """Find every router's sub-network for every budget, and score it on the validation text."""
     settings = context.settings
     decoder, router = context.decoder("joint"), context.router("joint").eval()
-    routers = {"uniform": UniformRouter(table=router.table)} | {settings.router.label: router}
-    whole = router.table.space.full()
+    routers = {"uniform": UniformRouter(prices=router.prices)} | {settings.router.label: router}
+    tables, main, whole = router.prices.tables, router.prices.main, router.prices.space.full()
     names: dict[SubnetSpec, str] = {whole: "full"}
     found: list[tuple[str, Budget, SubnetSpec, float]] = []
     for label, candidate in routers.items():
@@ -173,9 +172,11 @@ def evaluate(context: Context) -> Result:
     rows = [
         {
             "router": label,
-            "budget": budget.share,
-            "achieved": router.table.share(spec),
-            **sizes(context, spec),
+            "budget": str(budget),
+            "achieved": main.share(spec),
+            "cost": main.name,
+            "achieved_cost": main.cost(spec),
+            **{name: tables[name].cost(spec) for name in settings.costs},
             **readings(context, Scores(**scores[names[spec]])),
             "loss_vs_full": scores[names[spec]]["loss"] - scores["full"]["loss"],
             "seed": settings.seed,
@@ -198,14 +199,4 @@ def readings(context: Context, scores: Scores) -> dict[str, float]:
         "perplexity": scores.perplexity,
         "bits_per_byte": scores.bits_per_byte(tokens=split.tokens, num_bytes=split.bytes),
         "accuracy": scores.accuracy,
-    }
-
-
-def sizes(context: Context, spec: SubnetSpec) -> dict[str, int]:
-    """Parameters and FLOPs a token of a sub-network, whatever cost the budget counts."""
-    settings = context.settings
-    config, space = settings.model.decoder_config(), settings.space()
-    costs = {"params": Params(), "flops": Flops(context_length=settings.data.sequence_length)}
-    return {
-        name: int(cost.table(space, axes=settings.axis_list, config=config).cost(spec)) for name, cost in costs.items()
     }

@@ -10,7 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models import AXES, decoder_config, random_decoder
 from nestlm.axes.base import search_space
+from nestlm.cost.memory import Memory
 from nestlm.cost.static import Flops
+from nestlm.cost.table import PriceList
 from nestlm.data.batch import Batch
 from nestlm.data.source.base import fingerprint
 from nestlm.elastic.weights import extract
@@ -27,6 +29,8 @@ from plugins import NANO, build, classes, compose, options, targets
 CONFIG = decoder_config(num_kv_groups=2)
 SPACE = search_space(AXES, CONFIG)
 TABLE = Flops(context_length=20).table(SPACE, axes=AXES, config=CONFIG)
+MEMORY = Memory(batch_size=2, context_length=20, bytes_per_element=2, cache_bytes_per_element=2)
+PRICES = PriceList(TABLE, {"memory": MEMORY.table(SPACE, axes=AXES, config=CONFIG)})
 SPECS = [independent(SPACE, generator(0, step, 0)) for step in range(8)] + [SPACE.full(), SPACE.smallest()]
 
 
@@ -39,7 +43,7 @@ PACKAGES = {
     "teacher": "nestlm.objective.teaching",
     "model": "nestlm.model",
 }
-NO_PLUGINS = {"nestlm.cost.table", "nestlm.model.family"}
+NO_PLUGINS = {"nestlm.cost.knapsack", "nestlm.cost.table", "nestlm.model.family"}
 
 
 @pytest.mark.parametrize("group", PACKAGES)
@@ -113,7 +117,9 @@ def test_a_rows_draw_does_not_depend_on_the_batch(option):
 @pytest.mark.parametrize("option", options("cost"))
 def test_cost_is_additive_and_prices_distributions_alike(option):
     table = build("cost", option).table(SPACE, axes=AXES, config=CONFIG)
+    assert table.name == option, "a budget names it as the config does"
     assert table.unit
+    assert table.cost(SPACE.full()) == table.whole
     assert table.share(SPACE.full()) == 1.0
     for spec in SPECS:
         one_hot = torch.nn.functional.one_hot(torch.tensor(SPACE.indices(spec)), SPACE.max_choices).double()
@@ -123,12 +129,66 @@ def test_cost_is_additive_and_prices_distributions_alike(option):
         assert np.all(np.diff(row) > 0), "wider is dearer"
 
 
-def test_params_are_those_of_the_extracted_model():
-    decoder = random_decoder(CONFIG)
-    table = build("cost", "params").table(SPACE, axes=AXES, config=CONFIG)
+@pytest.mark.parametrize("tie", [True, False])
+def test_sizes_are_those_of_the_extracted_model(tie):
+    config = decoder_config(num_kv_groups=2, tie=tie)
+    decoder = random_decoder(config)
+    stored, active = (
+        build("cost", name).table(SPACE, axes=AXES, config=config) for name in ("params", "active_params")
+    )
     for spec in SPECS:
         small = extract(decoder, spec, axes=AXES)
-        assert table.cost(spec) == sum(parameter.numel() for parameter in small.parameters())
+        numel = sum(parameter.numel() for parameter in small.parameters())
+        assert stored.cost(spec) == numel
+        # of an embedding that is no head, a token reads its own row
+        assert active.cost(spec) == numel - (0 if tie else small.embed.weight[1:].numel())
+
+
+@pytest.mark.parametrize(("weights", "cache"), [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.float16)])
+def test_memory_is_that_of_the_extracted_model_and_its_cache(weights, cache):
+    cost = Memory(
+        batch_size=3, context_length=20, bytes_per_element=weights.itemsize, cache_bytes_per_element=cache.itemsize
+    )
+    table = cost.table(SPACE, axes=AXES, config=CONFIG)
+    decoder = random_decoder(CONFIG)
+    for spec in SPECS:
+        small = extract(decoder, spec, axes=AXES).to(weights)
+        computed: list[torch.Tensor] = []
+        tokens_BL = torch.zeros(3, 20, dtype=torch.long)
+        held = sum(parameter.nbytes for parameter in small.parameters())
+        for block in small.blocks:
+            for projection in (block.attn.k, block.attn.v):
+                projection.register_forward_hook(
+                    lambda module, inputs, output, to=computed: to.append(output.to(cache))
+                )
+        small(tokens_BL)
+        assert len(computed) == 2 * len(CONFIG.blocks)
+        assert table.cost(spec) == held + sum(tensor.nbytes for tensor in computed)
+
+
+@pytest.mark.parametrize("groups", [2, 4])
+def test_flops_of_a_choice_per_token_leave_k_and_v_whole(groups):
+    config = decoder_config(num_kv_groups=groups)
+    space = search_space(AXES, config)
+    static, per_token = (
+        Flops(context_length=20).table(space, axes=AXES, config=config, per_token=flag) for flag in (False, True)
+    )
+    assert per_token.cost(space.full()) == per_token.whole == static.whole
+    for spec in (space.smallest(), *(independent(space, generator(0, step, 0)) for step in range(4))):
+        saved = sum(
+            2 * 2 * (groups - width) * config.head_dim * config.hidden_size
+            for site, width in spec.items()
+            if site.axis == "attn_heads"
+        )
+        assert per_token.cost(spec) == static.cost(spec) + saved
+    for row in per_token.prices:
+        assert np.all(np.diff(row) > 0), "wider is dearer"
+
+
+@pytest.mark.parametrize("option", sorted(set(options("cost")) - {"flops"}))
+def test_what_is_stored_has_no_price_per_token(option):
+    with pytest.raises(BudgetError, match=r"stores all weights and the whole cache.*FLOP and latency budgets only"):
+        build("cost", option).table(SPACE, axes=AXES, config=CONFIG, per_token=True)
 
 
 @pytest.mark.parametrize("tie", [True, False])
@@ -194,7 +254,7 @@ def test_source_yields_the_same_named_documents_each_time(option, text_folder):
 
 
 def router_of(option: str) -> Router:
-    return build("router", option).network(table=TABLE)
+    return build("router", option).network(prices=PRICES)
 
 
 @pytest.mark.parametrize("option", options("router"))
@@ -202,17 +262,30 @@ def test_router_never_exceeds_a_budget(option):
     router = router_of(option).eval()
     floor = TABLE.share(SPACE.smallest())
     for share in [floor + 1e-9, *np.linspace(floor + 1e-6, 1.0, 25)]:
-        budget = Budget(float(share))
+        budget = Budget.of_share(share)
         spec = router.spec(budget)
         assert TABLE.share(spec) <= share
         assert spec == router.spec(budget), "deterministic"
-    assert router.spec(Budget(1.0)) == SPACE.full()
+    assert router.spec(Budget.of_share(1.0)) == SPACE.full()
     with pytest.raises(BudgetError, match="smallest") as refused:
-        router.spec(Budget(floor - 1e-3))
+        router.spec(Budget.of_share(floor - 1e-3))
     named = float(str(refused.value).partition("costs ")[2].partition(";")[0])
-    assert router.spec(Budget(named)), "the budget that the message names can be met"
+    assert router.spec(Budget.of_share(named)), "the budget that the message names can be met"
     for spec in SPECS:
-        assert router.spec(Budget(TABLE.share(spec))), "what was achieved once can be asked for"
+        assert router.spec(Budget.of_share(TABLE.share(spec))), "what was achieved once can be asked for"
+
+
+@pytest.mark.parametrize("option", options("router"))
+def test_router_keeps_several_limits_together(option):
+    router = router_of(option).eval()
+    memory = PRICES.others["memory"]
+    bytes_allowed = memory.cost(SPACE.smallest()) + (memory.whole - memory.cost(SPACE.smallest())) / 3
+    alone = router.spec(Budget.of_share(0.95))
+    assert memory.cost(alone) > bytes_allowed, "the second limit restricts"
+    both = router.spec(Budget.parse([0.95, f"{bytes_allowed}B"]))
+    assert TABLE.share(both) <= 0.95
+    assert memory.cost(both) <= bytes_allowed
+    assert router.spec(Budget.parse(["1memory", 1.0])) == SPACE.full()
 
 
 @pytest.mark.parametrize("option", options("router"))
@@ -222,7 +295,7 @@ def test_router_is_causal(option):
     tokens_BL = torch.randint(0, 50, (1, 20), generator=torch.Generator().manual_seed(0))
     changed_BL = tokens_BL.clone()
     changed_BL[:, 10:] = (changed_BL[:, 10:] + 7) % 50
-    outputs = [decoder(tokens, router.policy(Budget(0.8))) for tokens in (tokens_BL, changed_BL)]
+    outputs = [decoder(tokens, router.policy(Budget.of_share(0.8))) for tokens in (tokens_BL, changed_BL)]
     torch.testing.assert_close(outputs[0].logits_BLV[:, :10], outputs[1].logits_BLV[:, :10])
     assert not torch.allclose(outputs[0].logits_BLV[:, 10:], outputs[1].logits_BLV[:, 10:])
     for site in SPACE.sites:
@@ -235,7 +308,7 @@ def test_gradients_reach_every_weight_of_a_router_that_learns(option):
     tokens_BL = torch.randint(0, 50, (2, 20), generator=torch.Generator().manual_seed(0))
     learns = list(router.parameters())
     for sample in range(8):
-        output = decoder(tokens_BL, router.draw(Budget(0.8), generator=torch_generator("test", sample)))
+        output = decoder(tokens_BL, router.draw(Budget.of_share(0.8), generator=torch_generator("test", sample)))
         loss = output.logits_BLV.square().mean()
         probabilities = mean_probabilities(SPACE, output.decisions)
         (loss if probabilities is None else loss + TABLE.expected_share(probabilities)).backward()
@@ -253,8 +326,8 @@ def test_router_saves_and_loads(option):
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5)))
     other.load_state_dict(router.state_dict())
     for share in (0.9, 0.8, 0.7):
-        assert isinstance(router.spec(Budget(share)), SubnetSpec)
-        assert router.spec(Budget(share)) == other.spec(Budget(share))
+        assert isinstance(router.spec(Budget.of_share(share)), SubnetSpec)
+        assert router.spec(Budget.of_share(share)) == other.spec(Budget.of_share(share))
 
 
 def test_every_router_has_a_config():

@@ -33,7 +33,7 @@ def losses(folder: Path) -> dict[str, float]:
         "elastic smallest": metrics["elastic"]["smallest"],
     }
     rows = read_csv(folder / "run/results.csv")
-    return found | {f"{row['router']} {row['budget']:g}": row["val_loss"] for row in rows}
+    return found | {f"{row['router']} {row['budget']}": row["val_loss"] for row in rows}
 
 
 def test_losses_are_the_stored_ones(tmp_path):

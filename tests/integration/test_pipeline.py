@@ -14,7 +14,8 @@ from nestlm.report.render import render
 from plugins import options
 
 COLUMNS = {
-    "router", "budget", "achieved", "params", "flops", "val_loss", "perplexity", "bits_per_byte", "accuracy", "seed",
+    "router", "budget", "achieved", "cost", "achieved_cost", "params", "active_params", "flops", "memory",
+    "val_loss", "perplexity", "bits_per_byte", "accuracy", "seed",
 }  # fmt: skip
 
 
@@ -54,6 +55,23 @@ def test_run_folder_holds_all_that_is_promised(run, capsys):
     before = (folder / "report.md").read_text()
     render(folder)
     assert (folder / "report.md").read_text() == before
+
+
+@pytest.mark.parametrize("cost", ["flops", "memory"])
+def test_several_limits_are_kept_and_named(run, cost):
+    folder = run("budget=[[0.95,50KB],75%,2e4params]", f"cost={cost}")
+    rows = rows_of(folder)
+    assert [row["budget"] for row in rows] == 2 * ["0.75", "0.95+50KB", "20000params"]
+    for row in rows:
+        assert row["cost"] == cost
+        assert row["achieved_cost"] == row[cost]
+        assert float(row["achieved"]) <= {"0.75": 0.75, "0.95+50KB": 0.95}.get(row["budget"], 1.0)
+        if "KB" in row["budget"]:
+            assert int(row["memory"]) <= 50_000
+        if "params" in row["budget"]:
+            assert int(row["params"]) <= 20_000
+    assert {path.stem for path in (folder / "specs").iterdir()} == {row["budget"] for row in rows}
+    assert "0.95+50KB" in (folder / "report.md").read_text()
 
 
 def test_finished_stages_come_from_the_cache(run, tmp_path):

@@ -7,6 +7,7 @@ from scipy.stats import spearmanr
 from models import AXES, decoder_config, random_decoder
 from nestlm.axes.base import search_space
 from nestlm.cost.static import Flops
+from nestlm.cost.table import PriceList
 from nestlm.data.batch import Batch
 from nestlm.errors import NestlmError
 from nestlm.module import NestedLM
@@ -119,7 +120,7 @@ def surrogate(target: str) -> SurrogateSignal:
 
 def test_surrogate_learns_to_rank_specs_and_opens_its_gate(batch):
     decoder = random_decoder(CONFIG)
-    router = static.Router(table=TABLE, hidden_width=8, init_std=0.1, seed=0)
+    router = static.Router(prices=PriceList(TABLE, {}), hidden_width=8, init_std=0.1, seed=0)
     signal, parts = surrogate("gap"), Parts(decoder, router=router)
     optimizer = torch.optim.Adam([*signal.parameters(), *router.parameters()], lr=0.01)
     opened = []
@@ -146,7 +147,7 @@ def test_surrogate_learns_to_rank_specs_and_opens_its_gate(batch):
 
 def test_surrogate_targets_differ_by_the_full_models_loss(batch):
     decoder = random_decoder(CONFIG)
-    router = static.Router(table=TABLE, hidden_width=8, init_std=0.1, seed=0)
+    router = static.Router(prices=PriceList(TABLE, {}), hidden_width=8, init_std=0.1, seed=0)
     (inputs, gaps), (same_inputs, losses) = (
         surrogate(target).observe(decoder, router, batch, step=3) for target in ("gap", "loss")
     )
@@ -171,7 +172,7 @@ def test_budget_loss_has_a_dead_zone_on_both_sides():
 
 def test_joint_trains_model_and_router(batch):
     decoder, teacher = random_decoder(CONFIG), random_decoder(CONFIG, seed=1)
-    router = static.Router(table=TABLE, hidden_width=8, init_std=0.1, seed=0)
+    router = static.Router(prices=PriceList(TABLE, {}), hidden_width=8, init_std=0.1, seed=0)
     objective = Joint(FrozenTeacher(ce_share=0.0), budgets_per_step=2, cost_weight=1.0, dead_zone=0.0, seed=0)
     terms = objective.terms(Parts(decoder, teacher, router), batch, step=0)
     names = [sorted(term.logs) for term in backpropagate(terms)]
@@ -191,10 +192,10 @@ def test_gates_carry_the_worth_of_a_wider_choice(batch):
     """Where wider is better, the loss pushes probability towards the wider choices."""
     decoder = random_decoder(CONFIG)
     targets_BL = decoder(batch.tokens_BL).logits_BLV.argmax(-1)
-    router = static.Router(table=TABLE, hidden_width=8, init_std=0.1, seed=0)
+    router = static.Router(prices=PriceList(TABLE, {}), hidden_width=8, init_std=0.1, seed=0)
     gradient = torch.zeros_like(router.networks.output_bias)
     for sample in range(60):
-        draw = router.draw(Budget(0.8), generator=torch.Generator().manual_seed(sample))
+        draw = router.draw(Budget.of_share(0.8), generator=torch.Generator().manual_seed(sample))
         cross_entropy(decoder(batch.tokens_BL, draw).logits_BLV, targets_BL).mean().backward()
     gradient = router.networks.output_bias.grad
     assert gradient is not None

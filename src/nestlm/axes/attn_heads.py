@@ -24,8 +24,8 @@ class AttnHeads(Axis):
         query_rows = block.heads_per_group * head_dim
         return (
             Cut("attn.q.weight", 0, query_rows),
-            Cut("attn.k.weight", 0, head_dim),
-            Cut("attn.v.weight", 0, head_dim),
+            Cut("attn.k.weight", 0, head_dim, serves_later_tokens=True),
+            Cut("attn.v.weight", 0, head_dim, serves_later_tokens=True),
             Cut("attn.o.weight", 1, query_rows),
         )
 

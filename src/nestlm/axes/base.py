@@ -14,11 +14,15 @@ from nestlm.spec import SearchSpace, Site
 
 @dataclass(frozen=True)
 class Cut:
-    """A parameter of the block that an axis cuts: `rows` entries along `dim` belong to one unit."""
+    """A parameter of the block that an axis cuts: `rows` entries along `dim` belong to one unit.
+
+    `serves_later_tokens` is True where later tokens read what it computes (K and V): one choice a token cannot cut it.
+    """
 
     parameter: str
     dim: int
     rows: int
+    serves_later_tokens: bool = False
 
 
 @dataclass(frozen=True)

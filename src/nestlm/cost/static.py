@@ -1,4 +1,4 @@
-"""Costs that follow from the sizes alone: what is stored (`params`) and what is computed (`flops`)."""
+"""Costs that follow from the sizes alone: what is stored, read and computed."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 
 from nestlm.axes.base import Axis
 from nestlm.cost.table import CostTable
+from nestlm.errors import BudgetError
 from nestlm.nn.config import BlockConfig, DecoderConfig
 from nestlm.nn.decoder import Decoder
 from nestlm.spec import SearchSpace
@@ -19,15 +20,25 @@ from nestlm.spec import SearchSpace
 class Params:
     """Parameters that a stand-alone sub-network stores; a tied embedding counts once."""
 
-    def table(self, space: SearchSpace, *, axes: tuple[Axis, ...], config: DecoderConfig) -> CostTable:
+    def table(
+        self, space: SearchSpace, *, axes: tuple[Axis, ...], config: DecoderConfig, per_token: bool = False
+    ) -> CostTable:
         """Price every choice; sums equal the parameter count of the extracted model."""
-        shapes = parameter_shapes(config)
-        total = sum(math.prod(shape) for shape in shapes.values())
+        refuse_per_token("params", per_token=per_token)
+        return parameter_table("params", "parameters", unread=0, space=space, axes=axes, config=config)
 
-        def price(axis: Axis, layer: int, width: int) -> float:
-            return cut_parameters(axis, layer, width, shapes=shapes, config=config)
 
-        return size_table("params", "parameters", total, price, space=space, axes=axes)
+@dataclass(frozen=True)
+class ActiveParams:
+    """Parameters that one token's forward pass reads: of an embedding that is no head, one row."""
+
+    def table(
+        self, space: SearchSpace, *, axes: tuple[Axis, ...], config: DecoderConfig, per_token: bool = False
+    ) -> CostTable:
+        """Price every choice; sums equal the extracted model's parameters, less the rows that are not looked up."""
+        refuse_per_token("active_params", per_token=per_token)
+        unread = 0 if config.tie_embeddings else (config.vocab_size - 1) * config.hidden_size
+        return parameter_table("active_params", "parameters", unread=unread, space=space, axes=axes, config=config)
 
 
 @dataclass(frozen=True)
@@ -40,7 +51,9 @@ class Flops:
 
     context_length: int
 
-    def table(self, space: SearchSpace, *, axes: tuple[Axis, ...], config: DecoderConfig) -> CostTable:
+    def table(
+        self, space: SearchSpace, *, axes: tuple[Axis, ...], config: DecoderConfig, per_token: bool = False
+    ) -> CostTable:
         """Price every choice; sums equal what `torch.utils.flop_counter` counts on the extracted model."""
         shapes = parameter_shapes(config)
         # Norms and the look-up of an embedding are no matrix products; the head is one, also where it is tied.
@@ -50,7 +63,7 @@ class Flops:
         total = 2 * weights + sum(self.attention_scores(block, config=config) for block in config.blocks)
 
         def price(axis: Axis, layer: int, width: int) -> float:
-            products = 2 * cut_parameters(axis, layer, width, shapes=shapes, config=config)
+            products = 2 * cut_parameters(axis, layer, width, shapes=shapes, config=config, per_token=per_token)
             resized = axis.resize(config.blocks[layer], width)
             return products + self.attention_scores(resized, config=config) * axis.mixes_tokens
 
@@ -67,13 +80,44 @@ def parameter_shapes(config: DecoderConfig) -> dict[str, torch.Size]:
         return {name: parameter.shape for name, parameter in Decoder(config).named_parameters()}
 
 
-def cut_parameters(axis: Axis, layer: int, width: int, *, shapes: dict[str, torch.Size], config: DecoderConfig) -> int:
-    """Parameters that `width` units of a site own."""
+def cut_parameters(
+    axis: Axis,
+    layer: int,
+    width: int,
+    *,
+    shapes: dict[str, torch.Size],
+    config: DecoderConfig,
+    per_token: bool = False,
+) -> int:
+    """Parameters that `width` units of a site own; with `per_token`, those that a single token can leave out."""
     total = 0
     for cut in axis.cuts(config.blocks[layer], head_dim=config.head_dim):
-        shape = shapes[f"blocks.{layer}.{cut.parameter}"]
-        total += math.prod(shape) // shape[cut.dim] * cut.rows * width
+        if not (per_token and cut.serves_later_tokens):
+            shape = shapes[f"blocks.{layer}.{cut.parameter}"]
+            total += math.prod(shape) // shape[cut.dim] * cut.rows * width
     return total
+
+
+def refuse_per_token(name: str, *, per_token: bool) -> None:
+    """Raise BudgetError where a cost of what is stored is asked to price a choice per token."""
+    if per_token:
+        raise BudgetError(
+            f"cost: got {name} for a dynamic router, which stores all weights and the whole cache, so it takes FLOP "
+            "and latency budgets only; try cost=flops"
+        )
+
+
+def parameter_table(
+    name: str, unit: str, *, unread: int, space: SearchSpace, axes: tuple[Axis, ...], config: DecoderConfig
+) -> CostTable:
+    """A table that counts parameters, all but `unread` of them."""
+    shapes = parameter_shapes(config)
+    total = sum(math.prod(shape) for shape in shapes.values()) - unread
+
+    def price(axis: Axis, layer: int, width: int) -> float:
+        return cut_parameters(axis, layer, width, shapes=shapes, config=config)
+
+    return size_table(name, unit, total, price, space=space, axes=axes)
 
 
 def size_table(
@@ -90,4 +134,5 @@ def size_table(
     prices = tuple(
         tuple(price(by_name[site.axis], site.layer, width) for width in space.choices[site]) for site in space.sites
     )
-    return CostTable(name, unit, space, constant=total - sum(row[-1] for row in prices), prices=prices)
+    constant = total - sum(row[-1] for row in prices)
+    return CostTable(name, unit, space, constant=constant, prices=prices, whole=total)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -13,7 +14,7 @@ from torch import Tensor
 from nestlm.axes.base import Axis
 from nestlm.errors import BudgetError
 from nestlm.nn.config import DecoderConfig
-from nestlm.spec import Budget, SearchSpace, SubnetSpec
+from nestlm.spec import Budget, Limit, SearchSpace, SubnetSpec
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,8 @@ class CostTable:
         unit: what one is, such as `FLOPs a token`.
         space: the choices that are priced.
         constant: cost of what no choice cuts.
-        prices: per site, one price a choice, aligned to `space.choices`.
+        prices: per site, one price a choice, aligned to `space.choices`; wider is dearer.
+        whole: cost of the whole model, to which shares refer.
     """
 
     name: str
@@ -33,51 +35,144 @@ class CostTable:
     space: SearchSpace
     constant: float
     prices: tuple[tuple[float, ...], ...]
+    whole: float
 
     def cost(self, spec: SubnetSpec) -> float:
         """Cost of a spec, in the table's unit."""
         choices = zip(self.prices, self.space.indices(spec), strict=True)
         return self.constant + sum(prices[index] for prices, index in choices)
 
-    @cached_property
-    def full_cost(self) -> float:
-        """Cost of the whole model."""
-        return self.cost(self.space.full())
-
     def share(self, spec: SubnetSpec) -> float:
         """Cost relative to the whole model."""
-        return self.cost(spec) / self.full_cost
-
-    def fits(self, spec: SubnetSpec, budget: Budget) -> bool:
-        """Whether a spec is at or below the budget: the one comparison by which budgets are kept."""
-        return self.share(spec) <= budget.share
+        return self.cost(spec) / self.whole
 
     @cached_property
     def shares(self) -> Tensor:
         """Relative prices, (sites, max choices), 0 where a site has fewer choices."""
         table = torch.zeros(len(self.space.sites), self.space.max_choices, dtype=torch.float64)
         for row, prices in enumerate(self.prices):
-            table[row, : len(prices)] = torch.tensor(prices, dtype=torch.float64) / self.full_cost
+            table[row, : len(prices)] = torch.tensor(prices, dtype=torch.float64) / self.whole
         return table
 
     def expected_share(self, probabilities: Tensor) -> Tensor:
         """Relative cost of distributions over choices: (..., sites, max choices) to (...). Differentiable."""
         shares = self.shares.to(probabilities)
-        return self.constant / self.full_cost + (probabilities * shares).sum((-2, -1))
+        return self.constant / self.whole + (probabilities * shares).sum((-2, -1))
+
+
+@dataclass(frozen=True)
+class Bound:
+    """One limit, as a share of what one table calls whole."""
+
+    table: CostTable
+    share: float
+
+    def fits(self, spec: SubnetSpec) -> bool:
+        """Whether a spec is at or below the bound: the one comparison by which budgets are kept."""
+        return self.table.share(spec) <= self.share
+
+
+@dataclass(frozen=True)
+class PriceList:
+    """The tables of all kinds that a budget can limit.
+
+    Attributes:
+        main: prices of the run's own cost, which bare shares count.
+        others: further tables, by their names.
+    """
+
+    main: CostTable
+    others: Mapping[str, CostTable]
+
+    @property
+    def space(self) -> SearchSpace:
+        """The choices that are priced."""
+        return self.main.space
+
+    @property
+    def tables(self) -> dict[str, CostTable]:
+        """All tables by name, the run's own first."""
+        return {self.main.name: self.main, **self.others}
+
+    def bounds(self, budget: Budget) -> tuple[Bound, ...]:
+        """The limits of a budget, each as a share of its table.
+
+        Since wider is dearer in every table, the smallest sub-network keeps all limits when it keeps each.
+
+        Raises:
+            BudgetError: a kind without a table, an absolute limit above the whole model, or one below the smallest
+                sub-network.
+        """
+        return tuple(self._bound(limit) for limit in budget.limits)
 
     def check(self, budget: Budget) -> None:
-        """Raise BudgetError when even the smallest sub-network costs more."""
-        if not self.fits(self.space.smallest(), budget):
-            floor = math.ceil(self.share(self.space.smallest()) * 1e4) / 1e4  # rounded to a budget that can be met
+        """Raise BudgetError when no sub-network keeps the budget, as `bounds` does."""
+        self.bounds(budget)
+
+    def fits(self, spec: SubnetSpec, budget: Budget) -> bool:
+        """Whether a spec keeps every limit."""
+        return all(bound.fits(spec) for bound in self.bounds(budget))
+
+    def tightest(self, budget: Budget) -> float:
+        """The smallest share that a budget allows of any kind: what a router that sees budgets is told."""
+        return min(bound.share for bound in self.bounds(budget))
+
+    def _bound(self, limit: Limit) -> Bound:
+        table = self.main if limit.kind is None else self.tables.get(limit.kind)
+        if table is None:
             raise BudgetError(
-                f"budget: got {budget} of the full model's {self.name}, but the smallest sub-network costs "
-                f"{floor:.4f}; ask for at least that, or give axes smaller fractions"
+                f"budget: got {limit}, a limit of {limit.kind}, which has no prices in this run, wanted one of "
+                f"{', '.join(self.tables)}; try cost={limit.kind}"
             )
+        bound = Bound(table, share_of(limit, table))
+        if not limit.is_share and bound.share > 1.0:
+            raise BudgetError(
+                f"budget: got {limit}, but the full model's {table.name} is {nearby(limit, table, table.whole)}; "
+                "ask for at most that, or leave this limit out"
+            )
+        smallest = self.space.smallest()
+        if not bound.fits(smallest):
+            raise BudgetError(
+                f"budget: got {limit} ({table.name}), but the smallest sub-network costs "
+                f"{nearby(limit, table, table.cost(smallest))}; ask for at least that, or give axes smaller fractions"
+            )
+        return bound
+
+
+def share_of(limit: Limit, table: CostTable) -> float:
+    """A limit as a share of what its table calls whole."""
+    return limit.amount if limit.is_share else limit.amount * limit.factor / table.whole
+
+
+def nearby(limit: Limit, table: CostTable, cost: float) -> Limit:
+    """A short number in the limit's unit that can be asked for: a little above `cost`, or below it for the whole."""
+    exact = cost / (table.whole if limit.is_share else limit.factor)
+    floor = table.share(table.space.smallest())
+    for digits in range(3, 16):
+        step = 10.0 ** (math.floor(math.log10(exact)) - digits)
+        rounded = math.floor(exact / step) if cost == table.whole else math.ceil(exact / step)
+        candidate = Limit(float(f"{rounded * step:.{digits}e}"), limit.unit)
+        if candidate.is_share == limit.is_share and floor <= share_of(candidate, table) <= 1.0:
+            return candidate
+    return Limit(exact, limit.unit)
 
 
 class Cost(Protocol):
     """A way to price: makes the table of a model's choices."""
 
-    def table(self, space: SearchSpace, *, axes: tuple[Axis, ...], config: DecoderConfig) -> CostTable:
-        """Price every choice of a model whose rows are `config.context_length` tokens long."""
+    def table(
+        self, space: SearchSpace, *, axes: tuple[Axis, ...], config: DecoderConfig, per_token: bool = False
+    ) -> CostTable:
+        """Price every choice of a model.
+
+        Args:
+            space: the choices.
+            axes: the axes of the space's sites.
+            config: sizes of the whole model.
+            per_token: the choice is made for each token: what a later token needs, K and V, runs whole and belongs
+                to the constant.
+
+        Raises:
+            BudgetError: this cost does not depend on what single tokens choose.
+        """
         ...

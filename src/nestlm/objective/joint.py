@@ -39,25 +39,25 @@ class Joint(Objective):
 
     def terms(self, parts: Parts, batch: Batch, *, step: int) -> Iterator[Term]:
         assert parts.router is not None, "joint tuning needs a router"
-        table = parts.router.table
+        table = parts.router.prices.main
         floor = table.share(table.space.smallest())
         policies: list[tuple[Policy, bool]] = [(full, True)]
-        budgets = []
+        targets = []
         for sample in range(self.budgets_per_step):
             generator = torch_generator(self.seed, "joint", step, sample)
             # just above the floor at least, where rounding could make the smallest sub-network too dear
             above = max(1e-6, float(torch.rand((), generator=generator)))
-            budgets.append(Budget(floor + (1.0 - floor) * above))
-            policies.append((parts.router.draw(budgets[-1], generator=generator), False))
+            targets.append(floor + (1.0 - floor) * above)
+            policies.append((parts.router.draw(Budget.of_share(targets[-1]), generator=generator), False))
         lessons = self.teaching.lessons(parts, batch, policies=tuple(policies))
         loss_full = next(lessons).loss
         yield Term(loss_full / len(policies), {"loss_full": loss_full.detach()})
-        for lesson, budget in zip(lessons, budgets, strict=True):
+        for lesson, share in zip(lessons, targets, strict=True):
             loss, logs = lesson.loss, dict[str, Tensor | float](loss_subnet=lesson.loss.detach())
             probabilities = mean_probabilities(table.space, lesson.output.decisions)
             if probabilities is not None:
                 expected = table.expected_share(probabilities)
-                distance = budget_loss(expected, torch.full_like(expected, budget.share), dead_zone=self.dead_zone)
+                distance = budget_loss(expected, torch.full_like(expected, share), dead_zone=self.dead_zone)
                 logs["budget_distance"] = distance.detach()
                 loss = loss + self.cost_weight * distance
             yield Term(loss / len(policies), logs)

@@ -23,7 +23,7 @@ def pareto(path: Path, rows: Sequence[Row], *, teacher_loss: float, cost: str) -
         points = sorted((row["achieved"], row["val_loss"]) for row in rows if row["router"] == router)
         axes.plot(*zip(*points, strict=True), marker=marker, label=router)
     for row in rows:
-        if row["budget"] == 1.0:
+        if row["achieved"] == 1.0:
             axes.plot(row["achieved"], row["val_loss"], "*", markersize=16, color="black", zorder=3, label="full model")
             break
     axes.axhline(teacher_loss, color="grey", linestyle="--", linewidth=1, label="teacher")
@@ -35,8 +35,8 @@ def pareto(path: Path, rows: Sequence[Row], *, teacher_loss: float, cost: str) -
 
 
 def routing(path: Path, specs: Sequence[Row]) -> None:
-    """Chosen widths as colour: layers by budget, one panel an axis; `specs` as in a run's specs folder."""
-    chosen = sorted(specs, key=lambda spec: spec["budget"])
+    """Chosen widths as colour: layers by budget, cheapest first, a panel an axis. `specs` as in the specs folder."""
+    chosen = sorted(specs, key=lambda spec: (spec["achieved"], spec["budget"]))
     full_widths = chosen[0]["full_widths"]
     figure = Figure(figsize=(0.9 * len(chosen) * len(full_widths) + 2.4, 3.6), layout="constrained")
     panels = list(figure.subplots(1, len(full_widths), squeeze=False)[0])
@@ -49,7 +49,7 @@ def routing(path: Path, specs: Sequence[Row]) -> None:
                 color = "black" if shares[layer, column] > 0.6 else "white"
                 panel.text(column, layer, str(width), ha="center", va="center", fontsize=8, color=color)
         panel.set_title(name)
-        panel.set_xticks(range(len(chosen)), [f"{spec['budget']:g}" for spec in chosen])
+        panel.set_xticks(range(len(chosen)), [spec["budget"] for spec in chosen])
         panel.set_yticks(range(0, len(widths), max(1, len(widths) // 8)))
         panel.set_xlabel("budget")
         if panel is panels[-1]:

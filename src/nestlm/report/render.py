@@ -6,8 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from nestlm.errors import DataError
 from nestlm.report import plots
 from nestlm.report.console import output
@@ -27,8 +25,7 @@ def render(run_dir: Path) -> None:
     rows = read_csv(run_dir / "results.csv")
     metrics = json.loads((run_dir / "metrics.json").read_text())
     specs = [json.loads(path.read_text()) for path in (run_dir / "specs").glob("*.json")]
-    config = yaml.safe_load((run_dir / "config.yaml").read_text())
-    cost = config["cost"]["_target_"].rpartition(".")[2].lower()
+    cost = rows[0]["cost"]
     plots.pareto(run_dir / "pareto.png", rows, teacher_loss=metrics["pretrain"]["val_loss"], cost=cost)
     plots.routing(run_dir / "routing.png", specs)
     lines = summary_lines(metrics)
@@ -70,7 +67,7 @@ def write_report(run_dir: Path, rows: list[dict[str, Any]], *, lines: list[str],
     ]
     parts = [
         f"# {run_dir.name}",
-        f"Budgets are shares of the full model's {cost}.",
+        f"Achieved costs, and budgets without a unit, are shares of the full model's {cost}.",
         markdown_table(HEADINGS, [cells(row) for row in rows]),
         "\n".join(f"- {line}" for line in lines),
         "![Loss against cost](pareto.png)",

@@ -85,7 +85,7 @@ def timing_rows(finished: list[FinishedStage]) -> list[dict[str, Any]]:
     ]
     last = finished[-1]
     for row, seconds in zip(last.result["rows"], last.result["find_seconds"], strict=True):
-        what = f"find {row['router']} {row['budget']:g}"
+        what = f"find {row['router']} {row['budget']}"
         rows.append({"what": what, "seconds": seconds, "cached": last.cached, "tokens": 0, "resumed_at_step": 0})
     return rows
 
@@ -97,9 +97,10 @@ def write_specs(folder: Path, outcome: dict[str, Any], *, router: str) -> None:
         stale.unlink()
     for row, widths in zip(outcome["rows"], outcome["specs"], strict=True):
         if row["router"] == router:
-            chosen = {key: row[key] for key in ("router", "budget", "achieved", "params", "flops")}
+            keys = ("router", "budget", "achieved", "cost", "achieved_cost", "params", "flops", "memory")
+            chosen = {key: row[key] for key in keys if key in row}
             write_json(
-                folder / f"{row['budget']:g}.json", chosen | {"widths": widths, "full_widths": outcome["full_spec"]}
+                folder / f"{row['budget']}.json", chosen | {"widths": widths, "full_widths": outcome["full_spec"]}
             )
 
 

@@ -15,7 +15,7 @@ Row = Mapping[str, Any]
 # Shown columns: heading, key, format.
 SHOWN = (
     ("router", "router", "{}"),
-    ("budget", "budget", "{:g}"),
+    ("budget", "budget", "{}"),
     ("achieved", "achieved", "{:.4f}"),
     ("loss", "val_loss", "{:.4f}"),
     ("perplexity", "perplexity", "{:.2f}"),
@@ -54,7 +54,7 @@ def cells(row: Row) -> list[str]:
 
 def terminal_table(rows: Sequence[Row], *, cost: str) -> Table:
     """The table that a run ends with."""
-    table = Table(title=f"Budgets as shares of the full model's {cost}", title_justify="left")
+    table = Table(title=f"Costs as shares of the full model's {cost}", title_justify="left")
     for index, (heading, _, _) in enumerate(SHOWN):
         table.add_column(heading, justify="right" if index else "left")
     for row in rows:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from nestlm.cost.table import CostTable
+from nestlm.cost.table import PriceList
 from nestlm.nn.policy import Policy, fixed
 from nestlm.spec import Budget, SubnetSpec
 
@@ -13,15 +13,15 @@ from nestlm.spec import Budget, SubnetSpec
 class Router(nn.Module):
     """Finds sub-networks within budgets. One whose choice is the same for every token only defines `spec`."""
 
-    def __init__(self, table: CostTable) -> None:
+    def __init__(self, prices: PriceList) -> None:
         super().__init__()
-        self.table = table
+        self.prices = prices
 
     def spec(self, budget: Budget) -> SubnetSpec:
-        """The sub-network for a budget; its cost is never above it.
+        """The sub-network for a budget; none of the limits is ever crossed.
 
         Raises:
-            BudgetError: even the smallest sub-network costs more.
+            BudgetError: even the smallest sub-network is above a limit.
         """
         raise TypeError(f"{type(self).__name__} decides per token: ask it for a policy, not for one spec")
 

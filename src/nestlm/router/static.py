@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nestlm.cost.knapsack import cheapest_loss
-from nestlm.cost.table import CostTable
+from nestlm.cost.table import PriceList
 from nestlm.nn.policy import Policy
 from nestlm.router import base
 from nestlm.router.networks import BUDGET_FEATURES, SiteNetworks, embed_share
@@ -17,10 +17,10 @@ from nestlm.spec import Budget, SubnetSpec
 class Router(base.Router):
     """One small network a site from the budget to a logit per choice (Flextron); repaired to keep the budget (ours)."""
 
-    def __init__(self, *, table: CostTable, hidden_width: int, init_std: float, seed: int) -> None:
-        super().__init__(table)
+    def __init__(self, *, prices: PriceList, hidden_width: int, init_std: float, seed: int) -> None:
+        super().__init__(prices)
         self.networks = SiteNetworks(
-            table.space, num_inputs=BUDGET_FEATURES, hidden_width=hidden_width, init_std=init_std
+            prices.space, num_inputs=BUDGET_FEATURES, hidden_width=hidden_width, init_std=init_std
         )
         self.networks.init_weights(seed=seed)
 
@@ -30,14 +30,17 @@ class Router(base.Router):
 
     def draw(self, budget: Budget, *, generator: torch.Generator) -> Policy:
         """Choices sampled from the router's distribution, gated so that the loss reaches it."""
-        logits = self(torch.tensor([budget.share], device=self.networks.input.device))[0]
+        logits = self._logits(budget)
         probabilities = logits.softmax(-1)
         choices = sample_choices(logits.detach(), generator=generator)
-        return gated_policy(self.table.space, probabilities, choices)
+        return gated_policy(self.prices.space, probabilities, choices)
 
     @torch.no_grad()
     def spec(self, budget: Budget) -> SubnetSpec:
         """The choices of highest summed log-probability that fit: an exact multiple-choice knapsack."""
-        device = self.networks.input.device
-        logits = self(torch.tensor([budget.share], device=device))[0]
-        return cheapest_loss((-logits.log_softmax(-1)).tolist(), table=self.table, budget=budget)
+        log_probabilities = self._logits(budget).log_softmax(-1)
+        return cheapest_loss((-log_probabilities).tolist(), prices=self.prices, budget=budget)
+
+    def _logits(self, budget: Budget) -> Tensor:
+        share = self.prices.tightest(budget)
+        return self(torch.tensor([share], device=self.networks.input.device))[0]

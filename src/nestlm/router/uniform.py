@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nestlm.cost.table import CostTable
+from nestlm.cost.table import PriceList
 from nestlm.router.base import Router
 from nestlm.spec import Budget, SubnetSpec
 
@@ -10,12 +10,12 @@ from nestlm.spec import Budget, SubnetSpec
 class UniformRouter(Router):
     """Grows all layers together, the narrowest axis first, as long as the budget holds."""
 
-    def __init__(self, *, table: CostTable) -> None:
-        super().__init__(table)
+    def __init__(self, *, prices: PriceList) -> None:
+        super().__init__(prices)
 
     def spec(self, budget: Budget) -> SubnetSpec:
-        self.table.check(budget)
-        space = self.table.space
+        self.prices.check(budget)
+        space = self.prices.space
         level = dict.fromkeys(space.axes, 0)
 
         def spec_at(level: dict[str, int]) -> SubnetSpec:
@@ -31,7 +31,7 @@ class UniformRouter(Router):
             grown = level | {axis: level[axis] + 1}
             if grown[axis] >= len(space.choices[space.axes[axis][0]]):
                 growing.remove(axis)
-            elif self.table.fits(spec_at(grown), budget):
+            elif self.prices.fits(spec_at(grown), budget):
                 level = grown
             else:
                 growing.remove(axis)

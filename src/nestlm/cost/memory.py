@@ -1,0 +1,55 @@
+"""Cost: what a stand-alone sub-network holds in memory while it generates."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+from nestlm.axes.base import Axis
+from nestlm.cost.static import cut_parameters, parameter_shapes, refuse_per_token, size_table
+from nestlm.cost.table import CostTable
+from nestlm.errors import ConfigError
+from nestlm.nn.config import DecoderConfig
+from nestlm.spec import SearchSpace
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Weights and KV cache; activations and what a runtime reserves are left out.
+
+    Attributes:
+        batch_size: sequences that are generated at once.
+        context_length: tokens that the cache holds for each.
+        bytes_per_element: of a weight; 2 for bfloat16, 0.5 for four bits.
+        cache_bytes_per_element: of K and V.
+    """
+
+    batch_size: int
+    context_length: int
+    bytes_per_element: float
+    cache_bytes_per_element: float
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value <= 0:
+                raise ConfigError(f"cost.{field.name}: got {value}, wanted a positive number")
+
+    def table(
+        self, space: SearchSpace, *, axes: tuple[Axis, ...], config: DecoderConfig, per_token: bool = False
+    ) -> CostTable:
+        """Price every choice; sums equal the bytes of the extracted model's parameters and of its K and V."""
+        refuse_per_token("memory", per_token=per_token)
+        shapes = parameter_shapes(config)
+        bytes_per_row = self.batch_size * self.context_length * self.cache_bytes_per_element
+        rows = sum(2 * block.num_kv_groups * config.head_dim for block in config.blocks)
+        weights = sum(math.prod(shape) for shape in shapes.values())
+
+        def price(axis: Axis, layer: int, width: int) -> float:
+            elements = cut_parameters(axis, layer, width, shapes=shapes, config=config)
+            cuts = axis.cuts(config.blocks[layer], head_dim=config.head_dim)
+            cached = sum(cut.rows * width for cut in cuts if cut.serves_later_tokens)
+            return self.bytes_per_element * elements + bytes_per_row * cached
+
+        total = self.bytes_per_element * weights + bytes_per_row * rows
+        return size_table("memory", "bytes", total, price, space=space, axes=axes)
