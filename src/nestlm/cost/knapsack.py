@@ -2,8 +2,9 @@
 
 The multipliers of the linear relaxation give every choice a reduced loss of 0 or more, and a spec's reduced losses sum
 to at most what it loses above the relaxed optimum. So a dynamic programme over partial specs keeps those whose sum is
-within a gap, which grows until a spec within it is found, at the latest to what the rounded relaxation loses. A
-mixed-integer solver took up to seconds for 64 sites.
+within a gap, which grows until a spec within it is found, at the latest to what the rounded relaxation loses. For 64
+sites that takes tens of milliseconds, where an integer solver takes up to seconds. But where choices are worth nearly
+the same and two limits bind, too many partial specs are as good, and the integer solver is asked.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import linprog
+from scipy.optimize import LinearConstraint, linprog, milp
 
 from nestlm.cost.table import Bound, PriceList
 from nestlm.spec import Budget, SearchSpace, SubnetSpec
@@ -22,7 +23,8 @@ Array = NDArray[np.float64]
 Choices = NDArray[np.intp]
 ROUNDING = 1e-9  # relative; what passes by it is compared exactly in the end
 SOLVER = 1e-6  # relative; linear solvers keep bounds to about a tenth of this
-GAPS = (1 / 16, 1 / 4, 1.0 + 1e-6)  # tried in turn, as shares of what the rounded relaxation loses
+MOST_PARTIAL = 20_000  # specs within a gap; where more are as good, the integer solver is faster
+FIRST_GAP = 1 / 64  # of what the rounded relaxation loses; doubled, since partial specs multiply with the gap
 
 
 def cheapest_loss(losses: Sequence[Sequence[float]], *, prices: PriceList, budget: Budget) -> SubnetSpec:
@@ -65,9 +67,36 @@ def best_within(bounds: Sequence[Bound], rows: Sequence[Array], *, space: Search
         [(bound.share + ROUNDING) * bound.table.whole - bound.table.constant for bound in bounds], dtype=float
     )
     relaxed = relax(items, allowances)
-    for share in GAPS:
-        found = search(items, allowances, relaxed.multipliers, gap=share * relaxed.gap)
+    gap = FIRST_GAP * relaxed.gap
+    while gap < 2 * relaxed.gap:
+        found = search(items, allowances, relaxed.multipliers, gap=min(gap, relaxed.gap))
+        if found is None:
+            break
         spec = first_that_fits(found, bounds=bounds, space=space)
+        if spec is not None:
+            return spec
+        gap *= 2
+    return solve(items, allowances, bounds=bounds, space=space)
+
+
+def solve(items: list[Items], allowances: Array, *, bounds: Sequence[Bound], space: SearchSpace) -> SubnetSpec | None:
+    """The same by an integer solver, which keeps bounds to a tolerance: what slips over is asked for again, tighter."""
+    scale = np.maximum(np.abs(allowances), np.finfo(float).tiny)
+    counts = [len(item.losses) for item in items]
+    shares = np.concatenate([item.prices for item in items]).T / scale[:, None]
+    one_choice = LinearConstraint(np.repeat(np.eye(len(items)), counts, axis=1), 1, 1)
+    for margin in (0.0, *(SOLVER * 2**power for power in range(8))):
+        solution = milp(
+            np.concatenate([item.losses for item in items]),
+            integrality=np.ones(sum(counts)),
+            bounds=(0, 1),
+            constraints=[one_choice, LinearConstraint(shares, -np.inf, allowances / scale - margin)],
+            options={"mip_rel_gap": 0.0},
+        )
+        if solution.x is None:
+            break
+        picked = [int(part.argmax()) for part in np.split(solution.x, np.cumsum(counts)[:-1])]
+        spec = first_that_fits(np.array([picked]), bounds=bounds, space=space)
         if spec is not None:
             return spec
     return None
@@ -116,8 +145,11 @@ def relax(items: list[Items], allowances: Array) -> Relaxed:
     return Relaxed(multipliers, lost - float(optimum) + ROUNDING * len(items))
 
 
-def search(items: list[Items], allowances: Array, multipliers: Array, *, gap: float) -> Choices:
-    """Specs within `gap` of the relaxed optimum that are beaten by none, best first: choices (specs, sites)."""
+def search(items: list[Items], allowances: Array, multipliers: Array, *, gap: float) -> Choices | None:
+    """Specs within `gap` of the relaxed optimum that are beaten by none, best first: choices (specs, sites).
+
+    None: too many partial specs are as good.
+    """
     cheapest = np.array([item.prices.min(0) for item in items])
     cheapest_after = cheapest[::-1].cumsum(0)[::-1] - cheapest
     costs, lost, reduced = np.zeros((1, len(allowances))), np.zeros(1), np.zeros(1)
@@ -134,6 +166,8 @@ def search(items: list[Items], allowances: Array, multipliers: Array, *, gap: fl
         new_costs, new_lost = new_costs[kept], lost[parents[kept]] + item.losses[taken[kept]]
         best = unbeaten(new_costs, new_lost)
         costs, lost, reduced = new_costs[best], new_lost[best], sums[kept][best]
+        if len(best) > MOST_PARTIAL:
+            return None
         history.append((parents[kept][best], taken[kept][best]))
     # what the relaxed optimum leaves unspent also counts against the gap
     within = np.nonzero(reduced + (allowances - costs) @ multipliers <= gap)[0]
