@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch.loggers import Logger
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from nestlm.cache import write_json
+from nestlm.cost.table import PriceList
 from nestlm.data.module import PackedTokens
-from nestlm.evaluation import evaluate
+from nestlm.evaluation import Scores, evaluate
 from nestlm.module import NestedLM
 from nestlm.nn.decoder import Decoder
 from nestlm.nn.policy import Policy
 from nestlm.objective.base import Objective, Parts
 from nestlm.progress import track
 from nestlm.router.base import Router
+from nestlm.router.trial import Trial
 from nestlm.settings import View
 from nestlm.training import fit, make_trainer
 
@@ -53,10 +56,18 @@ class Context:
 
     def router(self, stage: str | None = None) -> Router:
         """The router: new, or as a stage left it behind."""
-        router = self.settings.router.network(prices=self.settings.prices())
-        if stage is not None and list(router.parameters()):
+        router = self.settings.make_router()
+        if stage is not None and router.state_dict():
             router.load_state_dict(load_file(self.inputs[stage] / ROUTER))
         return router
+
+    def trial(self, decoder: Decoder) -> Trial:
+        """Calibration text for a router to try things on."""
+        device = self.device()
+        loader = self.data(stream="calibration").heldout_dataloader(
+            "calibration", num_rows=self.settings.router.num_sequences
+        )
+        return Trial(decoder.to(device).eval(), [move_data_to_device(batch, device) for batch in loader])
 
     def save(self, module: nn.Module, name: str) -> None:
         """Leave weights behind."""
@@ -101,15 +112,23 @@ class Context:
         tokens = steps * data.settings.batch_size * data.settings.sequence_length
         return {"steps": steps, "tokens": tokens, "resumed_at_step": resumed}
 
-    def score(self, decoder: Decoder, policies: dict[str, Policy]) -> dict[str, dict[str, float]]:
-        """Validation loss and accuracy of policies. Each is written as soon as it is known, for a resumed run."""
+    def score(
+        self, decoder: Decoder, policies: dict[str, Policy], *, prices: dict[str, PriceList] | None = None
+    ) -> dict[str, Scores]:
+        """Validation loss and accuracy of policies. Each is written as soon as it is known, for a resumed run.
+
+        Args:
+            decoder: the model.
+            policies: by a name that may be part of a file's.
+            prices: by the same names, where what the policies spend is counted.
+        """
         loader = self.data(stream="validation").heldout_dataloader("validation")
         trainer = make_trainer(self.settings.trainer)
-        scores: dict[str, dict[str, float]] = {}
+        scores: dict[str, Scores] = {}
         for name, policy in track(policies.items(), "evaluate", total=len(policies)):
             path = self.folder / f"score-{name}.json"
             if not path.is_file():
-                result = evaluate(decoder, policy, loader=loader, trainer=trainer)
-                write_json(path, result.__dict__)
-            scores[name] = json.loads(path.read_text())
+                list_ = prices[name] if prices is not None else None
+                write_json(path, asdict(evaluate(decoder, policy, loader=loader, trainer=trainer, prices=list_)))
+            scores[name] = Scores.from_json(json.loads(path.read_text()))
         return scores

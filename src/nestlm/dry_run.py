@@ -56,8 +56,8 @@ def stage_passes(settings: Settings) -> list[tuple[str, int, float]]:
         ("elastic", settings.elastic.steps, BACKWARD * sum(drawn) / len(drawn) + teacher),
         ("joint", settings.joint.steps, BACKWARD * (1 + settings.joint.budgets_per_step * mean_share) + teacher),
     ]
-    if settings.router.signal is not None:
-        signal = settings.router.signal(table=flops)
+    signal = settings.make_signal(settings.make_router())
+    if signal is not None:
         stages.insert(2, ("router", settings.router.steps, signal.forward_passes(mean_share)))
     return stages
 

@@ -21,3 +21,7 @@ class DataError(NestlmError):
 
 class CheckpointError(NestlmError):
     """Weights that are missing, damaged, or of another model."""
+
+
+class DivergenceError(NestlmError):
+    """Training that has left the finite numbers."""

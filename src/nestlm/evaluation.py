@@ -1,27 +1,54 @@
-"""Loss and accuracy of a policy on held-out text."""
+"""Loss, accuracy and real spending of a policy on held-out text, and the time that it takes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import lightning as L
 import torch
+from torch import Tensor
 from torchmetrics import MeanMetric
 
+from nestlm.cost.table import CostTable, PriceList
 from nestlm.data.batch import Batch
 from nestlm.nn.decoder import Decoder
 from nestlm.nn.loss import cross_entropy
-from nestlm.nn.policy import Policy
+from nestlm.nn.policy import Decision, Mixed, Policy
+from nestlm.spec import Site
+
+WARM_UP, REPEATS = 2, 7  # forward passes that are not counted, and that are
+
+
+@dataclass(frozen=True)
+class Spending:
+    """What sequences spent, as shares of the whole model's cost: their mean, standard deviation, and the worst one."""
+
+    mean: float
+    spread: float
+    worst: float
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Means over tokens: loss in nats, and the share of tokens that were the most likely ones."""
+    """Means over tokens.
+
+    Attributes:
+        loss: in nats.
+        accuracy: share of tokens that were the most likely ones.
+        spending: by cost.
+        widths: units that ran, by axis and layer.
+    """
 
     loss: float
     accuracy: float
+    spending: Mapping[str, Spending] = field(default_factory=dict)
+    widths: Mapping[str, list[float]] = field(default_factory=dict)
 
     @property
     def perplexity(self) -> float:
@@ -32,27 +59,105 @@ class Scores:
         """Loss per byte of text, in bits, with the tokens and bytes of the split: comparable across tokenizers."""
         return self.loss / math.log(2) * tokens / num_bytes
 
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Scores:
+        """From plain values, as `dataclasses.asdict` makes them."""
+        spending = {name: Spending(**spent) for name, spent in fields["spending"].items()}
+        return cls(fields["loss"], fields["accuracy"], spending, fields["widths"])
+
 
 class PolicyEvaluation(L.LightningModule):
-    """Counts what a decoder gets right under one policy."""
+    """Counts what a decoder gets right under one policy, and what the policy's decisions cost."""
 
-    def __init__(self, decoder: Decoder, policy: Policy) -> None:
+    def __init__(self, decoder: Decoder, policy: Policy, *, prices: PriceList | None) -> None:
         super().__init__()
         self.decoder, self.policy = decoder, policy
+        self.prices = prices
         self.loss = MeanMetric().set_dtype(torch.float64)
         self.accuracy = MeanMetric().set_dtype(torch.float64)
+        self.spent: dict[str, list[Tensor]] = defaultdict(list)
+        self.widths: dict[Site, float] = defaultdict(float)
+        self.sequences = 0
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Update the counts; every token weighs the same."""
         del batch_idx
-        logits_BLV = self.decoder(batch.tokens_BL, self.policy, documents_BL=batch.documents_BL).logits_BLV
+        output = self.decoder(batch.tokens_BL, self.policy, documents_BL=batch.documents_BL)
         tokens = batch.targets_BL.numel()
-        self.loss.update(cross_entropy(logits_BLV, batch.targets_BL).mean(), weight=tokens)
-        self.accuracy.update((logits_BLV.argmax(-1) == batch.targets_BL).double().mean(), weight=tokens)
+        self.loss.update(cross_entropy(output.logits_BLV, batch.targets_BL).mean(), weight=tokens)
+        self.accuracy.update((output.logits_BLV.argmax(-1) == batch.targets_BL).double().mean(), weight=tokens)
+        if self.prices is None:
+            return
+        sequences = len(batch.tokens_BL)
+        self.sequences += sequences
+        for name, table in self.prices.tables.items():
+            self.spent[name].append(spent_shares(output.decisions, table, batch_size=sequences).cpu())
+        for site, widths in self.prices.space.choices.items():
+            self.widths[site] += sequences * mean_width(output.decisions[site], whole=widths[-1])
+
+    def spending(self) -> dict[str, Spending]:
+        """What the sequences spent, by cost."""
+        found = {}
+        for name, parts in self.spent.items():
+            shares = torch.cat(parts)
+            found[name] = Spending(float(shares.mean()), float(shares.std(correction=0)), float(shares.max()))
+        return found
+
+    def mean_widths(self) -> dict[str, list[float]]:
+        """Units that ran, by axis and layer."""
+        axes = {} if self.prices is None else self.prices.space.axes
+        return {axis: [self.widths[site] / self.sequences for site in sites] for axis, sites in axes.items()}
 
 
-def evaluate(decoder: Decoder, policy: Policy, *, loader: Iterable[Batch], trainer: L.Trainer) -> Scores:
-    """Run one pass over a loader under the trainer's device and precision."""
-    module = PolicyEvaluation(decoder, policy)
+def mean_width(decision: Decision, *, whole: int) -> float:
+    """Units that ran at a site, as a mean over the tokens of a batch."""
+    width = decision.width
+    if isinstance(width, Mixed):
+        return float(torch.tensor(width.widths, dtype=torch.float64, device=width.index.device)[width.index].mean())
+    return float(whole if width is None else width)
+
+
+def spent_shares(decisions: Mapping[Site, Decision], table: CostTable, *, batch_size: int) -> Tensor:
+    """Cost of what ran, as a share of the whole model, a mean over the tokens of each sequence: (B,) in float64."""
+    total = torch.full((batch_size,), table.constant / table.whole, dtype=torch.float64)
+    for row, (site, widths) in enumerate(table.space.choices.items()):
+        prices = table.shares[row]
+        width = decisions[site].width
+        if isinstance(width, Mixed):
+            prices = prices.to(width.index.device)
+            paid = prices[width.index]
+            total = total.to(paid.device) + (paid.mean(1) if paid.ndim == 2 else paid)
+        else:
+            total = total + prices[widths.index(widths[-1] if width is None else width)]
+    return total
+
+
+def evaluate(
+    decoder: Decoder, policy: Policy, *, loader: Iterable[Batch], trainer: L.Trainer, prices: PriceList | None = None
+) -> Scores:
+    """Run one pass over a loader under the trainer's device and precision; with prices, the spending is counted."""
+    module = PolicyEvaluation(decoder, policy, prices=prices)
     trainer.validate(module, dataloaders=loader, verbose=False)
-    return Scores(loss=float(module.loss.compute()), accuracy=float(module.accuracy.compute()))
+    loss, accuracy = float(module.loss.compute()), float(module.accuracy.compute())
+    return Scores(loss, accuracy, module.spending(), module.mean_widths())
+
+
+@torch.no_grad()
+def forward_seconds(decoder: Decoder, policies: Sequence[Policy], *, batch: Batch) -> list[float]:
+    """Seconds of a forward pass of each policy: medians over repeats in which all take turns."""
+    times: list[list[float]] = [[] for _ in policies]
+    for repeat in range(WARM_UP + REPEATS):
+        for policy, found in zip(policies, times, strict=True):
+            synchronize(batch.tokens_BL.device)
+            started = time.perf_counter()
+            decoder(batch.tokens_BL, policy, documents_BL=batch.documents_BL)
+            synchronize(batch.tokens_BL.device)
+            if repeat >= WARM_UP:
+                found.append(time.perf_counter() - started)
+    return [statistics.median(found) for found in times]
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a device has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections import defaultdict
 from typing import Any
@@ -10,10 +11,11 @@ import lightning as L
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 from torch.optim.lr_scheduler import LambdaLR
 
 from nestlm.data.batch import Batch
-from nestlm.errors import NestlmError
+from nestlm.errors import DivergenceError
 from nestlm.objective.base import Objective, Parts
 from nestlm.optim import OptimSettings
 
@@ -68,7 +70,7 @@ class NestedLM(L.LightningModule):
         """One optimizer step over all terms of the objective; each frees its graph before the next is built.
 
         Raises:
-            NestlmError: the loss is not finite.
+            DivergenceError: the loss or its gradient is not finite; no weight has changed.
         """
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
         assert isinstance(optimizer, LightningOptimizer), "configure_optimizers makes one"
@@ -82,10 +84,13 @@ class NestedLM(L.LightningModule):
             total += term.loss.detach()
             for name, value in term.logs.items():
                 logs[name].append(value)
-        if not math.isfinite(float(total)):
-            raise NestlmError(
-                f"the loss is {float(total)} at step {batch_idx}; lower the stage's lr, or look at the data"
-            )
+        grads = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
+        for name, value in (("loss", total), ("gradient's norm", get_total_norm(grads))):
+            if not math.isfinite(float(value)):
+                raise DivergenceError(
+                    f"{self.stage}: the {name} is {float(value)} at step {batch_idx}, batch {fingerprint(batch)}; "
+                    "lower the stage's lr, or look at the data"
+                )
         self.clip_gradients(optimizer.optimizer, gradient_clip_val=self.optim.clip_norm, gradient_clip_algorithm="norm")
         optimizer.step()
         scheduler.step()
@@ -96,3 +101,8 @@ class NestedLM(L.LightningModule):
         """Leave the frozen teacher out: the stage that made it has it."""
         for name in [name for name in checkpoint["state_dict"] if name.startswith("teacher.")]:
             del checkpoint["state_dict"][name]
+
+
+def fingerprint(batch: Batch) -> str:
+    """A short hash of a batch's tokens, by which it can be found again."""
+    return hashlib.sha256(batch.tokens_BL.cpu().numpy().tobytes()).hexdigest()[:12]

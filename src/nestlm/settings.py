@@ -22,6 +22,7 @@ from nestlm.objective.teaching import Teaching
 from nestlm.optim import OptimSettings
 from nestlm.ranking.base import Ranking
 from nestlm.router.base import Router
+from nestlm.router.per_token import Granularity
 from nestlm.sampler.base import Sampler
 from nestlm.spec import Budget, SearchSpace
 
@@ -66,18 +67,25 @@ class RouterSettings:
 
     Attributes:
         name: as in `router=NAME`.
-        policy: `static` or, where the network sees hidden states, `dynamic`.
+        policy: `static`, or `dynamic` where the network sees hidden states and tokens differ.
+        granularity: of a dynamic policy: a decision for each `token`, or for each `prompt`, whose first `prompt_tokens`
+            run whole.
+        prompt_tokens: P.
         network: makes the router from a price list.
         signal: makes the objective that trains it; None where nothing is learned.
+        num_sequences: calibration sequences on which the router tries candidates or meets budgets.
         steps: training steps of the router stage.
         lr: peak learning rate of the router, in its own stage.
         joint_lr: the same in joint tuning.
     """
 
     name: str
-    policy: str
+    policy: Literal["static", "dynamic"]
+    granularity: Literal["token", "prompt"]
+    prompt_tokens: int
     network: Callable[..., Router]
     signal: Callable[..., Signal] | None
+    num_sequences: int
     steps: int
     lr: float
     joint_lr: float
@@ -87,11 +95,30 @@ class RouterSettings:
             raise ConfigError(f"router.steps: got {self.steps}, wanted 0 or more")
         if self.signal is not None and (self.lr <= 0 or self.joint_lr <= 0):
             raise ConfigError(f"router: got lr={self.lr}, joint_lr={self.joint_lr}, wanted positive learning rates")
+        if self.prompt_tokens <= 0 or self.num_sequences <= 0:
+            raise ConfigError(
+                f"router: got prompt_tokens={self.prompt_tokens}, num_sequences={self.num_sequences}, wanted 1 or more"
+            )
+        if self.granularity == "prompt" and not self.per_token:
+            raise ConfigError(
+                "router.granularity: got prompt with a static policy, which chooses once for all tokens; "
+                "set router.policy=dynamic"
+            )
+        if self.per_token and self.signal is None:
+            raise ConfigError(
+                f"router.policy: got dynamic, but router={self.name} learns nothing; set router.policy=static"
+            )
+
+    @property
+    def per_token(self) -> bool:
+        """Whether tokens differ."""
+        return self.policy == "dynamic"
 
     @property
     def label(self) -> str:
-        """As in tables: `uniform`, `surrogate-static`."""
-        return self.name if self.signal is None else f"{self.name}-{self.policy}"
+        """As in tables: `uniform`, `surrogate-static`, `value-dynamic-prompt`."""
+        parts = [self.name, *([self.policy] if self.signal is not None else [])]
+        return "-".join([*parts, "prompt"] if self.granularity == "prompt" else parts)
 
 
 @dataclass(frozen=True)
@@ -143,6 +170,36 @@ class Settings:
         """The choices of the model."""
         return search_space(self.axis_list, self.model.decoder_config())
 
+    def make_router(self) -> Router:
+        """A new router, on the prices of what it chooses."""
+        if not self.router.per_token:
+            return self.router.network(prices=self.prices())
+        horizon = self.data.sequence_length
+        prompt_tokens = self.router.prompt_tokens if self.router.granularity == "prompt" else 0
+        if prompt_tokens >= horizon:
+            raise ConfigError(
+                f"router.prompt_tokens: got {prompt_tokens}, wanted fewer than data.sequence_length={horizon}"
+            )
+        return self.router.network(
+            prices=self.token_prices(),
+            hidden_size=self.model.decoder_config().hidden_size,
+            granularity=Granularity(prompt_tokens, horizon),
+        )
+
+    def make_signal(self, router: Router) -> Signal | None:
+        """What trains the router; None where nothing is learned."""
+        return None if self.router.signal is None else self.router.signal(router)
+
+    def token_prices(self) -> PriceList:
+        """The prices of choices that are made for each token, of the kinds that depend on them."""
+        space, config = self.space(), self.model.decoder_config()
+        tables = {}
+        for name, cost in {"": self.cost, **self.costs}.items():
+            if name == "" or cost.prices_tokens:  # the run's own cost says itself why it does not
+                tables[name] = cost.table(space, axes=self.axis_list, config=config, per_token=True)
+        main = tables.pop("")
+        return PriceList(main, {name: table for name, table in tables.items() if name != main.name}, per_token=True)
+
     def prices(self) -> PriceList:
         """The prices of the choices: by the run's own cost, and by every other kind that a budget may limit."""
         space, config = self.space(), self.model.decoder_config()
@@ -163,6 +220,8 @@ DERIVED = {
     "space": {"axes", "model"},
     "tokenizer_file": {"data", "model"},
     "prices": {"axes", "model", "cost", "costs"},
+    "make_router": {"axes", "model", "cost", "costs", "router", "data"},
+    "make_signal": {"axes", "model", "cost", "costs", "router", "data"},
 }
 HARMLESS = {"checkpoint_seconds", "activation_checkpointing"}
 
@@ -229,9 +288,8 @@ def check(settings: Settings) -> None:
         if path is not None and Path(path).is_file():
             raise ConfigError(f"{name}: {path} is a file, wanted a folder")
     prices = settings.prices()
+    router = settings.make_router()
     for budget in settings.budgets:
         prices.check(budget)
-    # Built for their own checks only.
-    settings.router.network(prices=prices)
-    if settings.router.signal is not None:
-        settings.router.signal(table=prices.main)
+        router.check(budget)
+    settings.make_signal(router)  # built for its own checks only

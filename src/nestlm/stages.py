@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from nestlm.context import MODEL, PAIRS, ROUTER, Context
+from nestlm.cost.table import PriceList
 from nestlm.data.batch import Batch
 from nestlm.data.module import PackedTokens
 from nestlm.data.packed import PackedRows
 from nestlm.data.prepare import SPLITS, Manifest, prepare
 from nestlm.elastic.weights import sort_units
-from nestlm.evaluation import Scores
+from nestlm.evaluation import Scores, Spending, forward_seconds
 from nestlm.nn.policy import fixed, full
 from nestlm.objective.base import Parts
 from nestlm.objective.elastic import Elastic
@@ -25,10 +27,13 @@ from nestlm.objective.joint import Joint
 from nestlm.objective.pretrain import Pretrain
 from nestlm.progress import track
 from nestlm.ranking.base import order
+from nestlm.router.base import Answer, Router
+from nestlm.router.trial import Trial
 from nestlm.router.uniform import UniformRouter
-from nestlm.spec import Budget, SubnetSpec
+from nestlm.spec import Budget
 
 Result = dict[str, Any]
+TIMED_ROWS = 4  # of the batch on which answers are timed
 
 
 def prepare_data(context: Context) -> Result:
@@ -65,8 +70,7 @@ def pretrain(context: Context) -> Result:
             steps=settings.pretrain.steps,
         )
     context.save(decoder, MODEL)
-    loss = context.score(decoder, {"full": full})["full"]
-    return result | readings(context, Scores(**loss))
+    return result | readings(context, context.score(decoder, {"full": full})["full"])
 
 
 def rank(context: Context) -> Result:
@@ -83,7 +87,7 @@ def rank(context: Context) -> Result:
     context.save(decoder, MODEL)
     sliced = context.score(decoder, {"smallest_sliced": fixed(smallest)})
     used = min(settings.ranking.num_sequences, len(context.data(stream="calibration").rows("calibration")))
-    return {"sequences": used} | {name: score["loss"] for name, score in (unsorted | sliced).items()}
+    return {"sequences": used} | {name: score.loss for name, score in (unsorted | sliced).items()}
 
 
 def calibration(context: Context, device: torch.device) -> Iterator[Batch]:
@@ -111,24 +115,30 @@ def elastic(context: Context) -> Result:
     context.save(decoder, MODEL)
     save_file(objective.pairs(), context.folder / PAIRS)
     scores = context.score(decoder, {"full": full, "smallest": fixed(space.smallest())})
-    return result | {name: score["loss"] for name, score in scores.items()}
+    return result | {name: score.loss for name, score in scores.items()}
 
 
 def train_router(context: Context) -> Result:
     """Train the router on its signal; the model stays as it is, and the signal's own network is thrown away."""
     settings, router = context.settings, context.router()
-    if settings.router.signal is None:
-        return {"steps": 0, "tokens": 0}
-    objective = settings.router.signal(table=router.prices.main)
-    result = context.train(
-        "router",
-        Parts(context.decoder("elastic"), router=router),
-        objective=objective,
-        trained={"router": (router, settings.router.lr), "signal": (objective, objective.lr)},
-        steps=settings.router.steps,
-    )
-    context.save(router, ROUTER)
-    return result | objective.summary()
+    decoder = context.decoder("elastic")
+    objective = settings.make_signal(router)
+    result: Result = {"steps": 0, "tokens": 0}
+    if objective is not None:
+        objective.warm_up(load_file(context.inputs["elastic"] / PAIRS))
+        trained: dict[str, tuple[nn.Module, float]] = {"router": (router, settings.router.lr)}
+        if list(objective.parameters()):
+            trained["signal"] = (objective, objective.lr)
+        parts = Parts(decoder, router=router)
+        result = context.train("router", parts, objective=objective, trained=trained, steps=settings.router.steps)
+    trial = context.trial(decoder)
+    router.to(trial.device).prepare(trial)
+    if objective is not None:
+        parts = Parts(trial.decoder, router=router)
+        result |= objective.to(trial.device).summary(parts, list(trial.batches))
+    if router.state_dict():
+        context.save(router, ROUTER)
+    return result
 
 
 def joint(context: Context) -> Result:
@@ -150,45 +160,99 @@ def joint(context: Context) -> Result:
         "joint", Parts(decoder, teacher, router), objective=objective, trained=trained, steps=settings.joint.steps
     )
     context.save(decoder, MODEL)
-    context.save(router, ROUTER)
+    if settings.joint.steps:
+        trial = context.trial(decoder)
+        router.to(trial.device).prepare(trial)
+    if router.state_dict():
+        context.save(router, ROUTER)
     return result
 
 
+@dataclass(frozen=True)
+class Found:
+    """A router's answer to a budget, and where its score is filed."""
+
+    router: str
+    budget: Budget
+    answer: Answer
+    prices: PriceList
+    seconds: float
+    name: str
+
+
 def evaluate(context: Context) -> Result:
-    """Find every router's sub-network for every budget, and score it on the validation text."""
+    """Find every router's policy for every budget, score it on the validation text, and count what it really spends."""
     settings = context.settings
     decoder, router = context.decoder("joint"), context.router("joint").eval()
-    routers = {"uniform": UniformRouter(prices=router.prices)} | {settings.router.label: router}
-    tables, main, whole = router.prices.tables, router.prices.main, router.prices.space.full()
-    names: dict[SubnetSpec, str] = {whole: "full"}
-    found: list[tuple[str, Budget, SubnetSpec, float]] = []
-    for label, candidate in routers.items():
-        for budget in settings.budgets:
-            started = time.perf_counter()
-            spec = candidate.spec(budget)
-            names.setdefault(spec, f"subnet{len(names)}")
-            found.append((label, budget, spec, time.perf_counter() - started))
-    scores = context.score(decoder, {name: fixed(spec) for spec, name in names.items()})
-    rows = [
-        {
-            "router": label,
-            "budget": str(budget),
-            "achieved": main.share(spec),
-            "cost": main.name,
-            "achieved_cost": main.cost(spec),
-            **{name: tables[name].cost(spec) for name in settings.costs},
-            **readings(context, Scores(**scores[names[spec]])),
-            "loss_vs_full": scores[names[spec]]["loss"] - scores["full"]["loss"],
-            "seed": settings.seed,
-        }
-        for label, budget, spec, _ in found
+    trial = context.trial(decoder)
+    prices = settings.prices()
+    routers = {"uniform": UniformRouter(prices=prices), settings.router.label: router.to(trial.device)}
+    found = [
+        find(label, candidate, budget, trial=trial)
+        for label, candidate in routers.items()
+        for budget in settings.budgets
     ]
+    scores = context.score(
+        decoder,
+        {"full": full} | {item.name: item.answer.policy for item in found},
+        prices={"full": prices} | {item.name: item.prices for item in found},
+    )
+    seconds = forward_seconds(
+        trial.decoder, [full, *(item.answer.policy for item in found)], batch=trial.batches[0].head(TIMED_ROWS)
+    )
     return {
-        "rows": rows,
-        "specs": [spec.by_axis() for _, _, spec, _ in found],
-        "full_spec": whole.by_axis(),
-        "find_seconds": [seconds for _, _, _, seconds in found],
+        "rows": [row(context, item, scores[item.name], whole=scores["full"], prices=prices) for item in found],
+        "specs": [choice(item, scores[item.name]) for item in found],
+        "full_spec": prices.space.full().by_axis(),
+        "find_seconds": [item.seconds for item in found],
+        "forward_seconds": seconds[1:],
     }
+
+
+def find(label: str, router: Router, budget: Budget, *, trial: Trial) -> Found:
+    """Ask a router for a budget. Answers that are the same sub-network share a score."""
+    started = time.perf_counter()
+    answer = router.find(budget, trial=trial)
+    seconds = time.perf_counter() - started
+    if answer.spec is None:
+        name = f"{label}-{budget}"
+    elif answer.spec == router.prices.space.full():
+        name = "full"
+    else:
+        name = "subnet-" + "-".join(map(str, router.prices.space.indices(answer.spec)))
+    return Found(label, budget, answer, router.prices, seconds, name)
+
+
+def row(context: Context, item: Found, scores: Scores, *, whole: Scores, prices: PriceList) -> dict[str, Any]:
+    """A line of results.csv. What a dynamic router stores is the whole model, whatever it uses."""
+    main, spec = prices.main, item.answer.spec
+    stored = prices.space.full() if spec is None else spec
+    spent = scores.spending[main.name] if spec is None else Spending(main.share(spec), 0.0, main.share(spec))
+    sizes = {name: prices.tables[name].cost(stored) for name in context.settings.costs}
+    if spec is None:
+        sizes |= {
+            name: scores.spending[name].mean * prices.tables[name].whole for name in scores.spending if name in sizes
+        }
+    return {
+        "router": item.router,
+        "budget": str(item.budget),
+        "achieved": spent.mean,
+        "spread": spent.spread,
+        "worst": spent.worst,
+        "cost": main.name,
+        "achieved_cost": spent.mean * main.whole if spec is None else main.cost(spec),
+        **sizes,
+        **readings(context, scores),
+        "loss_vs_full": scores.loss - whole.loss,
+        "seed": context.settings.seed,
+    }
+
+
+def choice(item: Found, scores: Scores) -> dict[str, Any]:
+    """What is kept of an answer: widths (of a dynamic router their means), and the plan by which a budget is kept."""
+    if item.answer.spec is not None:
+        return {"widths": item.answer.spec.by_axis()}
+    return {"widths": dict(scores.widths), "plan": item.answer.plan}
 
 
 def readings(context: Context, scores: Scores) -> dict[str, float]:

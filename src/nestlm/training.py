@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import Logger
 from nestlm.callbacks.checkpoint import TimedCheckpoint, last_good_checkpoint
 from nestlm.callbacks.progress import StageProgress
 from nestlm.data.module import PackedTokens
-from nestlm.errors import ConfigError
+from nestlm.errors import ConfigError, DivergenceError
 from nestlm.module import NestedLM
 
 # Lightning announces devices and tips at each of our many trainers; its warnings stay.
@@ -66,7 +66,12 @@ def fit(
         log_every_n_steps=min(10, module.num_steps),
     )
     checkpoint = last_good_checkpoint(folder / "checkpoints")
-    trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    except DivergenceError as error:
+        good = last_good_checkpoint(folder / "checkpoints")
+        kept = "there is no checkpoint of this stage yet" if good is None else f"the last good checkpoint is {good}"
+        raise DivergenceError(f"{error}; {kept}, and the stages before are kept") from error
     if trainer.global_step != module.num_steps:
         raise ConfigError(f"{stage}: stopped after {trainer.global_step} of {module.num_steps} steps; look at trainer")
     return 0 if checkpoint is None else int(checkpoint.stem.rpartition("=")[2])

@@ -19,12 +19,9 @@ from nestlm.elastic.weights import extract
 from nestlm.errors import BudgetError
 from nestlm.nn.policy import fixed
 from nestlm.ranking.base import order
-from nestlm.router.base import Router
-from nestlm.router.relaxed import mean_probabilities
 from nestlm.sampler.base import Mixture, Sampler, generator, independent
-from nestlm.seeding import torch_generator
-from nestlm.spec import Budget, SubnetSpec
-from plugins import NANO, build, classes, compose, options, targets
+from nestlm.spec import SubnetSpec
+from plugins import build, classes, compose, options, targets
 
 CONFIG = decoder_config(num_kv_groups=2)
 SPACE = search_space(AXES, CONFIG)
@@ -248,88 +245,3 @@ def test_source_yields_the_same_named_documents_each_time(option, text_folder):
     assert fingerprint(first) == fingerprint(source.documents())
     changed = [first[0]._replace(text=first[0].text + "!"), *first[1:]]
     assert fingerprint(changed) != fingerprint(first)
-
-
-# routers
-
-
-def router_of(option: str) -> Router:
-    return build("router", option).network(prices=PRICES)
-
-
-@pytest.mark.parametrize("option", options("router"))
-def test_router_never_exceeds_a_budget(option):
-    router = router_of(option).eval()
-    floor = TABLE.share(SPACE.smallest())
-    for share in [floor + 1e-9, *np.linspace(floor + 1e-6, 1.0, 25)]:
-        budget = Budget.of_share(share)
-        spec = router.spec(budget)
-        assert TABLE.share(spec) <= share
-        assert spec == router.spec(budget), "deterministic"
-    assert router.spec(Budget.of_share(1.0)) == SPACE.full()
-    with pytest.raises(BudgetError, match="smallest") as refused:
-        router.spec(Budget.of_share(floor - 1e-3))
-    named = float(str(refused.value).partition("costs ")[2].partition(";")[0])
-    assert router.spec(Budget.of_share(named)), "the budget that the message names can be met"
-    for spec in SPECS:
-        assert router.spec(Budget.of_share(TABLE.share(spec))), "what was achieved once can be asked for"
-
-
-@pytest.mark.parametrize("option", options("router"))
-def test_router_keeps_several_limits_together(option):
-    router = router_of(option).eval()
-    memory = PRICES.others["memory"]
-    bytes_allowed = memory.cost(SPACE.smallest()) + (memory.whole - memory.cost(SPACE.smallest())) / 3
-    alone = router.spec(Budget.of_share(0.95))
-    assert memory.cost(alone) > bytes_allowed, "the second limit restricts"
-    both = router.spec(Budget.parse([0.95, f"{bytes_allowed}B"]))
-    assert TABLE.share(both) <= 0.95
-    assert memory.cost(both) <= bytes_allowed
-    assert router.spec(Budget.parse(["1memory", 1.0])) == SPACE.full()
-
-
-@pytest.mark.parametrize("option", options("router"))
-def test_router_is_causal(option):
-    """Changing tokens after t changes neither choices nor logits at or before t."""
-    decoder, router = random_decoder(CONFIG), router_of(option).eval()
-    tokens_BL = torch.randint(0, 50, (1, 20), generator=torch.Generator().manual_seed(0))
-    changed_BL = tokens_BL.clone()
-    changed_BL[:, 10:] = (changed_BL[:, 10:] + 7) % 50
-    outputs = [decoder(tokens, router.policy(Budget.of_share(0.8))) for tokens in (tokens_BL, changed_BL)]
-    torch.testing.assert_close(outputs[0].logits_BLV[:, :10], outputs[1].logits_BLV[:, :10])
-    assert not torch.allclose(outputs[0].logits_BLV[:, 10:], outputs[1].logits_BLV[:, 10:])
-    for site in SPACE.sites:
-        assert outputs[0].decisions[site].width == outputs[1].decisions[site].width
-
-
-@pytest.mark.parametrize("option", options("router"))
-def test_gradients_reach_every_weight_of_a_router_that_learns(option):
-    router, decoder = router_of(option), random_decoder(CONFIG)
-    tokens_BL = torch.randint(0, 50, (2, 20), generator=torch.Generator().manual_seed(0))
-    learns = list(router.parameters())
-    for sample in range(8):
-        output = decoder(tokens_BL, router.draw(Budget.of_share(0.8), generator=torch_generator("test", sample)))
-        loss = output.logits_BLV.square().mean()
-        probabilities = mean_probabilities(SPACE, output.decisions)
-        (loss if probabilities is None else loss + TABLE.expected_share(probabilities)).backward()
-    for parameter in learns:
-        assert parameter.grad is not None
-        assert parameter.grad.abs().sum() > 0
-    assert bool(learns) == (build("router", option).signal is not None)
-
-
-@pytest.mark.parametrize("option", options("router"))
-def test_router_saves_and_loads(option):
-    router, other = router_of(option), router_of(option)
-    with torch.no_grad():
-        for parameter in router.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5)))
-    other.load_state_dict(router.state_dict())
-    for share in (0.9, 0.8, 0.7):
-        assert isinstance(router.spec(Budget.of_share(share)), SubnetSpec)
-        assert router.spec(Budget.of_share(share)) == other.spec(Budget.of_share(share))
-
-
-def test_every_router_has_a_config():
-    shipped = set().union(*(targets(compose([*NANO, f"router={option}"])["router"]) for option in options("router")))
-    assert classes("nestlm.router", Router) - {"nestlm.router.base.Router"} <= shipped

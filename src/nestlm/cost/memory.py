@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from typing import ClassVar
 
 from nestlm.axes.base import Axis
 from nestlm.cost.static import cut_parameters, parameter_shapes, refuse_per_token, size_table
@@ -24,6 +25,7 @@ class Memory:
         cache_bytes_per_element: of K and V.
     """
 
+    prices_tokens: ClassVar[bool] = False
     batch_size: int
     context_length: int
     bytes_per_element: float

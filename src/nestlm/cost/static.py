@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 
@@ -20,6 +21,8 @@ from nestlm.spec import SearchSpace
 class Params:
     """Parameters that a stand-alone sub-network stores; a tied embedding counts once."""
 
+    prices_tokens: ClassVar[bool] = False
+
     def table(
         self, space: SearchSpace, *, axes: tuple[Axis, ...], config: DecoderConfig, per_token: bool = False
     ) -> CostTable:
@@ -31,6 +34,8 @@ class Params:
 @dataclass(frozen=True)
 class ActiveParams:
     """Parameters that one token's forward pass reads: of an embedding that is no head, one row."""
+
+    prices_tokens: ClassVar[bool] = False
 
     def table(
         self, space: SearchSpace, *, axes: tuple[Axis, ...], config: DecoderConfig, per_token: bool = False
@@ -49,6 +54,7 @@ class Flops:
         context_length: tokens a row, L; it sets the share of the attention scores.
     """
 
+    prices_tokens: ClassVar[bool] = True
     context_length: int
 
     def table(
@@ -67,7 +73,10 @@ class Flops:
             resized = axis.resize(config.blocks[layer], width)
             return products + self.attention_scores(resized, config=config) * axis.mixes_tokens
 
-        return size_table("flops", "FLOPs a token", total, price, space=space, axes=axes)
+        table = size_table("flops", "FLOPs a token", total, price, space=space, axes=axes)
+        # the two matrices of a router's network at each site; a budget's features are multiplied once for all tokens
+        per_unit = sum(2 * (config.hidden_size + len(widths)) for widths in space.choices.values())
+        return replace(table, router=(0.0, per_unit)) if per_token else table
 
     def attention_scores(self, block: BlockConfig, *, config: DecoderConfig) -> int:
         """Scores and their weighted sum: two products over the whole row, without a discount for causality."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -28,6 +28,8 @@ class CostTable:
         constant: cost of what no choice cuts.
         prices: per site, one price a choice, aligned to `space.choices`; wider is dearer.
         whole: cost of the whole model, to which shares refer.
+        router: what a router that decides for each token adds to a table of choices per token: a constant, and so much
+            for each unit of its networks' hidden width.
     """
 
     name: str
@@ -36,6 +38,7 @@ class CostTable:
     constant: float
     prices: tuple[tuple[float, ...], ...]
     whole: float
+    router: tuple[float, float] = (0.0, 0.0)
 
     def cost(self, spec: SubnetSpec) -> float:
         """Cost of a spec, in the table's unit."""
@@ -79,10 +82,35 @@ class PriceList:
     Attributes:
         main: prices of the run's own cost, which bare shares count.
         others: further tables, by their names.
+        per_token: whether the tables price choices per token.
     """
 
     main: CostTable
     others: Mapping[str, CostTable]
+    per_token: bool = False
+
+    def with_router(self, hidden_width: int) -> PriceList:
+        """The prices of choices that a router of that width makes for each token: its own cost counts."""
+
+        def own(table: CostTable) -> CostTable:
+            constant, per_unit = table.router
+            return replace(table, constant=table.constant + constant + per_unit * hidden_width, router=(0.0, 0.0))
+
+        return self._changed(own)
+
+    def after_prompt(self, prompt_share: float) -> PriceList:
+        """The mean over a sequence of which that share runs whole first, and the rest as is chosen."""
+        rest = 1.0 - prompt_share
+
+        def averaged(table: CostTable) -> CostTable:
+            constant = rest * table.constant + prompt_share * table.cost(table.space.full())
+            return replace(table, constant=constant, prices=tuple(tuple(rest * p for p in row) for row in table.prices))
+
+        return self._changed(averaged) if prompt_share else self
+
+    def _changed(self, change: Callable[[CostTable], CostTable]) -> PriceList:
+        others = {name: change(table) for name, table in self.others.items()}
+        return replace(self, main=change(self.main), others=others)
 
     @property
     def space(self) -> SearchSpace:
@@ -119,6 +147,11 @@ class PriceList:
 
     def _bound(self, limit: Limit) -> Bound:
         table = self.main if limit.kind is None else self.tables.get(limit.kind)
+        if table is None and self.per_token:
+            raise BudgetError(
+                f"budget: got {limit}, but a dynamic router stores all weights and the whole cache, so it takes FLOP "
+                f"and latency budgets only; this run prices {', '.join(self.tables)}; try router.policy=static"
+            )
         if table is None:
             raise BudgetError(
                 f"budget: got {limit}, a limit of {limit.kind}, which has no prices in this run, wanted one of "
@@ -158,7 +191,13 @@ def nearby(limit: Limit, table: CostTable, cost: float) -> Limit:
 
 
 class Cost(Protocol):
-    """A way to price: makes the table of a model's choices."""
+    """A way to price: makes the table of a model's choices.
+
+    Attributes:
+        prices_tokens: whether it depends on what single tokens choose.
+    """
+
+    prices_tokens: ClassVar[bool]
 
     def table(
         self, space: SearchSpace, *, axes: tuple[Axis, ...], config: DecoderConfig, per_token: bool = False

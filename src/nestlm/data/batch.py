@@ -20,3 +20,8 @@ class Batch(NamedTuple):
     tokens_BL: Tensor
     targets_BL: Tensor
     documents_BL: Tensor | None
+
+    def head(self, rows: int) -> Batch:
+        """The first rows."""
+        documents_BL = None if self.documents_BL is None else self.documents_BL[:rows]
+        return Batch(self.tokens_BL[:rows], self.targets_BL[:rows], documents_BL)

@@ -42,6 +42,8 @@ class Block(nn.Module):
         self, hidden_BLD: Tensor, policy: Policy, *, sight: Sight, stream: Stream, cache: LayerCache | None
     ) -> tuple[Tensor, dict[Site, Decision]]:
         """The new residual stream (B, L, D), and the decisions taken on the old one; width 0 skips a site."""
+        if torch.is_grad_enabled():  # checkpointing runs this twice: the second time must not find the first's notes
+            stream = Stream(stream.real_BL)
         heads = policy(self.heads_site, hidden_BLD, stream)
         if heads.width != 0:
             hidden_BLD = hidden_BLD + self.attn(self.attn_norm(hidden_BLD), heads, sight=sight, cache=cache)
@@ -94,7 +96,7 @@ class Decoder(nn.Module):
         hidden_BLD = self.embed(tokens_BL)
         sight = self.sight(hidden_BLD, start=start, documents_BL=seen_documents_BL)
         real_BL = None if documents_BL is None else documents_BL >= 0
-        stream = Stream(real_BL, None if cache is None else cache.memory)
+        stream = Stream(real_BL, {} if cache is None else cache.memory)
         decisions: dict[Site, Decision] = {}
         for layer, block in enumerate(self.blocks):
             seen = {"sight": sight, "stream": stream, "cache": None if cache is None else cache.layer(layer)}

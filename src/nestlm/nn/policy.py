@@ -47,16 +47,16 @@ class Stream:
 
     Attributes:
         real_BL: False where a token is padding; None where none is.
-        memory: what a policy carries from call to call on the same sequences, kept beside the KV cache; None where
-            every call stands alone.
+        memory: what a policy carries from token to token of the same sequences, by site. It lives in the KV cache;
+            without one, a call starts with an empty memory.
     """
 
     real_BL: Tensor | None = None
-    memory: MutableMapping[Site, Tensor] | None = field(default=None, hash=False)
+    memory: MutableMapping[Site, Tensor] = field(default_factory=dict, hash=False)
 
 
 # A pure function of (site, hidden_BLD, stream): with activation checkpointing it is asked twice and must answer the
-# same. Only beside a KV cache, without gradients, does it write to the stream's memory.
+# same. Only without gradients does it write to the stream's memory.
 Policy = Callable[[Site, Tensor, Stream], Decision]
 
 WHOLE = Decision()

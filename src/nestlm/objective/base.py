@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from nestlm.data.batch import Batch
+from nestlm.errors import ConfigError
 from nestlm.nn.decoder import Decoder, DecoderOutput
 from nestlm.router.base import Router
 
@@ -68,10 +69,23 @@ class Signal(Objective):
 
     lr: float
 
+    def warm_up(self, pairs: Mapping[str, Tensor]) -> None:
+        """Learn from what elastic training recorded of sub-networks, before the first step; see `Elastic.pairs`."""
+
     @abstractmethod
-    def summary(self) -> dict[str, float | None]:
-        """What to report when training has ended."""
+    def summary(self, parts: Parts, held_out: list[Batch]) -> dict[str, float | None]:
+        """What to report when training has ended, measured on held-out (calibration) text."""
 
     @abstractmethod
     def forward_passes(self, mean_share: float) -> float:
         """Forward passes of the full model that a token costs, when a routed one costs `mean_share` of it."""
+
+
+def check_router(router: Router, wanted: tuple[type[Router], ...], *, signal: str) -> None:
+    """Raise ConfigError when a signal cannot train such a router."""
+    if not isinstance(router, wanted):
+        names = " or ".join(f"{kind.__module__}.{kind.__qualname__}" for kind in (*wanted,))
+        raise ConfigError(
+            f"router.network: got {type(router).__module__}.{type(router).__qualname__}, which the signal {signal} "
+            f"cannot train, wanted {names}"
+        )

@@ -40,7 +40,7 @@ class Joint(Objective):
     def terms(self, parts: Parts, batch: Batch, *, step: int) -> Iterator[Term]:
         assert parts.router is not None, "joint tuning needs a router"
         table = parts.router.prices.main
-        floor = table.share(table.space.smallest())
+        floor = parts.router.floor
         policies: list[tuple[Policy, bool]] = [(full, True)]
         targets = []
         for sample in range(self.budgets_per_step):
@@ -56,7 +56,7 @@ class Joint(Objective):
             loss, logs = lesson.loss, dict[str, Tensor | float](loss_subnet=lesson.loss.detach())
             probabilities = mean_probabilities(table.space, lesson.output.decisions)
             if probabilities is not None:
-                expected = table.expected_share(probabilities)
+                expected = table.expected_share(probabilities).mean()  # over sequences, where they differ
                 distance = budget_loss(expected, torch.full_like(expected, share), dead_zone=self.dead_zone)
                 logs["budget_distance"] = distance.detach()
                 loss = loss + self.cost_weight * distance

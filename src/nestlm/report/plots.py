@@ -47,7 +47,7 @@ def routing(path: Path, specs: Sequence[Row]) -> None:
         if widths.size <= MOST_NUMBERS:
             for (layer, column), width in np.ndenumerate(widths):
                 color = "black" if shares[layer, column] > 0.6 else "white"
-                panel.text(column, layer, str(width), ha="center", va="center", fontsize=8, color=color)
+                panel.text(column, layer, f"{width:.0f}", ha="center", va="center", fontsize=8, color=color)
         panel.set_title(name)
         panel.set_xticks(range(len(chosen)), [spec["budget"] for spec in chosen])
         panel.set_yticks(range(0, len(widths), max(1, len(widths) // 8)))

@@ -15,7 +15,7 @@ from nestlm.report.provenance import provenance
 from nestlm.report.tables import write_csv
 
 # Kept out of metrics.json: seconds go to timings.csv, rows to results.csv, specs to specs/.
-ELSEWHERE = {"seconds", "resumed_at_step", "rows", "specs", "full_spec", "find_seconds"}
+ELSEWHERE = {"seconds", "resumed_at_step", "rows", "specs", "full_spec", "find_seconds", "forward_seconds"}
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,11 @@ def timing_rows(finished: list[FinishedStage]) -> list[dict[str, Any]]:
         for stage in finished
     ]
     last = finished[-1]
-    for row, seconds in zip(last.result["rows"], last.result["find_seconds"], strict=True):
-        what = f"find {row['router']} {row['budget']}"
-        rows.append({"what": what, "seconds": seconds, "cached": last.cached, "tokens": 0, "resumed_at_step": 0})
+    outcomes = zip(last.result["rows"], last.result["find_seconds"], last.result["forward_seconds"], strict=True)
+    for row, found, forward in outcomes:
+        for what, seconds in (("find", found), ("forward", forward)):
+            name = f"{what} {row['router']} {row['budget']}"
+            rows.append({"what": name, "seconds": seconds, "cached": last.cached, "tokens": 0, "resumed_at_step": 0})
     return rows
 
 
@@ -95,13 +97,11 @@ def write_specs(folder: Path, outcome: dict[str, Any], *, router: str) -> None:
     folder.mkdir(exist_ok=True)
     for stale in folder.glob("*.json"):
         stale.unlink()
-    for row, widths in zip(outcome["rows"], outcome["specs"], strict=True):
+    for row, choice in zip(outcome["rows"], outcome["specs"], strict=True):
         if row["router"] == router:
             keys = ("router", "budget", "achieved", "cost", "achieved_cost", "params", "flops", "memory")
             chosen = {key: row[key] for key in keys if key in row}
-            write_json(
-                folder / f"{row['budget']}.json", chosen | {"widths": widths, "full_widths": outcome["full_spec"]}
-            )
+            write_json(folder / f"{row['budget']}.json", chosen | choice | {"full_widths": outcome["full_spec"]})
 
 
 def link_weights(folder: Path, finished: list[FinishedStage]) -> None:

@@ -2,34 +2,75 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import nn
 
 from nestlm.cost.table import PriceList
 from nestlm.nn.policy import Policy, fixed
+from nestlm.router.trial import Trial
 from nestlm.spec import Budget, SubnetSpec
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What a router found for a budget.
+
+    Attributes:
+        policy: as the decoder takes it.
+        spec: the one sub-network that serves all tokens; None where tokens differ.
+        plan: how a dynamic router keeps the budget, as plain values.
+    """
+
+    policy: Policy
+    spec: SubnetSpec | None = None
+    plan: Mapping[str, Any] | None = None
+
+
 class Router(nn.Module):
-    """Finds sub-networks within budgets. One whose choice is the same for every token only defines `spec`."""
+    """Finds policies within budgets. One whose choice is the same for every token only defines `spec`."""
 
     def __init__(self, prices: PriceList) -> None:
         super().__init__()
         self.prices = prices
 
-    def spec(self, budget: Budget) -> SubnetSpec:
-        """The sub-network for a budget; none of the limits is ever crossed.
+    @property
+    def floor(self) -> float:
+        """The smallest share of the run's cost that can be kept."""
+        return self.prices.main.share(self.prices.space.smallest())
+
+    def check(self, budget: Budget) -> None:
+        """Raise BudgetError for a budget that the router can never keep."""
+        self.prices.check(budget)
+
+    def prepare(self, trial: Trial) -> None:
+        """Measure what all budgets need, once; the results belong to the router's state."""
+
+    def spec(self, budget: Budget, *, trial: Trial | None = None) -> SubnetSpec:
+        """The sub-network for a budget; its cost is never above it.
+
+        Args:
+            budget: what must be kept.
+            trial: calibration text to try candidates on, for routers that search.
 
         Raises:
-            BudgetError: even the smallest sub-network is above a limit.
+            BudgetError: even the smallest sub-network costs more.
         """
-        raise TypeError(f"{type(self).__name__} decides per token: ask it for a policy, not for one spec")
+        raise TypeError(f"{type(self).__name__} decides per token: ask it for an answer, not for one spec")
 
-    def policy(self, budget: Budget) -> Policy:
-        """The policy for a budget, as the decoder takes it."""
-        return fixed(self.spec(budget))
+    def find(self, budget: Budget, *, trial: Trial | None = None) -> Answer:
+        """The policy for a budget.
+
+        Raises:
+            BudgetError: even the cheapest choices cost more.
+        """
+        spec = self.spec(budget, trial=trial)
+        return Answer(fixed(spec), spec)
 
     def draw(self, budget: Budget, *, generator: torch.Generator) -> Policy:
         """A policy for training at a budget. A router that learns samples it, with gradients to its own weights."""
         del generator
-        return self.policy(budget)
+        return fixed(self.spec(budget))

@@ -25,7 +25,7 @@ def embed_share(shares: Tensor) -> Tensor:
 
 
 class SiteNetworks(nn.Module):
-    """One two-layer network with LeakyReLU(0.1) a site, all evaluated together."""
+    """One two-layer network with LeakyReLU(0.1) a site."""
 
     valid: Tensor
 
@@ -40,8 +40,9 @@ class SiteNetworks(nn.Module):
         self.input_bias = nn.Parameter(torch.zeros(sites, 1, hidden_width))
         self.output = nn.Parameter(torch.zeros(sites, hidden_width, choices))
         self.output_bias = nn.Parameter(torch.zeros(sites, 1, choices))
-        counts = torch.tensor([len(space.choices[site]) for site in space.sites])
-        self.register_buffer("valid", torch.arange(choices) < counts[:, None], persistent=False)
+        self.counts = [len(space.choices[site]) for site in space.sites]
+        valid = torch.arange(choices) < torch.tensor(self.counts)[:, None]
+        self.register_buffer("valid", valid, persistent=False)
 
     def init_weights(self, *, seed: int) -> None:
         """Normal weights of the given standard deviation, zero biases."""
@@ -51,7 +52,34 @@ class SiteNetworks(nn.Module):
                 weight.copy_(torch.randn(weight.shape, generator=generator) * self.init_std)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Features (n, inputs) to logits (n, sites, max choices); -inf where a site has fewer choices."""
+        """All sites: features (n, inputs) to logits (n, sites, max choices); -inf where a site has fewer choices."""
         hidden = F.leaky_relu(features @ self.input + self.input_bias, 0.1)  # (sites, n, hidden width)
         logits = (hidden @ self.output + self.output_bias).transpose(0, 1)
         return logits.masked_fill(~self.valid, -math.inf)
+
+    def at(self, row: int, features: Tensor, *, more: Tensor | None = None) -> Tensor:
+        """One site: (..., inputs) to a number a choice of the site, (..., K).
+
+        Args:
+            row: the site's number in the space.
+            features: the first inputs.
+            more: what the other inputs amount to, from `part`.
+        """
+        weight = self.input[row]
+        # one product of a matrix, also for a batch of sequences
+        inner = F.linear(features, weight[: features.shape[-1]].T) + self.input_bias[row, 0]
+        if more is not None:
+            inner = inner + more
+        count = self.counts[row]
+        return F.linear(F.leaky_relu(inner, 0.1), self.output[row, :, :count].T, self.output_bias[row, 0, :count])
+
+    def part(self, row: int, features: Tensor) -> Tensor:
+        """What the last inputs amount to before the nonlinearity, (..., hidden width): computed once where they are
+        the same for many tokens.
+        """  # noqa: D205
+        return features @ self.input[row, -features.shape[-1] :]
+
+
+def widest_at_zero(growth: Tensor) -> Tensor:
+    """What choices add to a loss, (..., K), counted from the widest, which adds nothing."""
+    return torch.cat((growth[..., :-1], torch.zeros_like(growth[..., -1:])), dim=-1)

@@ -1,4 +1,4 @@
-"""A random draw of choices that carries gradients to the router that it was drawn from."""
+"""Random draws of choices that carry gradients to the router that they were drawn from."""
 
 from __future__ import annotations
 
@@ -7,48 +7,84 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from nestlm.nn.policy import Decision, Policy, constant
+from nestlm.nn.policy import Decision, Mixed, Policy, constant
 from nestlm.spec import SearchSpace, Site
 
 
+def gumbel_noise(shape: torch.Size, *, generator: torch.Generator) -> Tensor:
+    """Noise whose addition to logits makes their argmax a draw from their softmax."""
+    uniform = torch.rand(shape, generator=generator).clamp_min(1e-20)
+    return -(-uniform.log()).log()
+
+
 def sample_choices(logits: Tensor, *, generator: torch.Generator) -> Tensor:
-    """Choice indices drawn from softmax(logits), by adding Gumbel noise: (..., max choices) to (...)."""
-    uniform = torch.rand(logits.shape, generator=generator).clamp_min(1e-20).to(logits.device)
-    return (logits - (-uniform.log()).log()).argmax(-1)
+    """Choice indices drawn from softmax(logits): (..., max choices) to (...)."""
+    return (logits + gumbel_noise(logits.shape, generator=generator).to(logits)).argmax(-1)
+
+
+def at_least(probabilities: Tensor) -> Tensor:
+    """Probability that each choice or a wider one is taken, (..., K): that the units it adds run."""
+    return probabilities.flip(-1).cumsum(-1).flip(-1)
+
+
+def by_unit(bands: Tensor, widths: tuple[int, ...]) -> Tensor:
+    """From a number a band of units, (..., K), to a number a unit, (..., widest)."""
+    sizes = torch.tensor(widths).diff(prepend=torch.tensor([0])).to(bands.device)
+    return bands.repeat_interleave(sizes, dim=-1)
+
+
+def straight_through(probabilities: Tensor) -> Tensor:
+    """Factors of the bands: their value is 1, their gradient that of the probability that the band runs.
+
+    Units outside the drawn prefix are not computed and get their gradient in other draws (our choice).
+    """
+    soft = at_least(probabilities)
+    return 1.0 + (soft - soft.detach())
 
 
 def gated_policy(space: SearchSpace, probabilities: Tensor, choices: Tensor) -> Policy:
-    """Run the chosen prefixes; each unit's gate is 1 and has the gradient of the probability that it runs.
-
-    A unit between two neighbouring choices runs when the wider one or a still wider one is taken, so its probability
-    is the sum over those. Units outside the drawn prefix are not computed and get their gradient in other draws
-    (straight-through prefix gates: our choice for joint tuning).
+    """Run one drawn spec for all tokens, with straight-through gates.
 
     Args:
         space: the choices.
         probabilities: (sites, max choices), 0 where a site has fewer.
         choices: index drawn at each site, (sites,).
     """
-    # probability that choice k or a wider one is taken
-    at_least = probabilities.flip(-1).cumsum(-1).flip(-1)
+    gates = straight_through(probabilities)
     decisions: dict[Site, Decision] = {}
     for row, (site, index) in enumerate(zip(space.sites, choices.tolist(), strict=True)):
         widths = space.choices[site][: index + 1]
-        bands = torch.tensor(widths).diff(prepend=torch.tensor([0])).to(at_least.device)
-        soft = at_least[row, : index + 1].repeat_interleave(bands)
-        decisions[site] = Decision(widths[-1], 1.0 + (soft - soft.detach()), probabilities[row])
+        decisions[site] = Decision(widths[-1], by_unit(gates[row, : index + 1], widths), probabilities[row])
     return constant(decisions)
 
 
+def gated_tokens(widths: tuple[int, ...], probabilities_BLK: Tensor, index_BL: Tensor) -> Decision:
+    """Run what was drawn for each token at a site, with straight-through gates."""
+    return Decision(Mixed(widths, index_BL), straight_through(probabilities_BLK), probabilities_BLK)
+
+
+def soft_mask(widths: tuple[int, ...], logits: Tensor, *, noise: Tensor, temperature: float, gain: float) -> Decision:
+    """Run the whole site, each unit weighed by how likely it runs under a Gumbel-softmax draw, (K,) or (B, L, K).
+
+    As in LLaMaFlex and Nemotron Elastic: a gain sharpens the logits, a temperature the draw.
+    """
+    drawn = ((gain * logits + noise) / temperature).softmax(-1)
+    return Decision(None, by_unit(at_least(drawn), widths), (gain * logits).softmax(-1))
+
+
 def mean_probabilities(space: SearchSpace, decisions: Mapping[Site, Decision]) -> Tensor | None:
-    """The distributions that a pass drew from, as means over its tokens: (sites, max choices); None if it drew none."""
+    """The distributions that a pass drew from: (sites, max choices), or (B, sites, max choices) as means over tokens.
+
+    None if it drew from none.
+    """
     rows = []
     for site in space.sites:
         probabilities = decisions[site].probabilities
         if probabilities is None:
             return None
-        rows.append(probabilities.flatten(0, -2).mean(0) if probabilities.ndim > 1 else probabilities)
-    return torch.stack(rows)
+        row = probabilities.mean(-2) if probabilities.ndim > 1 else probabilities
+        rows.append(torch.nn.functional.pad(row, (0, space.max_choices - row.shape[-1])))
+    return torch.stack(rows, dim=-2)
 
 
 def budget_loss(expected_share: Tensor, target: Tensor, *, dead_zone: float) -> Tensor:

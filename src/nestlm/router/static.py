@@ -7,11 +7,12 @@ from torch import Tensor
 
 from nestlm.cost.knapsack import cheapest_loss
 from nestlm.cost.table import PriceList
-from nestlm.nn.policy import Policy
+from nestlm.nn.policy import Decision, Policy, constant
 from nestlm.router import base
 from nestlm.router.networks import BUDGET_FEATURES, SiteNetworks, embed_share
-from nestlm.router.relaxed import gated_policy, sample_choices
-from nestlm.spec import Budget, SubnetSpec
+from nestlm.router.relaxed import gated_policy, gumbel_noise, sample_choices, soft_mask
+from nestlm.router.trial import Trial
+from nestlm.spec import Budget, Site, SubnetSpec
 
 
 class Router(base.Router):
@@ -35,9 +36,19 @@ class Router(base.Router):
         choices = sample_choices(logits.detach(), generator=generator)
         return gated_policy(self.prices.space, probabilities, choices)
 
+    def relaxed(self, shares_B: Tensor, *, generator: torch.Generator, temperature: float, gain: float) -> Policy:
+        """Soft masks over the whole sites for one budget, the first of the shares."""
+        decisions: dict[Site, Decision] = {}
+        for row, (site, widths) in enumerate(self.prices.space.choices.items()):
+            logits = self(shares_B[:1])[0, row, : len(widths)]
+            noise = gumbel_noise(logits.shape, generator=generator).to(logits)
+            decisions[site] = soft_mask(widths, logits, noise=noise, temperature=temperature, gain=gain)
+        return constant(decisions)
+
     @torch.no_grad()
-    def spec(self, budget: Budget) -> SubnetSpec:
+    def spec(self, budget: Budget, *, trial: Trial | None = None) -> SubnetSpec:
         """The choices of highest summed log-probability that fit: an exact multiple-choice knapsack."""
+        del trial
         log_probabilities = self._logits(budget).log_softmax(-1)
         return cheapest_loss((-log_probabilities).tolist(), prices=self.prices, budget=budget)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from nestlm.cost.table import PriceList
 from nestlm.router.base import Router
+from nestlm.router.trial import Trial
 from nestlm.spec import Budget, SubnetSpec
 
 
@@ -13,7 +14,8 @@ class UniformRouter(Router):
     def __init__(self, *, prices: PriceList) -> None:
         super().__init__(prices)
 
-    def spec(self, budget: Budget) -> SubnetSpec:
+    def spec(self, budget: Budget, *, trial: Trial | None = None) -> SubnetSpec:
+        del trial
         self.prices.check(budget)
         space = self.prices.space
         level = dict.fromkeys(space.axes, 0)

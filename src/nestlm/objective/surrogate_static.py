@@ -9,26 +9,52 @@ routers' logits after a softmax, with a replay of earlier pairs: these are our c
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from nestlm.cost.table import CostTable
 from nestlm.data.batch import Batch
 from nestlm.errors import ConfigError
 from nestlm.nn.decoder import Decoder
 from nestlm.nn.loss import cross_entropy
 from nestlm.nn.policy import fixed
-from nestlm.objective.base import Parts, Signal, Term
+from nestlm.objective.base import Parts, Signal, Term, check_router
+from nestlm.objective.exploration import random_choices, rank_correlation
 from nestlm.router import static
+from nestlm.router.base import Router
 from nestlm.router.relaxed import budget_loss, sample_choices
 from nestlm.seeding import torch_generator
 
 ERROR_MEMORY = 0.9  # weight of the past in the running error
 TARGETS = ("gap", "loss")
 BUDGETS_PER_STEP = 64  # of the router: they cost no forward pass of the LLM
+HELD_OUT_SPECS = 32
+WARM_UP_STEPS = 200
+
+
+@dataclass(frozen=True)
+class PairSettings:
+    """The pairs (choices, loss) that a surrogate of whole sub-networks is fitted to.
+
+    Attributes:
+        specs_per_step: pairs that each step adds.
+        replay: pairs that are remembered.
+        warm_start: begin with those that elastic training recorded.
+    """
+
+    specs_per_step: int
+    replay: int
+    warm_start: bool
+
+    def __post_init__(self) -> None:
+        if not 0 < self.specs_per_step <= self.replay:
+            raise ConfigError(
+                f"router.signal.pairs: got specs_per_step={self.specs_per_step}, replay={self.replay}, wanted 1 or "
+                "more, and room for them"
+            )
 
 
 class Surrogate(nn.Module):
@@ -65,15 +91,14 @@ class SurrogateSignal(Signal):
 
     def __init__(
         self,
-        table: CostTable,
+        router: Router,
         *,
         target: str,
-        specs_per_step: int,
         random_share: float,
-        replay: int,
         gate: float,
         cost_weight: float,
         dead_zone: float,
+        pairs: PairSettings,
         hidden_width: int,
         lr: float,
         seed: int,
@@ -81,15 +106,14 @@ class SurrogateSignal(Signal):
         """Set up the surrogate.
 
         Args:
-            table: prices of the choices.
+            router: a static router.
             target: `gap` to the full model's loss on the batch, or `loss` itself (the paper).
-            specs_per_step: pairs that each step adds.
             random_share: share of the pairs drawn at random rather than from the router.
-            replay: pairs that are remembered.
             gate: routers are trained while the surrogate's running squared error, relative to the variance of its
                 targets, is below this.
             cost_weight: lambda of the cost loss.
             dead_zone: relative distance from the budget that costs nothing.
+            pairs: how many are made and remembered.
             hidden_width: of the surrogate's MLP.
             lr: the surrogate's peak learning rate.
             seed: seed of all draws.
@@ -97,27 +121,24 @@ class SurrogateSignal(Signal):
         super().__init__()
         if target not in TARGETS:
             raise ConfigError(f"router.signal.target: got {target!r}, wanted one of {', '.join(TARGETS)}")
-        if not 0 < specs_per_step <= replay:
-            raise ConfigError(
-                f"router.signal: got specs_per_step={specs_per_step}, replay={replay}, wanted at least 1, and room"
-            )
-        self.table = table
-        self.target, self.specs_per_step, self.random_share = target, specs_per_step, random_share
+        check_router(router, (static.Router,), signal="surrogate")
+        table = self.table = router.prices.main
+        self.target, self.pairs, self.random_share = target, pairs, random_share
         self.gate, self.cost_weight, self.dead_zone = gate, cost_weight, dead_zone
         self.lr, self.seed = lr, seed
         space = table.space
         sites, choices = len(space.sites), space.max_choices
         self.surrogate = Surrogate(sites, choices, hidden_width=hidden_width)
         self.surrogate.init_weights(generator=torch_generator(seed, "surrogate"))
-        self.register_buffer("inputs", torch.zeros(replay, sites, choices))
-        self.register_buffer("targets", torch.zeros(replay))
+        self.register_buffer("inputs", torch.zeros(pairs.replay, sites, choices))
+        self.register_buffer("targets", torch.zeros(pairs.replay))
         self.register_buffer("count", torch.zeros((), dtype=torch.long))
         self.register_buffer("error", torch.full((), torch.inf))
 
     def terms(self, parts: Parts, batch: Batch, *, step: int) -> Iterator[Term]:
         router = parts.router
         assert isinstance(router, static.Router), "the surrogate sees the logits of a static router"
-        inputs, targets = self.observe(parts.decoder, router, batch, step=step)
+        inputs, targets = self.observe(parts.decoder, batch, choices=self.draw_choices(router, step=step))
         with torch.no_grad():
             fresh_error = (self.surrogate(inputs) - targets).square().mean()
         self.remember(inputs, targets)
@@ -132,23 +153,58 @@ class SurrogateSignal(Signal):
         if is_open:
             yield self.router_term(router, step=step)
 
-    def summary(self) -> dict[str, float | None]:
-        """The running squared error relative to the variance of what is predicted; None before the first step."""
+    def warm_up(self, pairs: Mapping[str, Tensor]) -> None:
+        """Fit the surrogate to the record of elastic training, and remember it (our choice)."""
+        choices = pairs["choices"][-len(self.targets) :]
+        if not self.pairs.warm_start or not len(choices):
+            return
+        targets = pairs["gaps" if self.target == "gap" else "losses"][-len(self.targets) :]
+        self.remember(one_hot(choices, self.table.space.max_choices), targets)
+        inputs, targets = self.inputs[: len(choices)], self.targets[: len(choices)]
+        optimizer = torch.optim.Adam(self.parameters(), lr=self.lr)
+        for _ in range(WARM_UP_STEPS):
+            optimizer.zero_grad()
+            (self.surrogate(inputs) - targets).square().mean().backward()
+            optimizer.step()
+        optimizer.zero_grad()
+
+    @torch.no_grad()
+    def summary(self, parts: Parts, held_out: list[Batch]) -> dict[str, float | None]:
+        """The running squared error relative to the variance of what is predicted (None before the first step), and the
+        rank correlation of predicted and real losses of specs that were never trained on, on held-out text.
+        """  # noqa: D205
         error = float(self.error)
-        return {"surrogate_error": error if math.isfinite(error) else None}
+        found: dict[str, float | None] = {"surrogate_error": error if math.isfinite(error) else None}
+        if not held_out:
+            return found
+        choices = random_choices(
+            self.table.space,
+            (HELD_OUT_SPECS, 1),
+            per_token=False,
+            skew=1.0,
+            generator=torch_generator(self.seed, "held out"),
+        ).T
+        observed = [self.observe(parts.decoder, batch, choices=choices.to(self.targets.device)) for batch in held_out]
+        real = torch.stack([targets for _, targets in observed]).mean(0)
+        return found | {"rank_correlation": rank_correlation(self.surrogate(observed[0][0]), real)}
 
     def forward_passes(self, mean_share: float) -> float:
         """One pass a pair, and the full model's for the gap."""
-        return self.specs_per_step * mean_share + (1.0 if self.target == "gap" else 0.0)
+        return self.pairs.specs_per_step * mean_share + (1.0 if self.target == "gap" else 0.0)
 
     @torch.no_grad()
-    def observe(self, decoder: Decoder, router: static.Router, batch: Batch, *, step: int) -> tuple[Tensor, Tensor]:
-        """New pairs: one-hot choices (specs, sites, choices) and what they lose on the batch (specs,)."""
-        logits = router(self.draw_shares(self.specs_per_step, step=step, purpose="pairs"))
+    def draw_choices(self, router: static.Router, *, step: int) -> Tensor:
+        """Specs to learn from, partly the router's, partly at random: choice indices (specs, sites)."""
+        number = self.pairs.specs_per_step
+        logits = router(self.draw_shares(number, step=step, purpose="pairs"))
         generator = torch_generator(self.seed, "choices", step)
-        at_random = torch.rand(self.specs_per_step, 1, 1, generator=generator) < self.random_share
+        at_random = torch.rand(number, 1, 1, generator=generator) < self.random_share
         flat = torch.zeros_like(logits).masked_fill(~router.networks.valid, -torch.inf)
-        choices = sample_choices(torch.where(at_random.to(logits.device), flat, logits), generator=generator)
+        return sample_choices(torch.where(at_random.to(logits.device), flat, logits), generator=generator)
+
+    @torch.no_grad()
+    def observe(self, decoder: Decoder, batch: Batch, *, choices: Tensor) -> tuple[Tensor, Tensor]:
+        """New pairs: one-hot choices (specs, sites, choices) and what they lose on the batch (specs,)."""
         space = self.table.space
         losses = []
         for row in choices.tolist():
@@ -159,14 +215,14 @@ class SurrogateSignal(Signal):
         if self.target == "gap":
             logits_BLV = decoder(batch.tokens_BL, documents_BL=batch.documents_BL).logits_BLV
             targets = targets - cross_entropy(logits_BLV, batch.targets_BL).mean()
-        return nn.functional.one_hot(choices, space.max_choices).float(), targets
+        return one_hot(choices, space.max_choices), targets
 
     @torch.no_grad()
     def remember(self, inputs: Tensor, targets: Tensor) -> None:
         """Keep pairs in place of the oldest."""
-        slots = (torch.arange(len(targets), device=targets.device) + self.count) % len(self.targets)
-        self.inputs[slots] = inputs
-        self.targets[slots] = targets
+        slots = (torch.arange(len(targets), device=self.targets.device) + self.count) % len(self.targets)
+        self.inputs[slots] = inputs.to(self.inputs)
+        self.targets[slots] = targets.to(self.targets)
         self.count += len(targets)
 
     def router_term(self, router: static.Router, *, step: int) -> Term:
@@ -184,3 +240,8 @@ class SurrogateSignal(Signal):
         floor = self.table.share(self.table.space.smallest())
         uniform = torch.rand(number, generator=torch_generator(self.seed, purpose, step))
         return (floor + (1.0 - floor) * uniform).to(self.targets)
+
+
+def one_hot(choices: Tensor, num_choices: int) -> Tensor:
+    """Choice indices (n, sites) as the surrogate takes them, (n, sites, choices)."""
+    return nn.functional.one_hot(choices, num_choices).float()

@@ -1,0 +1,190 @@
+"""The surrogate signal for choices per token: what do they lose, token by token? Routers learn from the answer.
+
+The surrogate predicts the KL of each token to the whole model (or its raw loss, as nearest to the paper) from the
+choices and the token's hidden states: a pooled target, or one without a view of the token, could tell tokens apart only
+by accident (our choice). As in the static case it is fitted to drawn choices, and while it predicts well, the router
+descends its output plus a cost loss. Afterwards it is thrown away.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from nestlm.data.batch import Batch
+from nestlm.errors import ConfigError
+from nestlm.nn.loss import SoftTargets, cross_entropy, forward_kl
+from nestlm.nn.policy import WHOLE, Decision, Mixed, Policy, Stream
+from nestlm.objective.base import Parts, Signal, Term, check_router
+from nestlm.objective.exploration import random_choices, rank_correlation
+from nestlm.objective.surrogate_static import ERROR_MEMORY, TARGETS, PairSettings
+from nestlm.router import dynamic
+from nestlm.router.base import Router
+from nestlm.router.networks import SiteNetworks, widest_at_zero
+from nestlm.router.per_token import features
+from nestlm.router.relaxed import budget_loss, sample_choices
+from nestlm.seeding import torch_generator
+from nestlm.spec import Site
+
+SKEW = 1.0  # of random choices
+
+
+class SurrogateSignal(Signal):
+    """Trains a surrogate on what tokens lose, and the dynamic router on the surrogate."""
+
+    error: Tensor
+
+    def __init__(
+        self,
+        router: Router,
+        *,
+        target: str,
+        random_share: float,
+        gate: float,
+        cost_weight: float,
+        dead_zone: float,
+        pairs: PairSettings,
+        hidden_width: int,
+        lr: float,
+        seed: int,
+    ) -> None:
+        """Set up the surrogate.
+
+        Args:
+            router: a dynamic router.
+            target: `gap`, the KL to the whole model, or `loss`, the raw loss of the token.
+            random_share: share of the sequences whose choices are drawn at random rather than from the router.
+            gate: routers are trained while the surrogate's running squared error on sequences' means, relative to their
+                variance, is below this.
+            cost_weight: lambda of the cost loss.
+            dead_zone: relative distance from the budget that costs nothing.
+            pairs: of static policies; the tokens of one pass are pairs enough.
+            hidden_width: of the surrogate's networks.
+            lr: the surrogate's peak learning rate.
+            seed: seed of all draws.
+        """
+        super().__init__()
+        del pairs
+        check_router(router, (dynamic.Router,), signal="surrogate")
+        assert isinstance(router, dynamic.Router), "checked"
+        if target not in TARGETS:
+            raise ConfigError(f"router.signal.target: got {target!r}, wanted one of {', '.join(TARGETS)}")
+        self.target, self.random_share, self.gate = target, random_share, gate
+        self.cost_weight, self.dead_zone, self.lr, self.seed = cost_weight, dead_zone, lr, seed
+        self.effects = SiteNetworks(
+            router.prices.space, num_inputs=router.hidden_size, hidden_width=hidden_width, init_std=0.1
+        )
+        self.effects.init_weights(seed=seed)
+        self.base = torch.nn.Parameter(torch.zeros(()))  # what the whole model loses, where the target is the loss
+        self.register_buffer("error", torch.full((), torch.inf))
+
+    def terms(self, parts: Parts, batch: Batch, *, step: int) -> Iterator[Term]:
+        router = parts.router
+        assert isinstance(router, dynamic.Router), "per-token choices are those of a dynamic router"
+        notes = Notes(self, router, batch, key=step)
+        target_BL = self.run(parts, batch, notes)
+        predicted_BL = notes.predicted_BL + self.base
+        loss = (predicted_BL - target_BL).square().mean()
+        with torch.no_grad():
+            off = (predicted_BL - target_BL).mean(1).square().mean() / target_BL.mean(1).var(correction=0).clamp_min(
+                1e-12
+            )
+            first = not torch.isfinite(self.error)
+            self.error.copy_(off if first else ERROR_MEMORY * self.error + (1 - ERROR_MEMORY) * off)
+        is_open = float(self.error) < self.gate
+        yield Term(loss, {"surrogate_error": self.error.clone(), "gate_open": float(is_open)})
+        if is_open:
+            table = router.prices.main
+            expected_B = table.constant / table.whole + notes.expected_B
+            distance = budget_loss(expected_B, notes.shares_B, dead_zone=self.dead_zone).mean()
+            logs = {"predicted": notes.promised.detach(), "budget_distance": distance.detach()}
+            yield Term(notes.promised + self.cost_weight * distance, logs)
+
+    @torch.no_grad()
+    def run(self, parts: Parts, batch: Batch, notes: Notes) -> Tensor:
+        """What each token loses under the noted choices, (B, L)."""
+        output = parts.decoder(batch.tokens_BL, notes.policy(), documents_BL=batch.documents_BL)
+        if self.target == "loss":
+            return cross_entropy(output.logits_BLV, batch.targets_BL)
+        whole_BLV = parts.decoder(batch.tokens_BL, documents_BL=batch.documents_BL).logits_BLV
+        return forward_kl(output.logits_BLV, SoftTargets.of(whole_BLV))
+
+    def summary(self, parts: Parts, held_out: list[Batch]) -> dict[str, float | None]:
+        """The running error, and the rank correlation of predicted and real means of held-out sequences."""
+        error = float(self.error)
+        found: dict[str, float | None] = {"surrogate_error": error if math.isfinite(error) else None}
+        router = parts.router
+        if not held_out or not isinstance(router, dynamic.Router):
+            return found
+        predicted, real = [], []
+        for number, batch in enumerate(held_out):
+            notes = Notes(self, router, batch, key=f"held out/{number}", random_share=1.0)
+            real.append(self.run(parts, batch, notes).mean(1))
+            predicted.append(notes.predicted_BL.detach().mean(1))
+        return found | {"rank_correlation": rank_correlation(torch.cat(predicted), torch.cat(real))}
+
+    def forward_passes(self, mean_share: float) -> float:
+        """One routed pass, and the whole model's for the gap."""
+        return mean_share + (1.0 if self.target == "gap" else 0.0)
+
+
+class Notes:
+    """What surrogate and router say at each site while the model runs choices drawn for a batch.
+
+    Attributes:
+        shares_B: budgets drawn for the sequences.
+        predicted_BL: sum over sites of the effects of what was chosen.
+        promised: mean over tokens of the effects that the router's distributions promise; the effects are frozen in it.
+        expected_B: expected cost of the distributions as a share, without the constant, a mean over each sequence.
+    """
+
+    def __init__(
+        self,
+        signal: SurrogateSignal,
+        router: dynamic.Router,
+        batch: Batch,
+        *,
+        key: int | str,
+        random_share: float | None = None,
+    ) -> None:
+        self.signal, self.router = signal, router
+        table, tokens_BL = router.prices.main, batch.tokens_BL
+        generator = torch_generator(signal.seed, "surrogate", key)
+        floor = router.floor
+        self.shares_B = (floor + (1.0 - floor) * torch.rand(len(tokens_BL), generator=generator)).to(tokens_BL.device)
+        share = signal.random_share if random_share is None else random_share
+        self.at_random_B = (torch.rand(len(tokens_BL), generator=generator) < share).to(tokens_BL.device)
+        self.random = random_choices(table.space, tokens_BL.shape, per_token=True, skew=SKEW, generator=generator).to(
+            tokens_BL.device
+        )
+        self.generator = generator
+        zeros = self.shares_B.new_zeros(())
+        self.predicted_BL, self.promised, self.expected_B = zeros, zeros, zeros
+
+    def policy(self) -> Policy:
+        """Run the drawn choices and take the notes."""
+
+        def policy(site: Site, hidden_BLD: Tensor, stream: Stream) -> Decision:
+            del stream
+            row = self.router.rows.get(site)
+            return WHOLE if row is None else self.note(row, features(hidden_BLD.detach()))
+
+        return policy
+
+    def note(self, row: int, features_BLD: Tensor) -> Decision:
+        """Draw a site's choices, and add up what is said of them, with gradients to surrogate and router."""
+        space = self.router.prices.space
+        with torch.enable_grad():
+            logits_BLK = self.router.logits(row, features_BLD, self.shares_B)
+            effects_BLK = widest_at_zero(self.signal.effects.at(row, features_BLD))
+            routed_BL = sample_choices(logits_BLK.detach(), generator=self.generator)
+            index_BL = torch.where(self.at_random_B[:, None], self.random[row], routed_BL)
+            probabilities_BLK = logits_BLK.softmax(-1)
+            prices_K = self.router.prices.main.shares[row, : logits_BLK.shape[-1]].to(probabilities_BLK)
+            self.predicted_BL = self.predicted_BL + effects_BLK.gather(-1, index_BL[..., None]).squeeze(-1)
+            self.promised = self.promised + (probabilities_BLK * effects_BLK.detach()).sum(-1).mean()
+            self.expected_B = self.expected_B + (probabilities_BLK * prices_K).sum(-1).mean(1)
+        return Decision(Mixed(space.choices[space.sites[row]], index_BL))

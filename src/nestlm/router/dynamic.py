@@ -1,0 +1,80 @@
+"""The dynamic router: sees the budget and the hidden state, and decides for each token and layer (Flextron)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from nestlm.cost.table import PriceList
+from nestlm.nn.policy import WHOLE, Decision, Policy, Stream
+from nestlm.router.networks import BUDGET_FEATURES, SiteNetworks, embed_share
+from nestlm.router.per_token import Granularity, Scorer, TokenRouter, features
+from nestlm.router.relaxed import gated_tokens, gumbel_noise, sample_choices, soft_mask
+from nestlm.seeding import torch_generator
+from nestlm.spec import Budget, Site
+
+
+class Router(TokenRouter):
+    """One small network a site from (hidden state, budget) to a logit per choice."""
+
+    def __init__(
+        self,
+        *,
+        prices: PriceList,
+        hidden_size: int,
+        granularity: Granularity,
+        hidden_width: int,
+        init_std: float,
+        seed: int,
+    ) -> None:
+        super().__init__(prices.with_router(hidden_width), hidden_size=hidden_size, granularity=granularity)
+        self.networks = SiteNetworks(
+            prices.space, num_inputs=hidden_size + BUDGET_FEATURES, hidden_width=hidden_width, init_std=init_std
+        )
+        self.networks.init_weights(seed=seed)
+
+    def logits(self, row: int, features_BLD: Tensor, shares_B: Tensor) -> Tensor:
+        """Logits of a site's choices, (B, L, K), for budgets as shares, one a sequence or one for all."""
+        budget = self.networks.part(row, embed_share(shares_B))[:, None]
+        return self.networks.at(row, features_BLD, more=budget)
+
+    def scorer(self, share: float) -> Scorer:
+        budget = embed_share(self.networks.input.new_tensor([share]))
+        parts = [self.networks.part(row, budget)[:, None] for row in range(len(self.rows))]  # once for all tokens
+        return lambda row, features_BLD: self.networks.at(row, features_BLD, more=parts[row]).log_softmax(-1)
+
+    def draw(self, budget: Budget, *, generator: torch.Generator) -> Policy:
+        """Choices sampled for each token, gated so that the loss reaches the router."""
+        share = self.prices.tightest(budget)
+        seed = int(torch.randint(2**62, (), generator=generator))
+
+        def decide(row: int, logits_BLK: Tensor) -> Decision:
+            choices = sample_choices(logits_BLK.detach(), generator=torch_generator(seed, row))
+            return gated_tokens(
+                self.prices.space.choices[self.prices.space.sites[row]], logits_BLK.softmax(-1), choices
+            )
+
+        return self.logit_policy(self.networks.input.new_tensor([share]), decide)
+
+    def relaxed(self, shares_B: Tensor, *, generator: torch.Generator, temperature: float, gain: float) -> Policy:
+        """Soft masks over the whole sites, for budgets as shares, one a sequence."""
+        seed = int(torch.randint(2**62, (), generator=generator))
+
+        def decide(row: int, logits_BLK: Tensor) -> Decision:
+            widths = self.prices.space.choices[self.prices.space.sites[row]]
+            noise = gumbel_noise(logits_BLK.shape, generator=torch_generator(seed, row)).to(logits_BLK)
+            return soft_mask(widths, logits_BLK, noise=noise, temperature=temperature, gain=gain)
+
+        return self.logit_policy(shares_B, decide)
+
+    def logit_policy(self, shares_B: Tensor, decide: Callable[[int, Tensor], Decision]) -> Policy:
+        """The policy that decides on the logits of each site. Draws are keyed by the site: asked twice, it repeats."""
+
+        def policy(site: Site, hidden_BLD: Tensor, stream: Stream) -> Decision:
+            del stream
+            row = self.rows.get(site)
+            return WHOLE if row is None else decide(row, self.logits(row, features(hidden_BLD), shares_B))
+
+        return policy

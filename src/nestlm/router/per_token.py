@@ -1,0 +1,184 @@
+"""What routers that look at each token share: the choice by `score - multiplier * cost`, the ledger, calibration."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nestlm.cost.table import Bound, PriceList
+from nestlm.nn.policy import WHOLE, Decision, Mixed, Policy, Stream, full
+from nestlm.router import base
+from nestlm.router.calibration import Plan, Tariff, solve
+from nestlm.router.ledger import UNITS
+from nestlm.router.trial import Trial
+from nestlm.spec import Budget, Site
+
+ROUNDS = 4  # of calibration: choices change the hidden states that later choices are made on
+Scorer = Callable[[int, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Granularity:
+    """Over which tokens a decision reaches.
+
+    Attributes:
+        prompt_tokens: 0 decides for each token; P > 0 runs the first P tokens of a sequence whole, decides on them, and
+            keeps that decision for the rest.
+        horizon: tokens over which the whole first P are paid back; a sequence that ends sooner ends above its budget.
+    """
+
+    prompt_tokens: int
+    horizon: int
+
+
+class TokenRouter(base.Router):
+    """Scores the choices of each token at each site from its hidden state, which no later token has touched."""
+
+    per_token = True
+
+    def __init__(self, prices: PriceList, *, hidden_size: int, granularity: Granularity) -> None:
+        super().__init__(prices)
+        self.hidden_size = hidden_size
+        self.granularity = granularity
+        self.planned = prices.after_prompt(granularity.prompt_tokens / granularity.horizon)
+        self.rows = {site: row for row, site in enumerate(prices.space.sites)}
+
+    @abstractmethod
+    def scorer(self, share: float) -> Scorer:
+        """A function of (site's row, features (B, L, D)) to the scores of its choices (B, L, K) at a budget's share.
+
+        Higher is better; scores of all sites are on one scale.
+        """
+
+    @property
+    def floor(self) -> float:
+        return self.planned.main.share(self.planned.space.smallest())
+
+    def check(self, budget: Budget) -> None:
+        self.planned.check(budget)
+
+    @torch.no_grad()
+    def find(self, budget: Budget, *, trial: Trial | None = None) -> base.Answer:
+        bounds = self.planned.bounds(budget)
+        if all(bound.share >= 1.0 for bound in bounds):  # the whole model, without routing
+            return base.Answer(full, self.planned.space.full())
+        assert trial is not None, "a dynamic router needs calibration text to meet a budget"
+        plan = self.calibrate(bounds, trial=trial)
+        kept = {"share": plan.share, "multiplier": plan.multiplier, "incomes": plan.incomes, "units": UNITS}
+        return base.Answer(self.policy(plan), plan=kept)
+
+    def calibrate(self, bounds: tuple[Bound, ...], *, trial: Trial, rounds: int = ROUNDS) -> Plan:
+        """The plan whose mean cost on the trial's text lies just below the bounds."""
+        share = min(bound.share for bound in bounds)
+        tariffs = tuple(map(Tariff.of, bounds))
+        space = self.prices.space
+        ends = [torch.tensor([0, len(widths) - 1]) for widths in space.choices.values()]
+        plan = Plan.make(share, 0.0, tariffs, ends)
+        for _ in range(rounds):
+            scores = self.record(plan, trial)
+            heard = [self.heard(scores[row]) for row in range(len(scores))]
+            plan = solve(
+                share,
+                tariffs,
+                wanted=lambda plan, heard=heard: [plan.wanted(row, part) for row, part in enumerate(heard)],
+                decided=lambda plan, scores=scores: self.decide_all(plan, scores),
+            )
+        return plan
+
+    def record(self, plan: Plan, trial: Trial) -> dict[int, Tensor]:
+        """The scores of all tokens under a plan, (N, L, K) a site's row, in the order in which sites run."""
+        seen: dict[int, list[Tensor]] = defaultdict(list)
+
+        def observe(row: int, scores_BLK: Tensor) -> None:
+            seen[row].append(scores_BLK)
+
+        for _ in trial.outputs(self.policy(plan, observe=observe)):
+            pass
+        return {row: torch.cat(parts) for row, parts in seen.items()}
+
+    def heard(self, scores_NLK: Tensor) -> Tensor:
+        """The scores by which something is decided: each token's, or the mean of the first P."""
+        limit = self.granularity.prompt_tokens
+        return scores_NLK[:, :limit].mean(1, keepdim=True) if limit else scores_NLK
+
+    def decide_all(self, plan: Plan, scores: dict[int, Tensor]) -> list[Tensor]:
+        """What a plan decides on recorded scores, one tensor a site."""
+        stream = Stream()
+        decided = {row: self.decide(row, part, plan, stream) for row, part in scores.items()}
+        if self.granularity.prompt_tokens:  # what the first tokens cost is in the planned prices already
+            decided = {row: index_NL[:, -1:] for row, index_NL in decided.items()}
+        return [decided[row] for row in range(len(decided))]
+
+    def policy(self, plan: Plan, *, observe: Callable[[int, Tensor], None] | None = None) -> Policy:
+        """The policy of a plan; `observe` is shown the scores at each site."""
+        scorer = self.scorer(plan.share)
+
+        def policy(site: Site, hidden_BLD: Tensor, stream: Stream) -> Decision:
+            row = self.rows.get(site)
+            if row is None:
+                return WHOLE
+            scores_BLK = scorer(row, features(hidden_BLD))
+            if observe is not None:
+                observe(row, scores_BLK)
+            return Decision(Mixed(self.prices.space.choices[site], self.decide(row, scores_BLK, plan, stream)))
+
+        return policy
+
+    def decide(self, row: int, scores_BLK: Tensor, plan: Plan, stream: Stream) -> Tensor:
+        """Choice indices, (B, L); what later tokens of the same sequences need to know goes to the stream's memory."""
+        decide = self.decide_by_prompt if self.granularity.prompt_tokens else self.decide_by_token
+        return decide(row, scores_BLK, plan, stream)
+
+    def decide_by_token(self, row: int, scores_BLK: Tensor, plan: Plan, stream: Stream) -> Tensor:
+        """What each token wants, or less where its sequence's ledgers do not allow it."""
+        index_BL = plan.wanted(row, scores_BLK)
+        site = self.prices.space.sites[row]
+        kept, accounts = stream.memory.get(site), []
+        for number, ledger in enumerate(plan.ledgers(row, index_BL.device)):
+            account_BK = ledger.opening(len(index_BL)) if kept is None else kept[number]
+            index_BL, account_BK = ledger.grant(index_BL, real_BL=stream.real_BL, account_BK=account_BK)
+            accounts.append(account_BK)
+        if accounts:
+            stream.memory[site] = torch.stack(accounts)
+        return index_BL
+
+    def decide_by_prompt(self, row: int, scores_BLK: Tensor, plan: Plan, stream: Stream) -> Tensor:
+        """Whole for the first P tokens; then what the mean of their scores wants and the sequence can pay."""
+        limit, site = self.granularity.prompt_tokens, self.prices.space.sites[row]
+        batch, length, choices = scores_BLK.shape
+        real_BL = scores_BLK.new_ones(batch, length, dtype=torch.bool) if stream.real_BL is None else stream.real_BL
+        kept = stream.memory.get(site)  # sums of scores (K), tokens seen, the decision or -1
+        if kept is None:
+            kept = scores_BLK.new_zeros(batch, choices + 2)
+            kept[:, -1] = -1.0
+        sums_BK, seen_B, decided_B = kept[:, :choices], kept[:, choices], kept[:, -1].long()
+        position_BL = seen_B.long()[:, None] + real_BL.cumsum(1) - 1
+        sums_BK = sums_BK + (scores_BLK * (real_BL & (position_BL < limit))[..., None]).sum(1)
+        seen_B = seen_B + real_BL.sum(1)
+        choice_B = self.affordable(row, plan.wanted(row, sums_BK / limit), plan, stream)
+        decided_B = torch.where((decided_B < 0) & (seen_B >= limit), choice_B, decided_B)
+        stream.memory[site] = torch.cat((sums_BK, seen_B[:, None], decided_B[:, None].to(sums_BK)), dim=1)
+        return torch.where(real_BL & (position_BL >= limit), decided_B.clamp_min(0)[:, None], choices - 1)
+
+    def affordable(self, row: int, wanted_B: Tensor, plan: Plan, stream: Stream) -> Tensor:
+        """At most this site's income and what the sites that decided before it for the same sequence left of theirs."""
+        for tariff, incomes in plan.funded:
+            left_B = torch.full_like(wanted_B, incomes[row])
+            for site, kept in stream.memory.items():
+                other, decided_B = self.rows[site], kept[:, -1].long()
+                saved_B = incomes[other] - tariff.prices[other].to(decided_B.device)[decided_B.clamp_min(0)]
+                left_B = left_B + torch.where(decided_B >= 0, saved_B, 0)
+            reach_B = torch.searchsorted(tariff.prices[row].to(left_B.device), left_B, right=True) - 1
+            wanted_B = wanted_B.minimum(reach_B.clamp_min(0))
+        return wanted_B
+
+
+def features(hidden_BLD: Tensor) -> Tensor:
+    """What networks see of a residual stream: it, at unit scale."""
+    return F.rms_norm(hidden_BLD, hidden_BLD.shape[-1:])

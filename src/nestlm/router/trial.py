@@ -1,0 +1,40 @@
+"""Calibration text, on which routers try what they consider."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from nestlm.data.batch import Batch
+from nestlm.nn.decoder import Decoder, DecoderOutput
+from nestlm.nn.loss import cross_entropy
+from nestlm.nn.policy import Policy
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A model and batches on its device."""
+
+    decoder: Decoder
+    batches: Sequence[Batch]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model and the batches are."""
+        return next(self.decoder.parameters()).device
+
+    @torch.no_grad()
+    def outputs(self, policy: Policy) -> Iterator[tuple[Batch, DecoderOutput]]:
+        """What the model answers to each batch under a policy."""
+        for batch in self.batches:
+            yield batch, self.decoder(batch.tokens_BL, policy, documents_BL=batch.documents_BL)
+
+    def loss(self, policy: Policy) -> float:
+        """Mean negative log-likelihood of the text, in nats a token."""
+        total, tokens = 0.0, 0
+        for batch, output in self.outputs(policy):
+            total += float(cross_entropy(output.logits_BLV, batch.targets_BL).sum())
+            tokens += batch.targets_BL.numel()
+        return total / tokens

@@ -1,0 +1,66 @@
+"""The value router (our choice): what does a narrower choice cost this token?"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nestlm.cost.table import Bound, PriceList
+from nestlm.nn.policy import Policy
+from nestlm.router.calibration import Plan, Tariff
+from nestlm.router.networks import SiteNetworks, widest_at_zero
+from nestlm.router.per_token import Granularity, Scorer, TokenRouter
+from nestlm.router.trial import Trial
+from nestlm.spec import Budget
+
+CURVE = 12  # budgets at which the multiplier is known before anything is asked
+
+
+class Router(TokenRouter):
+    """One small network a site from the hidden state to the growth of the token's KL by each choice.
+
+    The choice is `argmin value + multiplier * cost`: any budget by one multiplier, and no network is told the budget.
+    """
+
+    curve: Tensor
+
+    def __init__(
+        self,
+        *,
+        prices: PriceList,
+        hidden_size: int,
+        granularity: Granularity,
+        hidden_width: int,
+        init_std: float,
+        seed: int,
+    ) -> None:
+        super().__init__(prices.with_router(hidden_width), hidden_size=hidden_size, granularity=granularity)
+        self.networks = SiteNetworks(prices.space, num_inputs=hidden_size, hidden_width=hidden_width, init_std=init_std)
+        self.networks.init_weights(seed=seed)
+        self.register_buffer("curve", torch.zeros(CURVE, 2, dtype=torch.float64))
+
+    def values(self, row: int, features_BLD: Tensor) -> Tensor:
+        """Growth of the KL by each choice of a site, (B, L, K); that of the widest is 0."""
+        return widest_at_zero(self.networks.at(row, features_BLD))
+
+    def scorer(self, share: float) -> Scorer:
+        del share
+        return lambda row, features_BLD: -self.values(row, features_BLD)
+
+    @torch.no_grad()
+    def prepare(self, trial: Trial) -> None:
+        """Learn the multipliers of some budgets, so that training can draw policies at any."""
+        shares = torch.linspace(self.floor, 1.0, CURVE + 1, dtype=torch.float64)[1:].tolist()
+        for number, share in enumerate(shares):
+            plan = self.calibrate((Bound(self.planned.main, share),), trial=trial, rounds=1)
+            self.curve[number] = torch.tensor([share, plan.multiplier], dtype=torch.float64)
+
+    def draw(self, budget: Budget, *, generator: torch.Generator) -> Policy:
+        """The choices at about that budget, by the multipliers that `prepare` found, without ledgers."""
+        del generator
+        shares, multipliers = self.curve.cpu().T.numpy()
+        bounds = self.planned.bounds(budget)
+        share = min(bound.share for bound in bounds)
+        tariffs = tuple(map(Tariff.of, bounds))
+        return self.policy(Plan(share, float(np.interp(share, shares, multipliers)), tariffs, ()))
