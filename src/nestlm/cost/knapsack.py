@@ -4,7 +4,8 @@ The multipliers of the linear relaxation give every choice a reduced loss of 0 o
 to at most what it loses above the relaxed optimum. So a dynamic programme over partial specs keeps those whose sum is
 within a gap, which grows until a spec within it is found, at the latest to what the rounded relaxation loses. For 64
 sites that takes tens of milliseconds, where an integer solver takes up to seconds. But where choices are worth nearly
-the same and two limits bind, too many partial specs are as good, and the integer solver is asked.
+the same and two limits bind, too many partial specs are as good; there the best spec is taken that an integer solver
+finds within a number of nodes, some seconds.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import Bounds as SolverBounds
 from scipy.optimize import LinearConstraint, linprog, milp
 
 from nestlm.cost.table import Bound, PriceList
@@ -24,6 +26,7 @@ Choices = NDArray[np.intp]
 ROUNDING = 1e-9  # relative; what passes by it is compared exactly in the end
 SOLVER = 1e-6  # relative; linear solvers keep bounds to about a tenth of this
 MOST_PARTIAL = 20_000  # specs within a gap; where more are as good, the integer solver is faster
+MOST_NODES = 500  # of the integer solver; a number of nodes, unlike a time, gives the same spec everywhere
 FIRST_GAP = 1 / 64  # of what the rounded relaxation loses; doubled, since partial specs multiply with the gap
 
 
@@ -80,18 +83,22 @@ def best_within(bounds: Sequence[Bound], rows: Sequence[Array], *, space: Search
 
 
 def solve(items: list[Items], allowances: Array, *, bounds: Sequence[Bound], space: SearchSpace) -> SubnetSpec | None:
-    """The same by an integer solver, which keeps bounds to a tolerance: what slips over is asked for again, tighter."""
+    """The best by an integer solver within its nodes; what slips over by its tolerance is asked again, tighter."""
     scale = np.maximum(np.abs(allowances), np.finfo(float).tiny)
     counts = [len(item.losses) for item in items]
     shares = np.concatenate([item.prices for item in items]).T / scale[:, None]
     one_choice = LinearConstraint(np.repeat(np.eye(len(items)), counts, axis=1), 1, 1)
     for margin in (0.0, *(SOLVER * 2**power for power in range(8))):
+        limits = [
+            LinearConstraint(row[None, :], -np.inf, float(limit) - margin)
+            for row, limit in zip(shares, allowances / scale, strict=True)
+        ]
         solution = milp(
             np.concatenate([item.losses for item in items]),
             integrality=np.ones(sum(counts)),
-            bounds=(0, 1),
-            constraints=[one_choice, LinearConstraint(shares, -np.inf, allowances / scale - margin)],
-            options={"mip_rel_gap": 0.0},
+            bounds=SolverBounds(0, 1),
+            constraints=[one_choice, *limits],
+            options={"mip_rel_gap": 0.0, "node_limit": MOST_NODES},
         )
         if solution.x is None:
             break
