@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from nestlm.cost.table import CostTable, PriceList
+from nestlm.cost.table import CostTable, PriceList, TokenTable
 from nestlm.data.batch import Batch
 from nestlm.nn.decoder import Decoder
 from nestlm.nn.loss import cross_entropy
@@ -123,6 +123,8 @@ def spent_shares(decisions: Mapping[Site, Decision], table: CostTable, *, batch_
     for row, (site, widths) in enumerate(table.space.choices.items()):
         prices = table.shares[row]
         width = decisions[site].width
+        if isinstance(table, TokenTable) and table.fixed is not None and not isinstance(width, Mixed):
+            prices = (torch.tensor(table.fixed[row], dtype=torch.float64) - table.shared[row]) / table.whole
         if isinstance(width, Mixed):
             prices = prices.to(width.index.device)
             paid = prices[width.index]

@@ -69,10 +69,11 @@ class Variant:
             return self.settings().network(prices=STATIC).eval()
         granularity = Granularity(PROMPT if self.granularity == "prompt" else 0, LENGTH)
         network = self.settings().network(prices=TOKENS, hidden_size=CONFIG.hidden_size, granularity=granularity)
-        # networks at their start see little of a token; these differ from token to token
+        # networks at their start see little of a token; these differ from token to token, so that deciding pays
+        source = torch.Generator().manual_seed(7)
         with torch.no_grad():
             for parameter in network.parameters():
-                parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(7)))
+                parameter.add_(torch.randn(parameter.shape, generator=source))
         return network.eval()
 
     def __str__(self) -> str:
@@ -165,7 +166,9 @@ def test_no_sequence_ends_above_its_budget(variant, trial, budget):
             shares = spent(trial.decoder, answer.policy, bound.table, text)
             assert float(shares.max()) <= bound.share
         ratios.append(float(spent(trial.decoder, answer.policy, bound.table, trial.batches).mean()) / bound.share)
-    assert max(ratios) > (0.98 if variant.granularity == "token" else 0.9), "on average the budget is used"
+    # choices that are the same for all tokens come in steps, so under several limits something may be left
+    least = 0.985 if variant.granularity == "token" and len(asked.limits) == 1 else 0.9
+    assert max(ratios) > least, "on average the budget is used"
     assert answer.plan == router.find(asked, trial=trial).plan, "deterministic"
 
 
@@ -196,17 +199,16 @@ def test_what_is_priced_is_what_runs(variant, trial):
             output = trial.decoder(tokens_BL, policy)
         share = float(spent_shares(output.decisions, router.prices.main, batch_size=1)[0])
         assert counter.get_total_flops() == pytest.approx(share * router.prices.main.whole * LENGTH, rel=1e-9)
-        assert any(decision.width.index.unique().numel() > 1 for decision in output.decisions.values())
+        assert any(index.unique().numel() > 1 for index in choices(output).values())
 
 
 # causality
 
 
 def choices(output: DecoderOutput) -> dict[str, torch.Tensor]:
-    return {
-        str(site): decision.width.index if isinstance(decision.width, Mixed) else torch.tensor(decision.width)
-        for site, decision in output.decisions.items()
-    }
+    """Choice indices of tokens where they may differ."""
+    widths = {str(site): decision.width for site, decision in output.decisions.items()}
+    return {site: width.index for site, width in widths.items() if isinstance(width, Mixed)}
 
 
 @torch.no_grad()
@@ -220,8 +222,7 @@ def test_later_tokens_change_nothing_before_them(variant, trial):
     torch.testing.assert_close(one.logits_BLV[:, :10], other.logits_BLV[:, :10])
     assert not torch.allclose(one.logits_BLV[:, 10:], other.logits_BLV[:, 10:])
     for site, before in choices(one).items():
-        after = choices(other)[site]
-        assert torch.equal(before[:, :10], after[:, :10]) if before.ndim else before == after
+        assert torch.equal(before[:, :10], choices(other)[site][:, :10])
 
 
 @torch.no_grad()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
 from nestlm.axes.base import Axis
-from nestlm.cost.table import CostTable
+from nestlm.cost.table import CostTable, TokenTable
 from nestlm.errors import BudgetError
 from nestlm.nn.config import BlockConfig, DecoderConfig
 from nestlm.nn.decoder import Decoder
@@ -61,6 +61,38 @@ class Flops:
         self, space: SearchSpace, *, axes: tuple[Axis, ...], config: DecoderConfig, per_token: bool = False
     ) -> CostTable:
         """Price every choice; sums equal what `torch.utils.flop_counter` counts on the extracted model."""
+        static = self.static_table(space, axes=axes, config=config)
+        if not per_token:
+            return static
+        by_name = {axis.name: axis for axis in axes}
+        shapes = parameter_shapes(config)
+        # what later tokens need stays whole: K and V
+        whole_KV = [
+            2 * cut_parameters(by_name[site.axis], site.layer, widths[-1], shapes=shapes, config=config, later=True)
+            for site, widths in space.choices.items()
+        ]
+        prices = []
+        for (site, widths), row in zip(space.choices.items(), static.prices, strict=True):
+            cut = [
+                2 * cut_parameters(by_name[site.axis], site.layer, width, shapes=shapes, config=config, later=True)
+                for width in widths
+            ]
+            prices.append(tuple(price - saved for price, saved in zip(row, cut, strict=True)))
+        return TokenTable(
+            static.name,
+            static.unit,
+            space,
+            constant=static.constant + sum(whole_KV),
+            prices=tuple(prices),
+            whole=static.whole,
+            shared=tuple(whole_KV),
+            fixed=static.prices,
+            # the two matrices of a router's network; a budget's features are multiplied once for all tokens
+            router=tuple((2 * (config.hidden_size + len(widths)), 0) for widths in space.choices.values()),
+        )
+
+    def static_table(self, space: SearchSpace, *, axes: tuple[Axis, ...], config: DecoderConfig) -> CostTable:
+        """The prices where all tokens take the same choice."""
         shapes = parameter_shapes(config)
         # Norms and the look-up of an embedding are no matrix products; the head is one, also where it is tied.
         weights = sum(math.prod(shape) for name, shape in shapes.items() if len(shape) == 2 and "embed" not in name)
@@ -69,14 +101,11 @@ class Flops:
         total = 2 * weights + sum(self.attention_scores(block, config=config) for block in config.blocks)
 
         def price(axis: Axis, layer: int, width: int) -> float:
-            products = 2 * cut_parameters(axis, layer, width, shapes=shapes, config=config, per_token=per_token)
+            products = 2 * cut_parameters(axis, layer, width, shapes=shapes, config=config)
             resized = axis.resize(config.blocks[layer], width)
             return products + self.attention_scores(resized, config=config) * axis.mixes_tokens
 
-        table = size_table("flops", "FLOPs a token", total, price, space=space, axes=axes)
-        # the two matrices of a router's network at each site; a budget's features are multiplied once for all tokens
-        per_unit = sum(2 * (config.hidden_size + len(widths)) for widths in space.choices.values())
-        return replace(table, router=(0.0, per_unit)) if per_token else table
+        return size_table("flops", "FLOPs a token", total, price, space=space, axes=axes)
 
     def attention_scores(self, block: BlockConfig, *, config: DecoderConfig) -> int:
         """Scores and their weighted sum: two products over the whole row, without a discount for causality."""
@@ -96,12 +125,12 @@ def cut_parameters(
     *,
     shapes: dict[str, torch.Size],
     config: DecoderConfig,
-    per_token: bool = False,
+    later: bool = False,
 ) -> int:
-    """Parameters that `width` units of a site own; with `per_token`, those that a single token can leave out."""
+    """Parameters that `width` units of a site own; with `later`, only those that serve later tokens."""
     total = 0
     for cut in axis.cuts(config.blocks[layer], head_dim=config.head_dim):
-        if not (per_token and cut.serves_later_tokens):
+        if cut.serves_later_tokens or not later:
             shape = shapes[f"blocks.{layer}.{cut.parameter}"]
             total += math.prod(shape) // shape[cut.dim] * cut.rows * width
     return total

@@ -28,8 +28,6 @@ class CostTable:
         constant: cost of what no choice cuts.
         prices: per site, one price a choice, aligned to `space.choices`; wider is dearer.
         whole: cost of the whole model, to which shares refer.
-        router: what a router that decides for each token adds to a table of choices per token: a constant, and so much
-            for each unit of its networks' hidden width.
     """
 
     name: str
@@ -38,7 +36,11 @@ class CostTable:
     constant: float
     prices: tuple[tuple[float, ...], ...]
     whole: float
-    router: tuple[float, float] = (0.0, 0.0)
+
+    @property
+    def cheapest(self) -> float:
+        """The least that can be had."""
+        return self.cost(self.space.smallest())
 
     def cost(self, spec: SubnetSpec) -> float:
         """Cost of a spec, in the table's unit."""
@@ -61,6 +63,43 @@ class CostTable:
         """Relative cost of distributions over choices: (..., sites, max choices) to (...). Differentiable."""
         shares = self.shares.to(probabilities)
         return self.constant / self.whole + (probabilities * shares).sum((-2, -1))
+
+
+@dataclass(frozen=True)
+class TokenTable(CostTable):
+    """Prices of choices that are made for each token, where `constant` and `prices` hold if all sites are.
+
+    A site at which all tokens run alike needs no decision: its share of the constant falls away, and it costs what it
+    costs in a sub-network.
+
+    Attributes:
+        shared: of each site, what deciding costs whatever is chosen: K and V for later tokens, and the router.
+        fixed: per site, one price a choice, where all tokens take the same; None where every site decides.
+        router: of each site, what a router adds to `shared` for each unit of its network's hidden width, and at all.
+    """
+
+    shared: tuple[float, ...]
+    fixed: tuple[tuple[float, ...], ...] | None
+    router: tuple[tuple[float, float], ...]
+
+    @property
+    def cheapest(self) -> float:
+        if self.fixed is None:
+            return self.cost(self.space.smallest())
+        return self.constant + sum(fixed[0] - shared for fixed, shared in zip(self.fixed, self.shared, strict=True))
+
+    def with_router(self, hidden_width: int) -> TokenTable:
+        """With the cost of networks of that width at every site that decides."""
+        own = [per_unit * hidden_width + at_all for per_unit, at_all in self.router]
+        shared = tuple(before + added for before, added in zip(self.shared, own, strict=True))
+        return replace(self, constant=self.constant + sum(own), shared=shared, router=((0.0, 0.0),) * len(own))
+
+    def after_prompt(self, prompt_share: float) -> TokenTable:
+        """The mean over a sequence of which that share runs whole first, and the rest as is decided, at every site."""
+        rest = 1.0 - prompt_share
+        constant = rest * self.constant + prompt_share * self.cost(self.space.full())
+        prices = tuple(tuple(rest * price for price in row) for row in self.prices)
+        return replace(self, constant=constant, prices=prices, fixed=None)
 
 
 @dataclass(frozen=True)
@@ -89,26 +128,8 @@ class PriceList:
     others: Mapping[str, CostTable]
     per_token: bool = False
 
-    def with_router(self, hidden_width: int) -> PriceList:
-        """The prices of choices that a router of that width makes for each token: its own cost counts."""
-
-        def own(table: CostTable) -> CostTable:
-            constant, per_unit = table.router
-            return replace(table, constant=table.constant + constant + per_unit * hidden_width, router=(0.0, 0.0))
-
-        return self._changed(own)
-
-    def after_prompt(self, prompt_share: float) -> PriceList:
-        """The mean over a sequence of which that share runs whole first, and the rest as is chosen."""
-        rest = 1.0 - prompt_share
-
-        def averaged(table: CostTable) -> CostTable:
-            constant = rest * table.constant + prompt_share * table.cost(table.space.full())
-            return replace(table, constant=constant, prices=tuple(tuple(rest * p for p in row) for row in table.prices))
-
-        return self._changed(averaged) if prompt_share else self
-
-    def _changed(self, change: Callable[[CostTable], CostTable]) -> PriceList:
+    def change(self, change: Callable[[CostTable], CostTable]) -> PriceList:
+        """The same list with every table changed."""
         others = {name: change(table) for name, table in self.others.items()}
         return replace(self, main=change(self.main), others=others)
 
@@ -163,11 +184,10 @@ class PriceList:
                 f"budget: got {limit}, but the full model's {table.name} is {nearby(limit, table, table.whole)}; "
                 "ask for at most that, or leave this limit out"
             )
-        smallest = self.space.smallest()
-        if not bound.fits(smallest):
+        if table.cheapest / table.whole > bound.share:
             raise BudgetError(
                 f"budget: got {limit} ({table.name}), but the smallest sub-network costs "
-                f"{nearby(limit, table, table.cost(smallest))}; ask for at least that, or give axes smaller fractions"
+                f"{nearby(limit, table, table.cheapest)}; ask for at least that, or give axes smaller fractions"
             )
         return bound
 
@@ -180,7 +200,7 @@ def share_of(limit: Limit, table: CostTable) -> float:
 def nearby(limit: Limit, table: CostTable, cost: float) -> Limit:
     """A short number in the limit's unit that can be asked for: a little above `cost`, or below it for the whole."""
     exact = cost / (table.whole if limit.is_share else limit.factor)
-    floor = table.share(table.space.smallest())
+    floor = table.cheapest / table.whole
     for digits in range(3, 16):
         step = 10.0 ** (math.floor(math.log10(exact)) - digits)
         rounded = math.floor(exact / step) if cost == table.whole else math.ceil(exact / step)

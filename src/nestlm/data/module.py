@@ -104,9 +104,10 @@ class PackedTokens(L.LightningDataModule):
         )
 
     def heldout_dataloader(self, split: str, *, num_rows: int | None = None) -> DataLoader[Any]:
-        """Batches of a held-out split in its order: the first `num_rows` rows or all."""
+        """Batches of a held-out split in its order: all rows, or `num_rows` spread over all documents."""
         rows = self.rows(split)
-        chosen = range(len(rows) if num_rows is None else min(num_rows, len(rows)))
+        number = len(rows) if num_rows is None else min(num_rows, len(rows))
+        chosen = [index * len(rows) // number for index in range(number)]
         size = self.settings.eval_batch_size
         batches = [list(chosen[start : start + size]) for start in range(0, len(chosen), size)]
 

@@ -23,7 +23,7 @@ from nestlm.objective.exploration import random_choices, rank_correlation
 from nestlm.objective.surrogate_static import ERROR_MEMORY, TARGETS, PairSettings
 from nestlm.router import dynamic
 from nestlm.router.base import Router
-from nestlm.router.networks import SiteNetworks, widest_at_zero
+from nestlm.router.networks import SiteNetworks, growth
 from nestlm.router.per_token import features
 from nestlm.router.relaxed import budget_loss, sample_choices
 from nestlm.seeding import torch_generator
@@ -179,7 +179,7 @@ class Notes:
         space = self.router.prices.space
         with torch.enable_grad():
             logits_BLK = self.router.logits(row, features_BLD, self.shares_B)
-            effects_BLK = widest_at_zero(self.signal.effects.at(row, features_BLD))
+            effects_BLK = growth(self.signal.effects.at(row, features_BLD))
             routed_BL = sample_choices(logits_BLK.detach(), generator=self.generator)
             index_BL = torch.where(self.at_random_B[:, None], self.random[row], routed_BL)
             probabilities_BLK = logits_BLK.softmax(-1)

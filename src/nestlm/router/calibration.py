@@ -1,20 +1,22 @@
-"""How a dynamic router meets a budget: one multiplier for the cost, and an income a site for the ledger."""
+"""How a dynamic router meets a budget: one multiplier for the cost, sites that decide or don't, and their incomes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from nestlm.cost.table import Bound
+from nestlm.cost.table import Bound, TokenTable
 from nestlm.router.ledger import UNITS, Ledger
+from nestlm.router.pacing import Pace
 
 MARGIN = 0.004  # of the bound: calibration text and other text do not spend quite alike
-LARGEST = 1e4  # multiplier, in units of score for the cost of the whole model
+LARGEST = 1e6  # multiplier, in units of score for the cost of the whole model
 HALVINGS = 40
+AIM_HALVINGS = 10
 ROUNDING = 1e-9  # relative
 
 
@@ -23,25 +25,41 @@ class Tariff:
     """One bound in a ledger's units.
 
     Attributes:
-        share: the bound, as a share of the whole model.
-        constant: what each token costs whatever is chosen, as such a share.
-        prices: of each site's choices, strictly ascending integers, (K,).
-        allowance: what a token may spend on all sites together, as an integer.
+        table: prices as shares of the whole model are `table`'s.
+        share: the bound, as such a share.
+        prices: of the choices of each site that decides, strictly ascending integers, (K,).
     """
 
+    table: TokenTable
     share: float
-    constant: float
     prices: tuple[Tensor, ...]
-    allowance: int
 
     @classmethod
     def of(cls, bound: Bound) -> Tariff:
-        """Prices rounded up, the allowance rounded down, so that sums in floats are not above the bound either."""
+        """Prices are rounded up, so that sums in floats are not above the bound either."""
         table = bound.table
-        prices = tuple(integers([price / table.whole for price in row]) for row in table.prices)
-        constant = table.constant / table.whole
-        allowance = math.floor((bound.share - constant) * UNITS * (1.0 - ROUNDING))
-        return cls(bound.share, constant, prices, max(allowance, sum(int(row[0]) for row in prices)))
+        assert isinstance(table, TokenTable), "a dynamic router's prices are those of tokens"
+        return cls(table, bound.share, tuple(integers([price / table.whole for price in row]) for row in table.prices))
+
+    def fixed(self, row: int) -> Tensor | None:
+        """Cost of each choice of a site where all tokens take the same, as shares (K,), beyond the site's `shared`."""
+        if self.table.fixed is None:
+            return None
+        prices = torch.tensor(self.table.fixed[row], dtype=torch.float64)
+        return (prices - self.table.shared[row]) / self.table.whole
+
+    def constant(self, fixed: Mapping[int, int]) -> float:
+        """What each token costs whatever is decided, as a share, with some sites' choices fixed."""
+        total = self.table.constant / self.table.whole
+        for row, index in fixed.items():
+            prices = self.fixed(row)
+            assert prices is not None, "only sites that can be fixed are"
+            total += float(prices[index])
+        return total
+
+    def allowance(self, fixed: Mapping[int, int]) -> int:
+        """What a token may spend on the sites that decide, rounded down."""
+        return math.floor((self.share - self.constant(fixed)) * UNITS * (1.0 - ROUNDING))
 
 
 def integers(shares: list[float]) -> Tensor:
@@ -61,92 +79,158 @@ class Plan:
         share: the budget as a router's networks are told it.
         multiplier: price of cost, in units of score.
         tariffs: one a bound.
-        incomes: by tariff, one a site: what each token brings to the site's ledger; empty for a plan without ledgers.
+        fixed: the choice of each site (by its row) at which all tokens run alike, since deciding would not pay.
+        incomes: by tariff, one a site: what each token brings to the site's ledger (0 where the choice is fixed); empty
+            for a plan without ledgers.
+        paces: by site, where each sequence finds its own multiplier.
+        aim: the income that paces aim at, relative to the ledger's.
     """
 
     share: float
     multiplier: float
     tariffs: tuple[Tariff, ...]
-    incomes: tuple[tuple[int, ...], ...]
+    fixed: Mapping[int, int]
+    incomes: tuple[tuple[int, ...], ...] = ()
+    paces: Mapping[int, Pace] = field(default_factory=dict)
+    aim: float = 1.0
 
     def wanted(self, row: int, scores: Tensor) -> Tensor:
         """The choice of highest score less priced cost: (..., K) to (...)."""
-        cost_K = sum(tariff.prices[row].to(scores.dtype) / UNITS for tariff in self.tariffs)
-        assert isinstance(cost_K, Tensor), "a plan has a tariff"
-        return (scores - self.multiplier * cost_K.to(scores.device)).argmax(-1)
+        return (scores - self.multiplier * self.prices(row).to(scores)).argmax(-1)
 
-    def ledgers(self, row: int, device: torch.device) -> list[Ledger]:
-        """A site's ledgers, one a bound; none where there are no incomes."""
-        return [Ledger(tariff.prices[row].to(device), incomes[row]) for tariff, incomes in self.funded]
+    def prices(self, row: int) -> Tensor:
+        """Cost of a decision's choices as shares, summed over the bounds, (K,)."""
+        return torch.stack([tariff.prices[row] / UNITS for tariff in self.tariffs]).sum(0)
 
     @property
     def funded(self) -> list[tuple[Tariff, tuple[int, ...]]]:
         """Each tariff with its incomes; none for a plan without ledgers."""
         return list(zip(self.tariffs, self.incomes, strict=True)) if self.incomes else []
 
-    @classmethod
-    def make(cls, share: float, multiplier: float, tariffs: tuple[Tariff, ...], wanted: list[Tensor]) -> Plan:
-        """A plan whose sites share the allowance as what is wanted at them costs on average.
+    def ledgers(self, row: int, device: torch.device) -> list[Ledger]:
+        """A site's ledgers, one a bound; none where there are no incomes."""
+        return [Ledger(tariff.prices[row].to(device), incomes[row]) for tariff, incomes in self.funded]
+
+    def fund(self, wanted: Mapping[int, Tensor]) -> Plan | None:
+        """With incomes: sites that decide share the allowance as what is wanted at them costs on average.
 
         Args:
-            share: told to the networks.
-            multiplier: price of cost.
-            tariffs: one a bound.
-            wanted: choice indices of tokens, one tensor a site.
+            wanted: choice indices of tokens at each site that decides.
+
+        Returns:
+            None when the allowance does not cover the cheapest choices.
         """
         incomes = []
-        for tariff in tariffs:
-            least = [int(prices[0]) for prices in tariff.prices]
-            asked = [
-                float(prices.to(index.device)[index].double().mean()) - cheapest
-                for prices, index, cheapest in zip(tariff.prices, wanted, least, strict=True)
-            ]
-            if sum(asked) <= 0.0:  # the cheapest is wanted everywhere: any division will do
-                asked = [float(prices[-1] - prices[0]) for prices in tariff.prices]
-            spare = tariff.allowance - sum(least)
-            total = sum(asked) or 1.0
-            incomes.append(
-                tuple(low + math.floor(spare * part / total) for low, part in zip(least, asked, strict=True))
-            )
-        return cls(share, multiplier, tariffs, tuple(incomes))
+        for tariff in self.tariffs:
+            least = {row: int(tariff.prices[row][0]) for row in wanted}
+            asked = {
+                row: float(tariff.prices[row].to(index.device)[index].double().mean()) - least[row]
+                for row, index in wanted.items()
+            }
+            if sum(asked.values()) <= 0.0:  # the cheapest is wanted everywhere: any division will do
+                asked = {row: float(tariff.prices[row][-1] - tariff.prices[row][0]) for row in wanted}
+            spare = tariff.allowance(self.fixed) - sum(least.values())
+            if spare < 0:
+                return None
+            total = sum(asked.values()) or 1.0
+            parts = {row: least[row] + math.floor(spare * asked[row] / total) for row in wanted}
+            incomes.append(tuple(parts.get(row, 0) for row in range(len(tariff.prices))))
+        return replace(self, incomes=tuple(incomes))
 
-    def spent(self, indices: list[Tensor]) -> list[float]:
-        """Mean cost of choices (one tensor a site) as a share of each bound."""
+    def spent(self, indices: Mapping[int, Tensor]) -> float:
+        """Mean cost of decisions in the bound that they come nearest to: 1 uses it up."""
         ratios = []
         for tariff in self.tariffs:
-            sites = zip(tariff.prices, indices, strict=True)
-            prices = sum(float(row.to(index.device)[index].double().mean()) for row, index in sites)
-            ratios.append((tariff.constant + prices / UNITS) / tariff.share)
-        return ratios
+            decided = (tariff.prices[row].to(index.device)[index].double().mean() for row, index in indices.items())
+            ratios.append((tariff.constant(self.fixed) + sum(map(float, decided)) / UNITS) / tariff.share)
+        return max(ratios)
+
+
+Decide = Callable[[Plan], Mapping[int, Tensor]]
+
+
+def fix_sites(plan: Plan, heard: Mapping[int, Tensor]) -> Plan:
+    """Fix the choice at each site where looking at tokens gains less score than it costs.
+
+    Args:
+        plan: its multiplier turns cost into score.
+        heard: scores on calibration text, (N, L, K) a site.
+    """
+    fixed = {}
+    for row, scores in heard.items():
+        offers = [offer for tariff in plan.tariffs if (offer := tariff.fixed(row)) is not None]
+        if len(offers) < len(plan.tariffs):
+            continue
+        shared = sum(tariff.table.shared[row] / tariff.table.whole for tariff in plan.tariffs)
+        prices = torch.stack(offers).sum(0) + shared
+        alike = scores.double().flatten(0, -2).mean(0).cpu() - plan.multiplier * prices
+        index = plan.wanted(row, scores)
+        paid = plan.prices(row).to(scores)[index]
+        apart = (scores.gather(-1, index[..., None]).squeeze(-1) - plan.multiplier * paid).double().mean()
+        # where money is to be spent (a multiplier below 0), spending it on decisions is no gain
+        if float(alike.max()) >= float(apart) - max(0.0, plan.multiplier) * shared:
+            fixed[row] = int(alike.argmax())
+    return replace(plan, fixed=fixed)
+
+
+def settle(share: float, tariffs: tuple[Tariff, ...], heard: Mapping[int, Tensor]) -> Plan:
+    """One multiplier settles which sites decide, the choices of the others, and the incomes, without ledgers."""
+
+    def attempt(multiplier: float) -> Plan | None:
+        plan = fix_sites(Plan(share, multiplier, tariffs, {}), heard)
+        wanted = {row: plan.wanted(row, scores) for row, scores in heard.items() if row not in plan.fixed}
+        return None if plan.spent(wanted) > 1.0 else plan.fund(wanted)
+
+    return bisect(attempt)
 
 
 def solve(
-    share: float,
-    tariffs: tuple[Tariff, ...],
-    *,
-    wanted: Callable[[Plan], list[Tensor]],
-    decided: Callable[[Plan], list[Tensor]],
+    share: float, tariffs: tuple[Tariff, ...], *, heard: Mapping[int, Tensor], decided: Decide, paced: bool
 ) -> Plan:
-    """The smallest multiplier at which what is decided costs just less than the tightest bound.
+    """The plan that comes just below the tightest bound on calibration text.
 
     Args:
         share: told to the networks.
         tariffs: one a bound.
-        wanted: what tokens would choose under a plan without ledgers, one tensor a site.
-        decided: the same with ledgers.
+        heard: scores by which tokens (or prompts) choose, (N, L, K) a site's row.
+        decided: what is decided under a plan at each site that decides, its ledgers included.
+        paced: each sequence finds its own multipliers; otherwise one more is sought, for the sites that decide.
     """
+    settled = settle(share, tariffs, heard)
+    deciding = {row: scores for row, scores in heard.items() if row not in settled.fixed}
+    if not deciding:
+        return settled
+    if paced:
+        paces = {}
+        for row, scores in deciding.items():
+            prices = tuple(tariff.prices[row] for tariff in tariffs)
+            incomes = tuple(incomes[row] for incomes in settled.incomes)
+            paces[row] = Pace.of(scores.flatten(0, -2), settled.prices(row), prices=prices, incomes=incomes)
+        settled = replace(settled, paces=paces)
 
-    def plan_at(multiplier: float) -> Plan:
-        bare = Plan(share, multiplier, tariffs, ())
-        return Plan.make(share, multiplier, tariffs, wanted(bare))
+    def attempt(value: float) -> Plan | None:
+        if paced:
+            plan = replace(settled, aim=2.0 - value)
+        else:
+            multiplied = replace(settled, multiplier=value)
+            plan = multiplied.fund({row: multiplied.wanted(row, scores) for row, scores in deciding.items()})
+        return None if plan is None or plan.spent(decided(plan)) > 1.0 - MARGIN else plan
 
-    low, high = -LARGEST, LARGEST
-    for _ in range(HALVINGS):
+    return bisect(attempt, low=0.5, high=1.9, halvings=AIM_HALVINGS) if paced else bisect(attempt)
+
+
+def bisect(
+    attempt: Callable[[float], Plan | None], *, low: float = -LARGEST, high: float = LARGEST, halvings: int = HALVINGS
+) -> Plan:
+    """The plan of the smallest value that yields one."""
+    best = attempt(high)
+    for _ in range(halvings):
         # finer near 0, where scores are small
         middle = math.sinh((math.asinh(low * 1e3) + math.asinh(high * 1e3)) / 2) / 1e3
-        plan = plan_at(middle)
-        if max(plan.spent(decided(plan))) > 1.0 - MARGIN:
+        plan = attempt(middle)
+        if plan is None:
             low = middle
         else:
-            high = middle
-    return plan_at(high)
+            high, best = middle, plan
+    assert best is not None, "the cheapest choices keep every bound that can be kept"
+    return best

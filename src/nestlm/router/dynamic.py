@@ -10,7 +10,7 @@ from torch import Tensor
 from nestlm.cost.table import PriceList
 from nestlm.nn.policy import WHOLE, Decision, Policy, Stream
 from nestlm.router.networks import BUDGET_FEATURES, SiteNetworks, embed_share
-from nestlm.router.per_token import Granularity, Scorer, TokenRouter, features
+from nestlm.router.per_token import Granularity, Scorer, TokenRouter, features, with_router
 from nestlm.router.relaxed import gated_tokens, gumbel_noise, sample_choices, soft_mask
 from nestlm.seeding import torch_generator
 from nestlm.spec import Budget, Site
@@ -29,7 +29,7 @@ class Router(TokenRouter):
         init_std: float,
         seed: int,
     ) -> None:
-        super().__init__(prices.with_router(hidden_width), hidden_size=hidden_size, granularity=granularity)
+        super().__init__(with_router(prices, hidden_width), hidden_size=hidden_size, granularity=granularity)
         self.networks = SiteNetworks(
             prices.space, num_inputs=hidden_size + BUDGET_FEATURES, hidden_width=hidden_width, init_std=init_std
         )

@@ -12,6 +12,7 @@ from nestlm.errors import ConfigError
 from nestlm.spec import SearchSpace
 
 BUDGET_FEATURES = 9
+START = 4.0  # so that growths start small: softplus(-4) = 0.018
 
 
 def embed_share(shares: Tensor) -> Tensor:
@@ -80,6 +81,11 @@ class SiteNetworks(nn.Module):
         return features @ self.input[row, -features.shape[-1] :]
 
 
-def widest_at_zero(growth: Tensor) -> Tensor:
-    """What choices add to a loss, (..., K), counted from the widest, which adds nothing."""
-    return torch.cat((growth[..., :-1], torch.zeros_like(growth[..., -1:])), dim=-1)
+def growth(steps: Tensor) -> Tensor:
+    """What choices add to a loss, from a number a step (..., K): none for the widest, and no less the narrower it is.
+
+    Units nest, so a narrower choice seldom helps. A network free to say so finds, for every token, a choice that it
+    overrates (our choice).
+    """
+    losses = F.softplus(steps[..., :-1] - START).flip(-1).cumsum(-1).flip(-1)
+    return torch.cat((losses, torch.zeros_like(steps[..., :1])), dim=-1)

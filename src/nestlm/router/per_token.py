@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nestlm.cost.table import Bound, PriceList
+from nestlm.cost.table import Bound, CostTable, PriceList, TokenTable
 from nestlm.nn.policy import WHOLE, Decision, Mixed, Policy, Stream, full
 from nestlm.router import base
 from nestlm.router.calibration import Plan, Tariff, solve
 from nestlm.router.ledger import UNITS
+from nestlm.router.pacing import first_affordable
 from nestlm.router.trial import Trial
 from nestlm.spec import Budget, Site
 
@@ -46,7 +47,10 @@ class TokenRouter(base.Router):
         super().__init__(prices)
         self.hidden_size = hidden_size
         self.granularity = granularity
-        self.planned = prices.after_prompt(granularity.prompt_tokens / granularity.horizon)
+        prompt_share = granularity.prompt_tokens / granularity.horizon
+        self.planned = (
+            prices.change(lambda table: token_table(table).after_prompt(prompt_share)) if prompt_share else prices
+        )
         self.rows = {site: row for row, site in enumerate(prices.space.sites)}
 
     @abstractmethod
@@ -58,7 +62,7 @@ class TokenRouter(base.Router):
 
     @property
     def floor(self) -> float:
-        return self.planned.main.share(self.planned.space.smallest())
+        return self.planned.main.share(self.planned.space.smallest())  # where every site decides
 
     def check(self, budget: Budget) -> None:
         self.planned.check(budget)
@@ -70,24 +74,28 @@ class TokenRouter(base.Router):
             return base.Answer(full, self.planned.space.full())
         assert trial is not None, "a dynamic router needs calibration text to meet a budget"
         plan = self.calibrate(bounds, trial=trial)
-        kept = {"share": plan.share, "multiplier": plan.multiplier, "incomes": plan.incomes, "units": UNITS}
+        kept = {
+            "share": plan.share,
+            "multiplier": plan.multiplier,
+            "fixed": {str(self.prices.space.sites[row]): index for row, index in plan.fixed.items()},
+            "incomes": plan.incomes,
+            "units": UNITS,
+        }
         return base.Answer(self.policy(plan), plan=kept)
 
     def calibrate(self, bounds: tuple[Bound, ...], *, trial: Trial, rounds: int = ROUNDS) -> Plan:
         """The plan whose mean cost on the trial's text lies just below the bounds."""
         share = min(bound.share for bound in bounds)
         tariffs = tuple(map(Tariff.of, bounds))
-        space = self.prices.space
-        ends = [torch.tensor([0, len(widths) - 1]) for widths in space.choices.values()]
-        plan = Plan.make(share, 0.0, tariffs, ends)
+        plan = Plan(share, 0.0, tariffs, {})
         for _ in range(rounds):
             scores = self.record(plan, trial)
-            heard = [self.heard(scores[row]) for row in range(len(scores))]
             plan = solve(
                 share,
                 tariffs,
-                wanted=lambda plan, heard=heard: [plan.wanted(row, part) for row, part in enumerate(heard)],
+                heard={row: self.heard(part) for row, part in scores.items()},
                 decided=lambda plan, scores=scores: self.decide_all(plan, scores),
+                paced=not self.granularity.prompt_tokens,
             )
         return plan
 
@@ -107,13 +115,13 @@ class TokenRouter(base.Router):
         limit = self.granularity.prompt_tokens
         return scores_NLK[:, :limit].mean(1, keepdim=True) if limit else scores_NLK
 
-    def decide_all(self, plan: Plan, scores: dict[int, Tensor]) -> list[Tensor]:
-        """What a plan decides on recorded scores, one tensor a site."""
+    def decide_all(self, plan: Plan, scores: dict[int, Tensor]) -> dict[int, Tensor]:
+        """What a plan decides on recorded scores at the sites that decide."""
         stream = Stream()
-        decided = {row: self.decide(row, part, plan, stream) for row, part in scores.items()}
+        decided = {row: self.decide(row, part, plan, stream) for row, part in scores.items() if row not in plan.fixed}
         if self.granularity.prompt_tokens:  # what the first tokens cost is in the planned prices already
-            decided = {row: index_NL[:, -1:] for row, index_NL in decided.items()}
-        return [decided[row] for row in range(len(decided))]
+            return {row: index_NL[:, -1:] for row, index_NL in decided.items()}
+        return decided
 
     def policy(self, plan: Plan, *, observe: Callable[[int, Tensor], None] | None = None) -> Policy:
         """The policy of a plan; `observe` is shown the scores at each site."""
@@ -123,10 +131,15 @@ class TokenRouter(base.Router):
             row = self.rows.get(site)
             if row is None:
                 return WHOLE
+            widths, index = self.prices.space.choices[site], plan.fixed.get(row)
+            if index is not None and observe is None:
+                return Decision(widths[index])
             scores_BLK = scorer(row, features(hidden_BLD))
             if observe is not None:
                 observe(row, scores_BLK)
-            return Decision(Mixed(self.prices.space.choices[site], self.decide(row, scores_BLK, plan, stream)))
+            if index is not None:
+                return Decision(widths[index])
+            return Decision(Mixed(widths, self.decide(row, scores_BLK, plan, stream)))
 
         return policy
 
@@ -136,16 +149,38 @@ class TokenRouter(base.Router):
         return decide(row, scores_BLK, plan, stream)
 
     def decide_by_token(self, row: int, scores_BLK: Tensor, plan: Plan, stream: Stream) -> Tensor:
-        """What each token wants, or less where its sequence's ledgers do not allow it."""
-        index_BL = plan.wanted(row, scores_BLK)
-        site = self.prices.space.sites[row]
-        kept, accounts = stream.memory.get(site), []
-        for number, ledger in enumerate(plan.ledgers(row, index_BL.device)):
-            account_BK = ledger.opening(len(index_BL)) if kept is None else kept[number]
-            index_BL, account_BK = ledger.grant(index_BL, real_BL=stream.real_BL, account_BK=account_BK)
-            accounts.append(account_BK)
-        if accounts:
-            stream.memory[site] = torch.stack(accounts)
+        """What each token wants at its sequence's pace, or less where the sequence's ledgers do not allow it."""
+        pace = plan.paces.get(row)
+        if pace is None:
+            return plan.wanted(row, scores_BLK)
+        site, device = self.prices.space.sites[row], scores_BLK.device
+        batch, length, choices = scores_BLK.shape
+        counted_BL = torch.ones(batch, length, dtype=torch.long, device=device)
+        if stream.real_BL is not None:
+            counted_BL = stream.real_BL.long()
+        ledgers = plan.ledgers(row, device)
+        kept = stream.memory.get(site)  # by bound: the ledger's account (K), what each multiplier would have spent (J)
+        if kept is None:
+            kept = torch.zeros(len(ledgers), batch, choices + len(pace.multipliers), dtype=torch.long, device=device)
+        wanted_JBL = pace.wanted(scores_BLK, plan.prices(row))
+        affordable_JBL, counts = torch.ones_like(wanted_JBL, dtype=torch.bool), []
+        for number, ledger in enumerate(ledgers):
+            within_JBL, count_BJ = pace.follow(
+                wanted_JBL,
+                number=number,
+                prices_K=ledger.prices,
+                income=int(ledger.income * plan.aim),
+                real_BL=counted_BL,
+                count_BJ=kept[number, :, choices:],
+            )
+            affordable_JBL = affordable_JBL & within_JBL
+            counts.append(count_BJ)
+        index_BL = wanted_JBL.gather(0, first_affordable(affordable_JBL)[None])[0]
+        accounts = []
+        for number, ledger in enumerate(ledgers):
+            index_BL, account_BK = ledger.grant(index_BL, real_BL=stream.real_BL, account_BK=kept[number, :, :choices])
+            accounts.append(torch.cat((account_BK, counts[number]), dim=1))
+        stream.memory[site] = torch.stack(accounts)
         return index_BL
 
     def decide_by_prompt(self, row: int, scores_BLK: Tensor, plan: Plan, stream: Stream) -> Tensor:
@@ -182,3 +217,18 @@ class TokenRouter(base.Router):
 def features(hidden_BLD: Tensor) -> Tensor:
     """What networks see of a residual stream: it, at unit scale."""
     return F.rms_norm(hidden_BLD, hidden_BLD.shape[-1:])
+
+
+def with_router(prices: PriceList, hidden_width: int) -> PriceList:
+    """The prices of tokens' choices with the cost of a router's networks: its own cost counts."""
+
+    def own(table: CostTable) -> CostTable:
+        return token_table(table).with_router(hidden_width)
+
+    return prices.change(own)
+
+
+def token_table(table: CostTable) -> TokenTable:
+    """The table as what it is in a dynamic router's price list."""
+    assert isinstance(table, TokenTable), "a dynamic router's prices are those of tokens"
+    return table

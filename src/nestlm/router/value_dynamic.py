@@ -9,8 +9,8 @@ from torch import Tensor
 from nestlm.cost.table import Bound, PriceList
 from nestlm.nn.policy import Policy
 from nestlm.router.calibration import Plan, Tariff
-from nestlm.router.networks import SiteNetworks, widest_at_zero
-from nestlm.router.per_token import Granularity, Scorer, TokenRouter
+from nestlm.router.networks import SiteNetworks, growth
+from nestlm.router.per_token import Granularity, Scorer, TokenRouter, with_router
 from nestlm.router.trial import Trial
 from nestlm.spec import Budget
 
@@ -35,14 +35,14 @@ class Router(TokenRouter):
         init_std: float,
         seed: int,
     ) -> None:
-        super().__init__(prices.with_router(hidden_width), hidden_size=hidden_size, granularity=granularity)
+        super().__init__(with_router(prices, hidden_width), hidden_size=hidden_size, granularity=granularity)
         self.networks = SiteNetworks(prices.space, num_inputs=hidden_size, hidden_width=hidden_width, init_std=init_std)
         self.networks.init_weights(seed=seed)
         self.register_buffer("curve", torch.zeros(CURVE, 2, dtype=torch.float64))
 
     def values(self, row: int, features_BLD: Tensor) -> Tensor:
         """Growth of the KL by each choice of a site, (B, L, K); that of the widest is 0."""
-        return widest_at_zero(self.networks.at(row, features_BLD))
+        return growth(self.networks.at(row, features_BLD))
 
     def scorer(self, share: float) -> Scorer:
         del share
@@ -63,4 +63,4 @@ class Router(TokenRouter):
         bounds = self.planned.bounds(budget)
         share = min(bound.share for bound in bounds)
         tariffs = tuple(map(Tariff.of, bounds))
-        return self.policy(Plan(share, float(np.interp(share, shares, multipliers)), tariffs, ()))
+        return self.policy(Plan(share, float(np.interp(share, shares, multipliers)), tariffs, {}))

@@ -8,7 +8,7 @@ from torch import Tensor
 from nestlm.cost.knapsack import cheapest_loss
 from nestlm.cost.table import PriceList
 from nestlm.router import base
-from nestlm.router.networks import SiteNetworks, widest_at_zero
+from nestlm.router.networks import SiteNetworks, growth
 from nestlm.router.trial import Trial
 from nestlm.spec import Budget, SubnetSpec
 
@@ -25,7 +25,7 @@ class Router(base.Router):
 
     def values(self, row: int, features_BLD: Tensor) -> Tensor:
         """Growth of the KL by each choice of a site, (1, 1, K): the same for all tokens."""
-        return widest_at_zero(self.networks.at(row, features_BLD.new_ones(1, 1, 1)))
+        return growth(self.networks.at(row, features_BLD.new_ones(1, 1, 1)))
 
     @torch.no_grad()
     def spec(self, budget: Budget, *, trial: Trial | None = None) -> SubnetSpec:
