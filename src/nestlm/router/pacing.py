@@ -1,9 +1,9 @@
 """Pacing: each sequence finds the multiplier at which its own tokens spend their income.
 
 Sequences differ in what they want. One multiplier for all would leave income unspent in easy ones, and in hard ones
-hand the choice to the ledger, which takes what comes first and not what is worth most. So every site keeps count of what
-the tokens so far would have spent at each of a few multipliers, and the next token uses the smallest one that would have
-been affordable. Counts are integers and look back only. (Our choice.)
+hand the choice to the ledger, which takes what comes first and not what is worth most. So every site keeps count of
+what the tokens so far would have spent at each of a few multipliers, and the next token uses the smallest one that
+would have been affordable. Counts are integers and look back only. (Our choice.)
 """
 
 from __future__ import annotations
