@@ -32,10 +32,15 @@ def code_digest() -> str:
     return digest.hexdigest()
 
 
-def stage_key(name: str, *, sections: dict[str, Any], previous: str, extra: str) -> str:
-    """Hash of a stage: its name, resolved config sections, the stage before, data, source code and versions."""
+def stage_key(name: str, *, sections: dict[str, Any], previous: list[str], extra: str) -> str:
+    """Hash of a stage: its name, resolved config sections, the stages before, data, source code and versions."""
     content = [name, sections, previous, extra, code_digest(), platform.python_version(), *map(version, DETERMINING)]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def file_identity(path: Path) -> str:
+    """Hash of a file's content."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def files_identity(folder: Path) -> str:

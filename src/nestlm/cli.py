@@ -1,4 +1,4 @@
-"""The `nestlm` command: what can be done with a finished run. Training is `python train.py`."""
+"""The `nestlm` command: what is done before and after a run. Training is `python train.py`."""
 
 from __future__ import annotations
 
@@ -26,6 +26,20 @@ def report(run: Annotated[Path, typer.Argument(help="The run's folder.")]) -> No
     from nestlm.report.render import render
 
     render(run)
+
+
+@app.command()
+def profile(
+    out: Annotated[Path, typer.Option(help="The file to write.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="As for train.py, such as model=small.")] = None,
+) -> None:
+    """Measure how long each choice takes on this device, for `cost=latency cost.table=FILE`.
+
+    Example: nestlm profile model=small cost.phase=decode cost.batch_size=8 --out latency.json
+    """
+    from nestlm.compose import profile as measure
+
+    measure(overrides or [], out=out)
 
 
 def main() -> None:

@@ -49,6 +49,16 @@ def run_job(config: DictConfig) -> None:
         pipeline.run(build(plain), config=plain)
 
 
+def profile(overrides: list[str], *, out: Path) -> None:
+    """Measure the latency table of a command line's model, print it, and write it to a file."""
+    with plain_errors():
+        counted = [] if any(override.startswith("cost=") for override in overrides) else ["cost=latency"]
+        settings = build(compose([*counted, *overrides]))
+        from nestlm import pipeline
+
+        pipeline.profile(settings, out=out)
+
+
 @contextmanager
 def plain_errors() -> Iterator[None]:
     """Print a user's error and exit; a bug keeps its traceback, and `traceback=true` shows it for all."""

@@ -25,9 +25,10 @@ from nestlm.progress import track
 from nestlm.router.base import Router
 from nestlm.router.trial import Trial
 from nestlm.settings import View
-from nestlm.training import fit, make_trainer
+from nestlm.training import fit, make_trainer, trainer_device
 
 MODEL, ROUTER, PAIRS = "model.safetensors", "router.safetensors", "pairs.safetensors"
+LATENCY_TABLE = "latency_table.json"
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Context:
     Attributes:
         settings: the part of the settings that the stage declares.
         folder: where it writes.
-        inputs: folders of the stages before it, by name.
+        inputs: folders of the stages that it builds on, by name.
         logger: where training logs go.
     """
 
@@ -77,7 +78,7 @@ class Context:
 
     def device(self) -> torch.device:
         """Where the configured trainer computes."""
-        return make_trainer(self.settings.trainer).strategy.root_device
+        return trainer_device(self.settings.trainer)
 
     def data(self, *, stream: str, num_steps: int = 0) -> PackedTokens:
         """The token loaders."""

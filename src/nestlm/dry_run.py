@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from rich.table import Table
 
+from nestlm.cost.latency import Latency
 from nestlm.cost.static import Flops
 from nestlm.cost.table import CostTable
 from nestlm.report.console import output
@@ -17,11 +20,17 @@ BACKWARD = 3.0  # a forward and backward pass costs three forward passes
 
 def describe(settings: Settings) -> None:
     """Print parameters, search-space size, and stages with tokens and FLOPs; everything is on the meta device."""
+    if not settings.is_priced:  # flops stand in, also for what signals of routers cost
+        output.print("latency         (measured by the run; nestlm profile measures now)")
+        cost = Flops(settings.data.sequence_length) if isinstance(settings.cost, Latency) else settings.cost
+        others = {name: other for name, other in settings.costs.items() if not isinstance(other, Latency)}
+        settings = replace(settings, cost=cost, costs=others)
     config, space, axes = settings.model.decoder_config(), settings.space(), settings.axis_list
-    flops = Flops(context_length=settings.data.sequence_length).table(space, axes=axes, config=config)
+    flops = Flops(context_length=settings.data.sequence_length).tabulate(space, axes=axes, config=config)
     for name, table in settings.prices().tables.items():
         smallest_cost = table.cost(space.smallest())
-        output.print(f"{name:<15} {table.whole:,.0f} {table.unit}  (smallest sub-network {smallest_cost:,.0f})")
+        digits = ",.0f" if table.whole >= 1e4 else ".4g"  # counts in full, times in short
+        output.print(f"{name:<15} {table.whole:{digits}} {table.unit}  (smallest sub-network {smallest_cost:{digits}})")
     choices = ", ".join(f"{axis} {list(space.choices[sites[0]])}" for axis, sites in space.axes.items())
     output.print(f"search space    {space.size:.3g} sub-networks  ({len(space.sites)} sites: {choices})")
     stages = Table("stage", "steps", "tokens", "FLOPs")
@@ -36,7 +45,7 @@ def describe(settings: Settings) -> None:
 
 def stage_passes(settings: Settings) -> list[tuple[str, int, float]]:
     """(stage, steps, forward passes of the full model that a token of the stage costs)."""
-    flops = Flops(context_length=settings.data.sequence_length).table(
+    flops = Flops(context_length=settings.data.sequence_length).tabulate(
         settings.space(), axes=settings.axis_list, config=settings.model.decoder_config()
     )
     shape = (settings.data.batch_size, settings.data.sequence_length)

@@ -15,16 +15,19 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import Logger, WandbLogger
 
 from nestlm import stages
-from nestlm.cache import StageFolder, files_identity, stage_key
-from nestlm.context import Context
+from nestlm.cache import StageFolder, file_identity, files_identity, stage_key, write_json
+from nestlm.context import LATENCY_TABLE, Context
 from nestlm.data.source.base import fingerprint
 from nestlm.dry_run import describe
 from nestlm.errors import ConfigError
+from nestlm.profiling import device_name
+from nestlm.profiling import profile as measure
 from nestlm.progress import console
+from nestlm.report.console import output
 from nestlm.report.render import render
 from nestlm.report.run_folder import FinishedStage, write_run_folder
-from nestlm.settings import Settings, View, check
-from nestlm.training import make_trainer
+from nestlm.settings import Settings, View, check, check_budgets
+from nestlm.training import make_trainer, trainer_device
 
 TRAINING = ("optim", "trainer", "data", "seed")
 
@@ -37,22 +40,38 @@ class Stage:
         name: as in the run's folder.
         run: does the work and reports plain values.
         reads: config sections that determine the result; the stage can see no other.
+        after: stages whose results it builds on: its key covers theirs, and it can see no other's folder.
     """
 
     name: str
     run: Callable[[Context], dict[str, Any]]
     reads: tuple[str, ...]
+    after: tuple[str, ...]
 
 
 STAGES = (
-    Stage("data", stages.prepare_data, ("data", "model")),
-    Stage("pretrain", stages.pretrain, ("model", "pretrain", *TRAINING)),
-    Stage("rank", stages.rank, ("model", "axes", "ranking", "trainer", "data", "seed")),
-    Stage("elastic", stages.elastic, ("model", "axes", "elastic", "sampler", "teacher", *TRAINING)),
-    Stage("router", stages.train_router, ("model", "axes", "cost", "costs", "router", *TRAINING)),
-    Stage("joint", stages.joint, ("model", "axes", "cost", "costs", "router", "joint", "teacher", *TRAINING)),
+    Stage("profile", stages.profile, ("model", "axes", "cost", "costs", "trainer"), ()),
+    Stage("data", stages.prepare_data, ("data", "model"), ()),
+    Stage("pretrain", stages.pretrain, ("model", "pretrain", *TRAINING), ("data",)),
+    Stage("rank", stages.rank, ("model", "axes", "ranking", "trainer", "data", "seed"), ("pretrain",)),
+    Stage("elastic", stages.elastic, ("model", "axes", "elastic", "sampler", "teacher", *TRAINING), ("rank",)),
     Stage(
-        "evaluate", stages.evaluate, ("model", "axes", "cost", "costs", "router", "budget", "trainer", "data", "seed")
+        "router",
+        stages.train_router,
+        ("model", "axes", "cost", "costs", "router", *TRAINING),
+        ("elastic", "profile"),
+    ),
+    Stage(
+        "joint",
+        stages.joint,
+        ("model", "axes", "cost", "costs", "router", "joint", "teacher", *TRAINING),
+        ("router",),
+    ),
+    Stage(
+        "evaluate",
+        stages.evaluate,
+        ("model", "axes", "cost", "costs", "router", "budget", "trainer", "data", "seed"),
+        ("joint", "profile"),
     ),
 )
 
@@ -95,6 +114,31 @@ def run(settings: Settings, *, config: dict[str, Any]) -> Path | None:
     return run_dir
 
 
+def profile(settings: Settings, *, out: Path) -> None:
+    """Measure a latency table, print it, and write it to a file.
+
+    Raises:
+        ConfigError: the settings count no time, name a table already, or the file cannot be written.
+    """
+    latency = settings.latency
+    if latency is None or latency.table is not None:
+        raise ConfigError("profile: got a cost without anything to measure; wanted cost=latency, without a table")
+    if not out.absolute().parent.is_dir():
+        raise ConfigError(f"--out: {out.parent} is no folder; wanted a file in a folder that exists")
+    check(settings)
+    check_trainer(settings)
+    table = measure(
+        latency,
+        space=settings.space(),
+        config=settings.model.decoder_config(),
+        device=trainer_device(settings.trainer),
+    )
+    write_json(out, table.to_json())
+    for line in table.summary():
+        output.print(line)
+    output.print(f"written: {out}; take it with cost=latency cost.table={out}")
+
+
 def check_trainer(settings: Settings) -> None:
     """Raise ConfigError when this machine cannot run the configured trainer."""
     try:
@@ -104,17 +148,39 @@ def check_trainer(settings: Settings) -> None:
 
 
 def run_stages(settings: Settings, *, config: dict[str, Any], cache: Path, logger: Logger) -> list[FinishedStage]:
-    """Every stage's result, in order; a stage's key covers its inputs and the key of the stage before."""
+    """Every stage's result, in order; a stage's key covers its inputs and the keys of the stages that it is after."""
     finished: list[FinishedStage] = []
-    key, inputs = "", dict[str, Path]()
+    keys, folders = dict[str, str](), dict[str, Path]()
+    seen: dict[str, list[str]] = {}  # by stage, all that it builds on
     for stage in STAGES:
-        sections = {name: config[name] for name in stage.reads}
-        key = stage_key(stage.name, sections=sections, previous=key, extra=outside_inputs(stage.name, settings))
+        if stage.name == "profile" and settings.latency is None:
+            continue
+        direct = [name for name in stage.after if name in keys]
+        seen[stage.name] = list(dict.fromkeys(other for name in direct for other in (*seen[name], name)))
+        key = stage_key(
+            stage.name,
+            sections={name: config[name] for name in stage.reads},
+            previous=[keys[name] for name in direct],
+            extra=outside_inputs(stage.name, settings),
+        )
         folder = StageFolder(cache, stage.name, key)
-        context = Context(View(settings, stage.reads), folder.path, inputs=dict(inputs), logger=logger)
+        inputs = {name: folders[name] for name in seen[stage.name]}
+        context = Context(View(settings, stage.reads), folder.path, inputs=inputs, logger=logger)
         finished.append(run_stage(stage, folder, context))
-        inputs[stage.name] = folder.path
+        keys[stage.name], folders[stage.name] = key, folder.path
+        if stage.name == "profile":  # times differ each time: what follows depends on what was measured
+            keys["profile"] = file_identity(folder.path / LATENCY_TABLE)
+            settings = priced(settings, folder.path)
+            check_budgets(settings)
     return finished
+
+
+def priced(settings: Settings, folder: Path) -> Settings:
+    """The settings with the table that the profile stage left; one that it measured must be of this device."""
+    latency = settings.latency
+    assert latency is not None, "there is a cost to profile"
+    device = latency.device if latency.table is not None else device_name(trainer_device(settings.trainer))
+    return settings.with_latency(latency.with_table(folder / LATENCY_TABLE, device=device))
 
 
 def run_stage(stage: Stage, folder: StageFolder, context: Context) -> FinishedStage:
@@ -139,13 +205,17 @@ def drop_checkpoints(folder: Path) -> None:
 
 
 def outside_inputs(stage: str, settings: Settings) -> str:
-    """What determines a stage from outside the config: the text, the tokenizer, the weights."""
+    """What determines a stage from outside the config: the text, the tokenizer, the weights, a table, the device."""
     if stage == "data":
         tokenizer = settings.tokenizer_file
-        tokenizer_hash = hashlib.sha256(tokenizer.read_bytes()).hexdigest() if tokenizer and tokenizer.is_file() else ""
+        tokenizer_hash = file_identity(tokenizer) if tokenizer and tokenizer.is_file() else ""
         return fingerprint(settings.data.source.documents()) + tokenizer_hash
     if stage == "pretrain" and settings.model.weights is not None:
         return files_identity(Path(settings.model.weights))
+    if stage == "profile" and settings.latency is not None:
+        if settings.latency.table is not None:
+            return file_identity(Path(settings.latency.table))
+        return device_name(trainer_device(settings.trainer))
     return ""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import Logger
 from torch import nn
 
 from nestlm.axes.base import Axis, search_space
+from nestlm.cost.latency import Latency
 from nestlm.cost.table import Cost, PriceList
 from nestlm.data.module import DataSettings
 from nestlm.errors import ConfigError
@@ -166,6 +167,24 @@ class Settings:
         """The tokenizer to use: the one that was named, or the model's; None trains one."""
         return self.model.tokenizer_file if self.data.tokenizer is None else Path(self.data.tokenizer)
 
+    @property
+    def latency(self) -> Latency | None:
+        """The cost that is priced from a table of times, where the run counts one."""
+        return next((cost for cost in (self.cost, *self.costs.values()) if isinstance(cost, Latency)), None)
+
+    @property
+    def is_priced(self) -> bool:
+        """Whether all costs have prices now; otherwise they wait for the profile stage."""
+        return self.latency is None or self.latency.table is not None
+
+    def with_latency(self, latency: Latency) -> Settings:
+        """The same settings with another cost wherever time is counted."""
+
+        def swap(cost: Cost) -> Cost:
+            return latency if isinstance(cost, Latency) else cost
+
+        return replace(self, cost=swap(self.cost), costs={name: swap(cost) for name, cost in self.costs.items()})
+
     def space(self) -> SearchSpace:
         """The choices of the model."""
         return search_space(self.axis_list, self.model.decoder_config())
@@ -196,15 +215,15 @@ class Settings:
         tables = {}
         for name, cost in {"": self.cost, **self.costs}.items():
             if name == "" or cost.prices_tokens:  # the run's own cost says itself why it does not
-                tables[name] = cost.table(space, axes=self.axis_list, config=config, per_token=True)
+                tables[name] = cost.tabulate(space, axes=self.axis_list, config=config, per_token=True)
         main = tables.pop("")
         return PriceList(main, {name: table for name, table in tables.items() if name != main.name}, per_token=True)
 
     def prices(self) -> PriceList:
         """The prices of the choices: by the run's own cost, and by every other kind that a budget may limit."""
         space, config = self.space(), self.model.decoder_config()
-        main = self.cost.table(space, axes=self.axis_list, config=config)
-        tables = {name: cost.table(space, axes=self.axis_list, config=config) for name, cost in self.costs.items()}
+        main = self.cost.tabulate(space, axes=self.axis_list, config=config)
+        tables = {name: cost.tabulate(space, axes=self.axis_list, config=config) for name, cost in self.costs.items()}
         for name, table in tables.items():
             if table.name != name:
                 raise ConfigError(
@@ -217,6 +236,7 @@ class Settings:
 DERIVED = {
     "axis_list": {"axes"},
     "budgets": {"budget"},
+    "latency": {"cost", "costs"},
     "space": {"axes", "model"},
     "tokenizer_file": {"data", "model"},
     "prices": {"axes", "model", "cost", "costs"},
@@ -287,6 +307,17 @@ def check(settings: Settings) -> None:
         path = getattr(settings, name)
         if path is not None and Path(path).is_file():
             raise ConfigError(f"{name}: {path} is a file, wanted a folder")
+    if settings.latency is not None and settings.latency.context_length > config.context_length:
+        raise ConfigError(
+            f"cost.context_length: got {settings.latency.context_length}, wanted at most "
+            f"model.context_length={config.context_length}"
+        )
+    if settings.is_priced:
+        check_budgets(settings)
+
+
+def check_budgets(settings: Settings) -> None:
+    """Raise before anything is trained when a budget cannot be kept. Needs prices."""
     prices = settings.prices()
     router = settings.make_router()
     for budget in settings.budgets:

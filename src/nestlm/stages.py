@@ -12,7 +12,8 @@ from lightning.fabric.utilities.apply_func import move_data_to_device
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from nestlm.context import MODEL, PAIRS, ROUTER, Context
+from nestlm.cache import write_json
+from nestlm.context import LATENCY_TABLE, MODEL, PAIRS, ROUTER, Context
 from nestlm.cost.table import PriceList
 from nestlm.data.batch import Batch
 from nestlm.data.module import PackedTokens
@@ -25,6 +26,7 @@ from nestlm.objective.base import Parts
 from nestlm.objective.elastic import Elastic
 from nestlm.objective.joint import Joint
 from nestlm.objective.pretrain import Pretrain
+from nestlm.profiling import profile as measure
 from nestlm.progress import track
 from nestlm.ranking.base import order
 from nestlm.router.base import Answer, Router
@@ -34,6 +36,19 @@ from nestlm.spec import Budget
 
 Result = dict[str, Any]
 TIMED_ROWS = 4  # of the batch on which answers are timed
+
+
+def profile(context: Context) -> Result:
+    """Measure the table that prices time, or take the one that was named."""
+    settings, cost = context.settings, context.settings.latency
+    table = (
+        measure(cost, space=settings.space(), config=settings.model.decoder_config(), device=context.device())
+        if cost.table is None
+        else cost.read()
+    )
+    write_json(context.folder / LATENCY_TABLE, table.to_json())
+    check = None if table.check is None else table.check.model_dump()
+    return {"unit": cost.unit, "device": table.device, "dtype": table.dtype, "check": check}
 
 
 def prepare_data(context: Context) -> Result:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import lightning as L
+import torch
 from lightning.pytorch.loggers import Logger
 
 from nestlm.callbacks.checkpoint import TimedCheckpoint, last_good_checkpoint
@@ -41,6 +42,11 @@ def make_trainer(
         num_sanity_val_steps=0,
         log_every_n_steps=log_every_n_steps,
     )
+
+
+def trainer_device(factory: Callable[..., L.Trainer]) -> torch.device:
+    """Where the config's trainer computes."""
+    return make_trainer(factory).strategy.root_device
 
 
 def fit(

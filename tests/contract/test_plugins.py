@@ -1,5 +1,6 @@
 """Every router, sampler, ranking, cost and source keeps its contract; each is found by itself."""
 
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -25,9 +26,9 @@ from plugins import build, classes, compose, options, targets
 
 CONFIG = decoder_config(num_kv_groups=2)
 SPACE = search_space(AXES, CONFIG)
-TABLE = Flops(context_length=20).table(SPACE, axes=AXES, config=CONFIG)
+TABLE = Flops(context_length=20).tabulate(SPACE, axes=AXES, config=CONFIG)
 MEMORY = Memory(batch_size=2, context_length=20, bytes_per_element=2, cache_bytes_per_element=2)
-PRICES = PriceList(TABLE, {"memory": MEMORY.table(SPACE, axes=AXES, config=CONFIG)})
+PRICES = PriceList(TABLE, {"memory": MEMORY.tabulate(SPACE, axes=AXES, config=CONFIG)})
 SPECS = [independent(SPACE, generator(0, step, 0)) for step in range(8)] + [SPACE.full(), SPACE.smallest()]
 
 
@@ -40,7 +41,7 @@ PACKAGES = {
     "teacher": "nestlm.objective.teaching",
     "model": "nestlm.model",
 }
-NO_PLUGINS = {"nestlm.cost.knapsack", "nestlm.cost.table", "nestlm.model.family"}
+NO_PLUGINS = {"nestlm.cost.knapsack", "nestlm.cost.measured", "nestlm.cost.table", "nestlm.model.family"}
 
 
 @pytest.mark.parametrize("group", PACKAGES)
@@ -98,7 +99,7 @@ def test_sampler_reaches_every_choice(option):
 @pytest.mark.parametrize("option", ["sequence", "token"])
 def test_a_rows_draw_does_not_depend_on_the_batch(option):
     """So that ranks which hold other rows agree on all of them."""
-    sampler = build("sampler", option)
+    sampler = replace(build("sampler", option), p_smallest=0.125)
     (small,), (large,) = (sampler.draw(SPACE, seed=0, step=3, batch=(rows, 6)) for rows in (2, 8))
     assert torch.equal(small.indices, large.indices[:, :2])
     drawn = [sampler.draw(SPACE, seed=0, step=step, batch=(8, 6))[0].indices for step in range(60)]
@@ -111,9 +112,9 @@ def test_a_rows_draw_does_not_depend_on_the_batch(option):
 # costs
 
 
-@pytest.mark.parametrize("option", options("cost"))
+@pytest.mark.parametrize("option", sorted(set(options("cost")) - {"latency"}))  # it needs a table: unit/test_latency.py
 def test_cost_is_additive_and_prices_distributions_alike(option):
-    table = build("cost", option).table(SPACE, axes=AXES, config=CONFIG)
+    table = build("cost", option).tabulate(SPACE, axes=AXES, config=CONFIG)
     assert table.name == option, "a budget names it as the config does"
     assert table.unit
     assert table.cost(SPACE.full()) == table.whole
@@ -131,7 +132,7 @@ def test_sizes_are_those_of_the_extracted_model(tie):
     config = decoder_config(num_kv_groups=2, tie=tie)
     decoder = random_decoder(config)
     stored, active = (
-        build("cost", name).table(SPACE, axes=AXES, config=config) for name in ("params", "active_params")
+        build("cost", name).tabulate(SPACE, axes=AXES, config=config) for name in ("params", "active_params")
     )
     for spec in SPECS:
         small = extract(decoder, spec, axes=AXES)
@@ -146,7 +147,7 @@ def test_memory_is_that_of_the_extracted_model_and_its_cache(weights, cache):
     cost = Memory(
         batch_size=3, context_length=20, bytes_per_element=weights.itemsize, cache_bytes_per_element=cache.itemsize
     )
-    table = cost.table(SPACE, axes=AXES, config=CONFIG)
+    table = cost.tabulate(SPACE, axes=AXES, config=CONFIG)
     decoder = random_decoder(CONFIG)
     for spec in SPECS:
         small = extract(decoder, spec, axes=AXES).to(weights)
@@ -168,7 +169,7 @@ def test_flops_of_a_choice_per_token_leave_k_and_v_whole(groups):
     config = decoder_config(num_kv_groups=groups)
     space = search_space(AXES, config)
     static, per_token = (
-        Flops(context_length=20).table(space, axes=AXES, config=config, per_token=flag) for flag in (False, True)
+        Flops(context_length=20).tabulate(space, axes=AXES, config=config, per_token=flag) for flag in (False, True)
     )
     assert per_token.cost(space.full()) == per_token.whole == static.whole
     for spec in (space.smallest(), *(independent(space, generator(0, step, 0)) for step in range(4))):
@@ -182,17 +183,17 @@ def test_flops_of_a_choice_per_token_leave_k_and_v_whole(groups):
         assert np.all(np.diff(row) > 0), "wider is dearer"
 
 
-@pytest.mark.parametrize("option", sorted(set(options("cost")) - {"flops"}))
+@pytest.mark.parametrize("option", sorted(set(options("cost")) - {"flops", "latency"}))
 def test_what_is_stored_has_no_price_per_token(option):
     with pytest.raises(BudgetError, match=r"stores all weights and the whole cache.*FLOP and latency budgets only"):
-        build("cost", option).table(SPACE, axes=AXES, config=CONFIG, per_token=True)
+        build("cost", option).tabulate(SPACE, axes=AXES, config=CONFIG, per_token=True)
 
 
 @pytest.mark.parametrize("tie", [True, False])
 def test_flops_are_those_that_torch_counts(tie):
     config = decoder_config(num_kv_groups=4, tie=tie)
     space = search_space(AXES, config)
-    table = Flops(context_length=20).table(space, axes=AXES, config=config)
+    table = Flops(context_length=20).tabulate(space, axes=AXES, config=config)
     decoder = random_decoder(config)
     tokens_BL = torch.zeros(2, 20, dtype=torch.long)
     for spec in (space.full(), space.smallest(), independent(space, generator(0, 1, 0))):

@@ -36,7 +36,7 @@ LENGTH, PROMPT = 24, 4
 
 
 def flops(*, per_token: bool) -> CostTable:
-    return Flops(context_length=LENGTH).table(SPACE, axes=AXES, config=CONFIG, per_token=per_token)
+    return Flops(context_length=LENGTH).tabulate(SPACE, axes=AXES, config=CONFIG, per_token=per_token)
 
 
 def uneven(table: CostTable, name: str) -> CostTable:
@@ -48,7 +48,7 @@ def uneven(table: CostTable, name: str) -> CostTable:
 
 
 MEMORY = Memory(batch_size=2, context_length=LENGTH, bytes_per_element=2, cache_bytes_per_element=2)
-STATIC = PriceList(flops(per_token=False), {"memory": MEMORY.table(SPACE, axes=AXES, config=CONFIG)})
+STATIC = PriceList(flops(per_token=False), {"memory": MEMORY.tabulate(SPACE, axes=AXES, config=CONFIG)})
 TOKENS = PriceList(flops(per_token=True), {"latency": uneven(flops(per_token=True), "latency")}, per_token=True)
 
 

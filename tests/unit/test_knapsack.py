@@ -15,7 +15,7 @@ SPACE = SearchSpace({Site("mlp_width", layer): (1, 2, 3) for layer in range(3)} 
 CHOICES = [range(len(SPACE.choices[site])) for site in SPACE.sites]
 SPECS = [SPACE.spec(dict(zip(SPACE.sites, indices, strict=True))) for indices in product(*CHOICES)]
 numbers = st.floats(0.0, 10.0, allow_subnormal=False)
-steps = st.lists(st.one_of(st.floats(0.01, 5.0), st.sampled_from([1.0, 2.0])), min_size=11, max_size=11)
+steps = st.lists(st.one_of(st.floats(0.01, 5.0), st.sampled_from([0.0, 1.0, 2.0])), min_size=11, max_size=11)
 loss_rows = st.lists(st.tuples(numbers, numbers, numbers), min_size=4, max_size=4)
 
 

@@ -24,7 +24,7 @@ from nestlm.spec import Budget
 
 CONFIG = decoder_config(num_kv_groups=4)
 SPACE = search_space(AXES, CONFIG)
-TABLE = Flops(context_length=20).table(SPACE, axes=AXES, config=CONFIG)
+TABLE = Flops(context_length=20).tabulate(SPACE, axes=AXES, config=CONFIG)
 
 
 @pytest.fixture

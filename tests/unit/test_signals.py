@@ -26,9 +26,11 @@ from nestlm.seeding import torch_generator
 
 CONFIG = decoder_config(num_kv_groups=4)
 SPACE = search_space(AXES, CONFIG)
-TABLE = Flops(context_length=20).table(SPACE, axes=AXES, config=CONFIG)
+TABLE = Flops(context_length=20).tabulate(SPACE, axes=AXES, config=CONFIG)
 PRICES = PriceList(TABLE, {})
-TOKENS = PriceList(Flops(context_length=20).table(SPACE, axes=AXES, config=CONFIG, per_token=True), {}, per_token=True)
+TOKENS = PriceList(
+    Flops(context_length=20).tabulate(SPACE, axes=AXES, config=CONFIG, per_token=True), {}, per_token=True
+)
 NETWORK = {"hidden_width": 16, "init_std": 0.1, "seed": 0}
 PER_TOKEN = {"hidden_size": CONFIG.hidden_size, "granularity": Granularity(0, 20)}
 PAIRS = PairSettings(specs_per_step=4, replay=512, warm_start=True)

@@ -37,7 +37,7 @@ class Memory:
             if value <= 0:
                 raise ConfigError(f"cost.{field.name}: got {value}, wanted a positive number")
 
-    def table(
+    def tabulate(
         self, space: SearchSpace, *, axes: tuple[Axis, ...], config: DecoderConfig, per_token: bool = False
     ) -> CostTable:
         """Price every choice; sums equal the bytes of the extracted model's parameters and of its K and V."""

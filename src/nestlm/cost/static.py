@@ -23,7 +23,7 @@ class Params:
 
     prices_tokens: ClassVar[bool] = False
 
-    def table(
+    def tabulate(
         self, space: SearchSpace, *, axes: tuple[Axis, ...], config: DecoderConfig, per_token: bool = False
     ) -> CostTable:
         """Price every choice; sums equal the parameter count of the extracted model."""
@@ -37,7 +37,7 @@ class ActiveParams:
 
     prices_tokens: ClassVar[bool] = False
 
-    def table(
+    def tabulate(
         self, space: SearchSpace, *, axes: tuple[Axis, ...], config: DecoderConfig, per_token: bool = False
     ) -> CostTable:
         """Price every choice; sums equal the extracted model's parameters, less the rows that are not looked up."""
@@ -57,7 +57,7 @@ class Flops:
     prices_tokens: ClassVar[bool] = True
     context_length: int
 
-    def table(
+    def tabulate(
         self, space: SearchSpace, *, axes: tuple[Axis, ...], config: DecoderConfig, per_token: bool = False
     ) -> CostTable:
         """Price every choice; sums equal what `torch.utils.flop_counter` counts on the extracted model."""

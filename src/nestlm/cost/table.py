@@ -26,7 +26,7 @@ class CostTable:
         unit: what one is, such as `FLOPs a token`.
         space: the choices that are priced.
         constant: cost of what no choice cuts.
-        prices: per site, one price a choice, aligned to `space.choices`; wider is dearer.
+        prices: per site, one price a choice, aligned to `space.choices`; wider is never cheaper.
         whole: cost of the whole model, to which shares refer.
     """
 
@@ -146,7 +146,7 @@ class PriceList:
     def bounds(self, budget: Budget) -> tuple[Bound, ...]:
         """The limits of a budget, each as a share of its table.
 
-        Since wider is dearer in every table, the smallest sub-network keeps all limits when it keeps each.
+        Since wider is cheaper in no table, the smallest sub-network keeps all limits when it keeps each.
 
         Raises:
             BudgetError: a kind without a table, an absolute limit above the whole model, or one below the smallest
@@ -219,7 +219,7 @@ class Cost(Protocol):
 
     prices_tokens: ClassVar[bool]
 
-    def table(
+    def tabulate(
         self, space: SearchSpace, *, axes: tuple[Axis, ...], config: DecoderConfig, per_token: bool = False
     ) -> CostTable:
         """Price every choice of a model.

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from nestlm.cost.measured import Check, check_line
 from nestlm.errors import DataError
 from nestlm.report import plots
 from nestlm.report.console import output
@@ -56,7 +57,16 @@ def summary_lines(metrics: dict[str, dict[str, Any]]) -> list[str]:
             f"tokens, and their share of the teacher's {teacher['tokens']:,.0f}: {shares}; "
             f"elastic training in the paper: {PAPER_TOKEN_SHARE:.2%}"
         )
+    if "profile" in metrics:
+        lines.append(latency_line(metrics["profile"]))
     return lines
+
+
+def latency_line(profile: dict[str, Any]) -> str:
+    """What times are of, where they were measured, and how well they add up."""
+    check = profile["check"]
+    error = "unchecked" if check is None else check_line(Check(**check))
+    return f"latency: {profile['unit']}, {profile['dtype']}, measured on {profile['device']}; {error}"
 
 
 def write_report(run_dir: Path, rows: list[dict[str, Any]], *, lines: list[str], cost: str) -> None:

@@ -45,6 +45,9 @@ def write_run_folder(run_dir: Path, *, config: dict[str, Any], finished: list[Fi
     write_csv(run_dir / "timings.csv", timing_rows(finished))
     write_specs(run_dir / "specs", results["evaluate"], router=router)
     link_weights(run_dir / "checkpoints", finished)
+    for stage in finished:
+        for table in stage.folder.glob("latency_table.json"):
+            shutil.copy2(table, run_dir / table.name)
     write_json(
         run_dir / "provenance.json",
         provenance(
@@ -107,8 +110,9 @@ def write_specs(folder: Path, outcome: dict[str, Any], *, router: str) -> None:
 def link_weights(folder: Path, finished: list[FinishedStage]) -> None:
     """The weights that stages left behind, as hard links where the file system allows, else as copies."""
     shutil.rmtree(folder, ignore_errors=True)  # of an earlier run in this folder
+    folders = {stage.name: stage.folder for stage in finished}
     sources = [(stage.name, path) for stage in finished for path in sorted(stage.folder.glob("*.safetensors"))]
-    for stage, source in [*sources, ("data", finished[0].folder / "tokenizer.json")]:
+    for stage, source in [*sources, ("data", folders["data"] / "tokenizer.json")]:
         target = folder / stage / source.name
         target.parent.mkdir(parents=True, exist_ok=True)
         try:

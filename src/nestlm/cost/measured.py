@@ -1,0 +1,193 @@
+"""A table of measured times as a file: what other engines' measurements are filled into, and what `profile` writes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import groupby, pairwise
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, Field, ValidationError
+
+from nestlm.errors import BudgetError, ConfigError
+from nestlm.spec import SearchSpace, Site
+
+Phase = Literal["prefill", "decode"]
+Time = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Rows = tuple[tuple[float, ...], ...]
+
+
+class Prices(BaseModel, frozen=True, extra="forbid"):
+    """By axis the time of each width: one mapping for all layers, or a list of them, one a layer."""
+
+    prices: dict[str, dict[int, Time] | list[dict[int, Time]]]
+
+    def rows(self, space: SearchSpace) -> Rows:
+        """The prices of a space's choices, as a cost table holds them.
+
+        Raises:
+            ConfigError: a choice has no price, or a wider one is cheaper.
+        """
+        return tuple(
+            self.row(site, widths, layers=len(space.axes[site.axis])) for site, widths in space.choices.items()
+        )
+
+    def row(self, site: Site, widths: Sequence[int], *, layers: int) -> tuple[float, ...]:
+        """The prices of one site's choices."""
+        by_layer = self.prices.get(site.axis)
+        if by_layer is None:
+            raise ConfigError(
+                f"no prices for the axis {site.axis}, wanted them beside {', '.join(self.prices) or 'none'}; add them, "
+                "or leave the axis out of axes"
+            )
+        if isinstance(by_layer, list) and len(by_layer) != layers:
+            raise ConfigError(
+                f"prices.{site.axis}: got a list of {len(by_layer)} layers, wanted {layers}, or one mapping for all"
+            )
+        found = by_layer[site.layer] if isinstance(by_layer, list) else by_layer
+        for width in widths:
+            if width not in found:
+                raise ConfigError(
+                    f"prices.{site.axis}: no price of width {width} in layer {site.layer}, only of "
+                    f"{', '.join(map(str, sorted(found)))}; add it, or change axes.{site.axis}.fractions"
+                )
+        row = tuple(found[width] for width in widths)
+        for (narrow, less), (wide, more) in pairwise(zip(widths, row, strict=True)):
+            if more < less:
+                raise ConfigError(
+                    f"prices.{site.axis}: got {more:g} ms for width {wide} in layer {site.layer}, wanted at least the "
+                    f"{less:g} ms of width {narrow}; measure again, or raise it to that"
+                )
+        return row
+
+    @staticmethod
+    def of(space: SearchSpace, rows: Rows) -> dict[str, object]:
+        """What `rows` reads, one mapping a layer."""
+        by_site = dict(zip(space.sites, rows, strict=True))
+        return {
+            axis: [dict(zip(space.choices[site], by_site[site], strict=True)) for site in sites]
+            for axis, sites in space.axes.items()
+        }
+
+
+class RouterTime(BaseModel, frozen=True, extra="forbid"):
+    """What deciding for each token takes: a constant, and so much for each unit of the networks' hidden width."""
+
+    constant: Time
+    per_unit: Time
+
+
+class TokenPrices(Prices, frozen=True, extra="forbid"):
+    """Prices of a site where each token decides: the time of the site, K and V of all tokens and sorting included,
+    when all of its tokens take a width; less where they differ in proportion. Sites that do not decide cost what they
+    cost in a sub-network.
+    """  # noqa: D205
+
+    router: RouterTime
+
+
+class Check(BaseModel, frozen=True, extra="forbid"):
+    """How far the sums lie from times that were measured end to end: mean absolute percentage errors, as shares."""
+
+    specs: int
+    mape: float
+    mixes: int
+    mixes_mape: float
+
+
+class LatencyTable(Prices, frozen=True, extra="forbid"):
+    """A file's content. Times are in milliseconds: of a whole batch of prompts, or of one step of the batch.
+
+    Attributes:
+        constant: embedding, norms and head.
+        device: where it was measured, in words.
+        versions: of what it was measured with.
+        per_token: None where no choices per token were measured: such a table serves static routers only.
+    """
+
+    format: Literal[1]
+    constant: Time
+    unit: Literal["ms"]
+    phase: Phase
+    device: str
+    dtype: str
+    batch_size: int
+    context_length: int
+    versions: Mapping[str, str] = {}
+    per_token: TokenPrices | None = None
+    check: Check | None = None
+
+    @classmethod
+    def read(cls, path: Path) -> LatencyTable:
+        """Read a file.
+
+        Raises:
+            ConfigError: no such file, no JSON, or not of this form.
+        """
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except OSError as error:
+            raise ConfigError(
+                f"cost.table: cannot read {path} ({error.strerror}); nestlm profile --out FILE makes one"
+            ) from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"] if "[" not in str(part) and part != "[key]")
+            got = "" if first["type"] in ("missing", "json_invalid") else f"got {first['input']!r}; "
+            raise ConfigError(
+                f"latency table {path}: {where}{': ' if where else ''}{got}{first['msg']}; "
+                "docs/howto/fill-a-latency-table.md shows the form"
+            ) from error
+
+    def to_json(self) -> dict[str, object]:
+        """As plain values."""
+        return self.model_dump(mode="json")
+
+    def tokens(self) -> TokenPrices:
+        """The part per token.
+
+        Raises:
+            BudgetError: there is none.
+        """
+        if self.per_token is None:
+            raise BudgetError(
+                "no prices per token (per_token), which a dynamic router needs; measure with nestlm profile, or try "
+                "router.policy=static"
+            )
+        return self.per_token
+
+    def summary(self) -> list[str]:
+        """The table in lines: constants, prices by axis, and what the check said."""
+        lines = [
+            f"{self.phase}, ms for a batch of {self.batch_size} at {self.context_length} tokens, {self.dtype}, "
+            f"on {self.device}"
+        ]
+        lines.append(f"constant {self.constant:.4g}")
+        for name, part in (("", self), ("per token: ", self.per_token)):
+            if part is not None:
+                lines += [name + line for line in price_lines(part)]
+        if self.per_token is not None:
+            router = self.per_token.router
+            lines.append(f"per token: router {router.constant:.4g}, and {router.per_unit:.3g} a unit of hidden width")
+        return [*lines, *([check_line(self.check)] if self.check is not None else [])]
+
+
+def price_lines(part: Prices) -> list[str]:
+    """Prices by axis, layers of equal prices together."""
+    lines = []
+    for axis, by_layer in part.prices.items():
+        layers = by_layer if isinstance(by_layer, list) else [by_layer]
+        for prices, numbers in groupby(range(len(layers)), key=lambda layer: layers[layer]):
+            alike = list(numbers)
+            shown = f"{alike[0]}" if len(alike) == 1 else f"{alike[0]}-{alike[-1]}"
+            where = f"layers {shown}" if isinstance(by_layer, list) else "all layers"
+            lines.append(f"{axis} ({where}) " + ", ".join(f"{width}: {price:.4g}" for width, price in prices.items()))
+    return lines
+
+
+def check_line(check: Check) -> str:
+    """What the check of a table said."""
+    return (
+        f"against {check.specs} other sub-networks, timed end to end: {check.mape:.1%} mean absolute error; against "
+        f"{check.mixes} mixes per token: {check.mixes_mape:.1%}"
+    )
