@@ -78,7 +78,7 @@ def test_values_find_what_a_choice_costs_a_token():
     blind.per_token = True  # for the same draws and targets
     errors = []
     for router in (seeing, blind):
-        signal = ValueSignal(router, skew=1.0, seed=0)
+        signal = ValueSignal(router, skew=1.0, random_share=1.0, seed=0)
         train(signal, router, decoder, steps=150, lr=0.01)
         summary = signal.summary(Parts(decoder, router=router), [text(seed) for seed in range(8)])
         errors.append(summary["value_error"])
@@ -92,7 +92,7 @@ def test_values_are_the_sum_over_sites_of_what_was_chosen(batch):
         (True, value_dynamic.Router(prices=TOKENS, **PER_TOKEN, **NETWORK)),
         (False, value_static.Router(prices=PRICES, **NETWORK)),
     ):
-        signal = ValueSignal(router, skew=1.0, seed=0)
+        signal = ValueSignal(router, skew=1.0, random_share=1.0, seed=0)
         predicted, target = signal.observe(Parts(decoder, router=router), batch, key=3)
         assert predicted.shape == target.shape == ((4, 20) if per_token else (4,))
         assert float(target.min()) >= -1e-5, "a KL"

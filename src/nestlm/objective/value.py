@@ -1,12 +1,15 @@
 """The value signal (our choice): learn by plain regression what a narrower choice costs a token.
 
-Choices are drawn at random, the model runs once with them and once whole, and the sum of the predicted values is fitted
-to the KL between the two, token by token. No gradient passes through the LLM.
+Choices are drawn, the model runs once with them and once whole, and the sum of the predicted values is fitted to the KL
+between the two, token by token. No gradient passes through the LLM. Some sequences draw at random, the others choose by
+the values so far at a random price of cost: what the router would take is then seen to be as good as it thinks, or not.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,7 +25,9 @@ from nestlm.router.per_token import features
 from nestlm.seeding import torch_generator
 from nestlm.spec import Site
 
-HELD_OUT_ROUNDS = 4  # of random choices on the calibration text, to tell how well values predict
+HELD_OUT_ROUNDS = 4  # of choices on the calibration text, to tell how well values predict
+PRICES_OF_COST = (0.02, 2.0)  # nats for the cost of the whole model, evenly in the logarithm
+STRAY_SHARE = 0.1  # of the choices of a sequence that chooses
 
 
 class ValueSignal(Signal):
@@ -30,17 +35,18 @@ class ValueSignal(Signal):
 
     lr = 0.0  # it has no network of its own
 
-    def __init__(self, router: Router, *, skew: float, seed: int) -> None:
+    def __init__(self, router: Router, *, skew: float, random_share: float, seed: int) -> None:
         """Set up the draws.
 
         Args:
             router: a value router.
             skew: how much sequences differ in the widths that are drawn for them.
+            random_share: share of the sequences that draw at random rather than by the values so far.
             seed: seed of all draws.
         """
         super().__init__()
         check_router(router, (value_static.Router, value_dynamic.Router), signal="value")
-        self.space, self.skew, self.seed = router.prices.space, skew, seed
+        self.space, self.skew, self.random_share, self.seed = router.prices.space, skew, random_share, seed
 
     def terms(self, parts: Parts, batch: Batch, *, step: int) -> Iterator[Term]:
         predicted, target = self.observe(parts, batch, key=step)
@@ -52,18 +58,20 @@ class ValueSignal(Signal):
         """Predicted and real growth of the KL under random choices: of tokens (B, L), or of sequences (B,)."""
         router = parts.router
         assert isinstance(router, value_static.Router | value_dynamic.Router), "values are learned by a value router"
-        tokens_BL = batch.tokens_BL
+        tokens_BL, generator = batch.tokens_BL, torch_generator(self.seed, "value", key)
         indices = random_choices(
-            self.space,
-            tokens_BL.shape,
-            per_token=router.per_token,
-            skew=self.skew,
-            generator=torch_generator(self.seed, "value", key),
-        ).to(tokens_BL.device)
+            self.space, tokens_BL.shape, per_token=router.per_token, skew=self.skew, generator=generator
+        )
+        # a price of cost for sequences that choose, 0 for those that draw, and the few draws of those that choose
+        low, high = (math.log(price) for price in PRICES_OF_COST)
+        price_B = (low + (high - low) * torch.rand(len(tokens_BL), generator=generator)).exp()
+        price_B[torch.rand(len(tokens_BL), generator=generator) < self.random_share] = 0.0
+        strays = torch.rand(indices.shape, generator=generator) < STRAY_SHARE
+        drawn = Drawn(*(part.to(tokens_BL.device) for part in (indices, strays, price_B)))
         values: list[Tensor] = []
         with torch.no_grad():
             whole = SoftTargets.of(parts.decoder(tokens_BL, documents_BL=batch.documents_BL).logits_BLV)
-            policy = observing(router, indices, values)
+            policy = observing(router, drawn, values)
             mixed_BLV = parts.decoder(tokens_BL, policy, documents_BL=batch.documents_BL).logits_BLV
             kl_BL = forward_kl(mixed_BLV, whole)
         total = torch.stack(values).sum(0)
@@ -88,20 +96,45 @@ class ValueSignal(Signal):
         return 1.0 + mean_share
 
 
-def observing(router: value_static.Router | value_dynamic.Router, indices: Tensor, values: list[Tensor]) -> Policy:
-    """Run given choices, and note what the router's networks predict of them, with gradients to the networks."""
+@dataclass(frozen=True)
+class Drawn:
+    """Choices drawn for a batch, and who takes them.
+
+    Attributes:
+        indices: drawn choices, (sites, B, L) or (sites, B).
+        strays: where a sequence that chooses takes the draw all the same, of the same shape.
+        price_B: price of cost by which a sequence chooses; 0 draws.
+    """
+
+    indices: Tensor
+    strays: Tensor
+    price_B: Tensor
+
+    def taken(self, row: int, values_BLK: Tensor, cost_K: Tensor) -> Tensor:
+        """The choices at a site, by what the values are there: (B, L) or (B,)."""
+        index, price_B = self.indices[row], self.price_B
+        chosen_BL = (values_BLK.detach() + price_B[:, None, None] * cost_K.to(values_BLK)).argmin(-1)
+        chosen = chosen_BL.expand(index.shape) if index.ndim == 2 else chosen_BL[:, 0]
+        draws = self.strays[row] | (price_B == 0.0).view(-1, *[1] * (index.ndim - 1))
+        return torch.where(draws, index, chosen)
+
+
+def observing(router: value_static.Router | value_dynamic.Router, drawn: Drawn, values: list[Tensor]) -> Policy:
+    """Run drawn choices, and note what the router's networks predict of them, with gradients to the networks."""
     rows = {site: row for row, site in enumerate(router.prices.space.sites)}
+    shares = router.prices.main.shares
 
     def policy(site: Site, hidden_BLD: Tensor, stream: Stream) -> Decision:
         del stream
         row = rows.get(site)
         if row is None:
             return WHOLE
-        index = indices[row]
+        widths = router.prices.space.choices[site]
         with torch.enable_grad():
             value_BLK = router.values(row, features(hidden_BLD.detach()))
+            index = drawn.taken(row, value_BLK, shares[row, : len(widths)])
             index_BL = index if index.ndim == 2 else index[:, None]
             values.append(value_BLK.expand(*index_BL.shape, -1).gather(-1, index_BL[..., None]).squeeze(-1))
-        return Decision(Mixed(router.prices.space.choices[site], index))
+        return Decision(Mixed(widths, index))
 
     return policy
