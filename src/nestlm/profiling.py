@@ -29,6 +29,7 @@ from nestlm.nn.policy import WHOLE, Decision, Mixed, Policy, Stream, constant
 from nestlm.progress import track
 from nestlm.router.ledger import Ledger
 from nestlm.router.networks import SiteNetworks
+from nestlm.router.pacing import LEVELS, Pace, first_affordable
 from nestlm.router.per_token import features
 from nestlm.spec import SearchSpace, Site
 
@@ -278,23 +279,30 @@ def spec_policy(space: SearchSpace, indices: Indices) -> Policy:
 
 
 def routed(policy: Policy, *, space: SearchSpace, bench: Bench, hidden_width: int) -> Policy:
-    """The policy, after a router has decided at each site as dynamic ones do: networks, argmax, one ledger."""
+    """The policy, after a router has decided at each site as dynamic ones do: network, pace and one ledger."""
     weight = bench.decoder.embed.weight
     networks = SiteNetworks(space, num_inputs=bench.decoder.config.hidden_size, hidden_width=hidden_width, init_std=0.1)
     networks.init_weights(seed=0)
     networks.to(weight)
-    ledgers = [
-        Ledger(torch.arange(1, len(widths) + 1, device=weight.device), income=len(widths))
-        for widths in space.choices.values()
-    ]
     rows = {site: row for row, site in enumerate(space.sites)}
+    prices = [torch.arange(1, len(widths) + 1, device=weight.device) for widths in space.choices.values()]
+    multipliers = torch.linspace(0.0, 1.0, len(LEVELS), device=weight.device, dtype=torch.float64)
+    pace = Pace(multipliers, (torch.zeros(len(LEVELS), dtype=torch.long, device=weight.device),))
 
     def decide(site: Site, hidden_BLD: Tensor, stream: Stream) -> Decision:
         row = rows.get(site)
         if row is None:
             return WHOLE
-        wanted_BL = networks.at(row, features(hidden_BLD)).argmax(-1)
-        ledgers[row].grant(wanted_BL, real_BL=None, account_BK=ledgers[row].opening(len(wanted_BL)))
+        scores_BLK, prices_K = networks.at(row, features(hidden_BLD)), prices[row]
+        real_BL = torch.ones(hidden_BLD.shape[:2], dtype=torch.long, device=weight.device)
+        wanted_JBL = pace.wanted(scores_BLK, prices_K.to(scores_BLK))
+        count_BJ = torch.zeros(len(real_BL), len(LEVELS), dtype=torch.long, device=weight.device)
+        within_JBL, _ = pace.follow(
+            wanted_JBL, number=0, prices_K=prices_K, income=len(prices_K), real_BL=real_BL, count_BJ=count_BJ
+        )
+        ledger = Ledger(prices_K, income=len(prices_K))
+        wanted_BL = wanted_JBL.gather(0, first_affordable(within_JBL)[None])[0]
+        ledger.grant(wanted_BL, real_BL=None, account_BK=ledger.opening(len(wanted_BL)))
         return policy(site, hidden_BLD, stream)
 
     return decide

@@ -207,19 +207,20 @@ def evaluate(context: Context) -> Result:
         for label, candidate in routers.items()
         for budget in settings.budgets
     ]
+    seconds = forward_seconds(
+        trial.decoder, [full, *(item.answer.policy for item in found)], batch=trial.batches[0].head(TIMED_ROWS)
+    )
     scores = context.score(
         decoder,
         {"full": full} | {item.name: item.answer.policy for item in found},
         prices={"full": prices} | {item.name: item.prices for item in found},
-    )
-    seconds = forward_seconds(
-        trial.decoder, [full, *(item.answer.policy for item in found)], batch=trial.batches[0].head(TIMED_ROWS)
     )
     return {
         "rows": [row(context, item, scores[item.name], whole=scores["full"], prices=prices) for item in found],
         "specs": [choice(item, scores[item.name]) for item in found],
         "full_spec": prices.space.full().by_axis(),
         "find_seconds": [item.seconds for item in found],
+        "full_seconds": seconds[0],
         "forward_seconds": seconds[1:],
     }
 

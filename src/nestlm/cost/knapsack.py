@@ -41,7 +41,11 @@ def cheapest_loss(losses: Sequence[Sequence[float]], *, prices: PriceList, budge
     Raises:
         BudgetError: even the smallest sub-network is above a limit.
     """
-    bounds, space = prices.bounds(budget), prices.space
+    return cheapest_within(losses, bounds=prices.bounds(budget), space=prices.space)
+
+
+def cheapest_within(losses: Sequence[Sequence[float]], *, bounds: Sequence[Bound], space: SearchSpace) -> SubnetSpec:
+    """The same for bounds that the smallest sub-network keeps."""
     if all(bound.fits(space.full()) for bound in bounds):
         return space.full()
     rows = [

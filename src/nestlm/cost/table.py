@@ -86,7 +86,15 @@ class TokenTable(CostTable):
     def cheapest(self) -> float:
         if self.fixed is None:
             return self.cost(self.space.smallest())
-        return self.constant + sum(fixed[0] - shared for fixed, shared in zip(self.fixed, self.shared, strict=True))
+        sites = zip(self.fixed, self.prices, self.shared, strict=True)
+        return self.constant + sum(min(fixed[0] - shared, prices[0]) for fixed, prices, shared in sites)
+
+    @property
+    def alike(self) -> CostTable:
+        """The prices where all tokens run alike at every site."""
+        assert self.fixed is not None, "some sites can be fixed"
+        constant = self.constant - sum(self.shared)
+        return CostTable(self.name, self.unit, self.space, constant=constant, prices=self.fixed, whole=self.whole)
 
     def with_router(self, hidden_width: int) -> TokenTable:
         """With the cost of networks of that width at every site that decides."""

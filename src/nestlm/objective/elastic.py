@@ -41,7 +41,9 @@ class Elastic(Objective):
         shape = batch.tokens_BL.shape
         drawn = self.sampler.draw(self.space, seed=self.seed, step=step, batch=(shape[0], shape[1]))
         whole = [not isinstance(spec, Mixture) and spec == self.space.full() for spec in drawn]
-        policies = tuple(zip((policy_of(spec, self.space) for spec in drawn), whole, strict=True))
+        policies = tuple(
+            zip((policy_of(spec, self.space, device=batch.tokens_BL.device) for spec in drawn), whole, strict=True)
+        )
         for lesson, spec, is_whole in zip(
             self.teaching.lessons(parts, batch, policies=policies), drawn, whole, strict=True
         ):

@@ -24,6 +24,9 @@ def render(run_dir: Path) -> None:
     if not (run_dir / "provenance.json").is_file():
         raise DataError(f"{run_dir} is no finished run; wanted the folder that a run printed at its end")
     rows = read_csv(run_dir / "results.csv")
+    seconds = {row["what"]: row["seconds"] for row in read_csv(run_dir / "timings.csv")}
+    for row in rows:
+        row["time"] = seconds[f"forward {row['router']} {row['budget']}"] / seconds["forward full"]
     metrics = json.loads((run_dir / "metrics.json").read_text())
     specs = [json.loads(path.read_text()) for path in (run_dir / "specs").glob("*.json")]
     cost = rows[0]["cost"]
@@ -56,6 +59,11 @@ def summary_lines(metrics: dict[str, dict[str, Any]]) -> list[str]:
         lines.append(
             f"tokens, and their share of the teacher's {teacher['tokens']:,.0f}: {shares}; "
             f"elastic training in the paper: {PAPER_TOKEN_SHARE:.2%}"
+        )
+    if metrics["router"].get("rank_correlation") is not None:
+        lines.append(
+            "rank correlation of what the router's signal predicts and what is lost, on calibration text: "
+            f"{metrics['router']['rank_correlation']:.3f}"
         )
     if "profile" in metrics:
         lines.append(latency_line(metrics["profile"]))

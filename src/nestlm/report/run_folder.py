@@ -15,7 +15,16 @@ from nestlm.report.provenance import provenance
 from nestlm.report.tables import write_csv
 
 # Kept out of metrics.json: seconds go to timings.csv, rows to results.csv, specs to specs/.
-ELSEWHERE = {"seconds", "resumed_at_step", "rows", "specs", "full_spec", "find_seconds", "forward_seconds"}
+ELSEWHERE = {
+    "seconds",
+    "resumed_at_step",
+    "rows",
+    "specs",
+    "full_spec",
+    "find_seconds",
+    "full_seconds",
+    "forward_seconds",
+}
 
 
 @dataclass(frozen=True)
@@ -87,6 +96,8 @@ def timing_rows(finished: list[FinishedStage]) -> list[dict[str, Any]]:
         for stage in finished
     ]
     last = finished[-1]
+    whole = {"what": "forward full", "seconds": last.result["full_seconds"], "cached": last.cached}
+    rows.append(whole | {"tokens": 0, "resumed_at_step": 0})
     outcomes = zip(last.result["rows"], last.result["find_seconds"], last.result["forward_seconds"], strict=True)
     for row, found, forward in outcomes:
         for what, seconds in (("find", found), ("forward", forward)):

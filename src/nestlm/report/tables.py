@@ -12,15 +12,18 @@ from rich.table import Table
 
 Row = Mapping[str, Any]
 
-# Shown columns: heading, key, format.
+# Shown columns: heading, key, format. `worst` is of the dearest sequence; `time` is that of a forward pass, measured
+# end to end, over the whole model's.
 SHOWN = (
     ("router", "router", "{}"),
     ("budget", "budget", "{}"),
     ("achieved", "achieved", "{:.4f}"),
+    ("worst", "worst", "{:.4f}"),
     ("loss", "val_loss", "{:.4f}"),
     ("perplexity", "perplexity", "{:.2f}"),
     ("accuracy", "accuracy", "{:.4f}"),
     ("vs full", "loss_vs_full", "{:+.4f}"),
+    ("time", "time", "{:.2f}"),
 )
 HEADINGS = tuple(heading for heading, _, _ in SHOWN)
 

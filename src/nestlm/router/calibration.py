@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -17,6 +17,7 @@ MARGIN = 0.004  # of the bound: calibration text and other text do not spend qui
 LARGEST = 1e6  # multiplier, in units of score for the cost of the whole model
 HALVINGS = 40
 AIM_HALVINGS = 10
+SMALLEST_AIM, LARGEST_AIM = 0.1, 1.5
 ROUNDING = 1e-9  # relative
 
 
@@ -174,14 +175,25 @@ def fix_sites(plan: Plan, heard: Mapping[int, Tensor]) -> Plan:
 
 
 def settle(share: float, tariffs: tuple[Tariff, ...], heard: Mapping[int, Tensor]) -> Plan:
-    """One multiplier settles which sites decide, the choices of the others, and the incomes, without ledgers."""
+    """One multiplier settles which sites decide, the choices of the others, and the incomes.
+
+    What is wanted costs a little less than the bounds, where it can; the ledgers keep them all the same.
+    """
 
     def attempt(multiplier: float) -> Plan | None:
         plan = fix_sites(Plan(share, multiplier, tariffs, {}), heard)
         wanted = {row: plan.wanted(row, scores) for row, scores in heard.items() if row not in plan.fixed}
-        return None if plan.spent(wanted) > 1.0 else plan.fund(wanted)
+        return None if plan.spent(wanted) > 1.0 - MARGIN else plan.fund(wanted)
 
-    return bisect(attempt)
+    return bisect(attempt, low=-LARGEST, high=LARGEST, halvings=HALVINGS) or cheapest(share, tariffs, heard)
+
+
+def cheapest(share: float, tariffs: tuple[Tariff, ...], rows: Iterable[int]) -> Plan:
+    """The cheapest choices everywhere, which keep every bound that can be kept."""
+    if all(tariff.table.fixed is not None for tariff in tariffs):
+        return Plan(share, LARGEST, tariffs, dict.fromkeys(rows, 0), ((0,) * len(tariffs[0].prices),) * len(tariffs))
+    incomes = tuple(tuple(int(prices[0]) for prices in tariff.prices) for tariff in tariffs)
+    return Plan(share, LARGEST, tariffs, {}, incomes)
 
 
 def solve(
@@ -194,37 +206,30 @@ def solve(
         tariffs: one a bound.
         heard: scores by which tokens (or prompts) choose, (N, L, K) a site's row.
         decided: what is decided under a plan at each site that decides, its ledgers included.
-        paced: each sequence finds its own multipliers; otherwise one more is sought, for the sites that decide.
+        paced: each sequence finds its own multipliers, and aims at an income with which the bound is used up.
     """
     settled = settle(share, tariffs, heard)
     deciding = {row: scores for row, scores in heard.items() if row not in settled.fixed}
-    if not deciding:
+    if not deciding or not paced:
         return settled
-    if paced:
-        paces = {}
-        for row, scores in deciding.items():
-            prices = tuple(tariff.prices[row] for tariff in tariffs)
-            incomes = tuple(incomes[row] for incomes in settled.incomes)
-            paces[row] = Pace.of(scores.flatten(0, -2), settled.prices(row), prices=prices, incomes=incomes)
-        settled = replace(settled, paces=paces)
+    paces = {}
+    for row, scores in deciding.items():
+        prices = tuple(tariff.prices[row] for tariff in tariffs)
+        incomes = tuple(incomes[row] for incomes in settled.incomes)
+        paces[row] = Pace.of(scores.flatten(0, -2), settled.prices(row), prices=prices, incomes=incomes)
+    settled = replace(settled, paces=paces)
 
     def attempt(value: float) -> Plan | None:
-        if paced:
-            plan = replace(settled, aim=2.0 - value)
-        else:
-            multiplied = replace(settled, multiplier=value)
-            plan = multiplied.fund({row: multiplied.wanted(row, scores) for row, scores in deciding.items()})
-        return None if plan is None or plan.spent(decided(plan)) > 1.0 - MARGIN else plan
+        plan = replace(settled, aim=-value)
+        return None if plan.spent(decided(plan)) > 1.0 - MARGIN else plan
 
-    return bisect(attempt, low=0.5, high=1.9, halvings=AIM_HALVINGS) if paced else bisect(attempt)
+    return bisect(attempt, low=-LARGEST_AIM, high=-SMALLEST_AIM, halvings=AIM_HALVINGS) or settled
 
 
-def bisect(
-    attempt: Callable[[float], Plan | None], *, low: float = -LARGEST, high: float = LARGEST, halvings: int = HALVINGS
-) -> Plan:
-    """The plan of the smallest value that yields one."""
+def bisect(attempt: Callable[[float], Plan | None], *, low: float, high: float, halvings: int) -> Plan | None:
+    """The plan of the smallest value that yields one; None where the largest does not."""
     best = attempt(high)
-    for _ in range(halvings):
+    for _ in range(halvings if best is not None else 0):
         # finer near 0, where scores are small
         middle = math.sinh((math.asinh(low * 1e3) + math.asinh(high * 1e3)) / 2) / 1e3
         plan = attempt(middle)
@@ -232,5 +237,4 @@ def bisect(
             low = middle
         else:
             high, best = middle, plan
-    assert best is not None, "the cheapest choices keep every bound that can be kept"
     return best

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nestlm.cost.knapsack import cheapest_within
 from nestlm.cost.table import Bound, CostTable, PriceList, TokenTable
 from nestlm.nn.policy import WHOLE, Decision, Mixed, Policy, Stream, full
 from nestlm.router import base
@@ -97,7 +98,16 @@ class TokenRouter(base.Router):
                 decided=lambda plan, scores=scores: self.decide_all(plan, scores),
                 paced=not self.granularity.prompt_tokens,
             )
+            if len(plan.fixed) == len(self.rows):
+                plan = replace(plan, fixed=self.exact(bounds, scores))
         return plan
+
+    def exact(self, bounds: tuple[Bound, ...], scores: Mapping[int, Tensor]) -> dict[int, int]:
+        """The choices of one sub-network for all tokens: where no site decides, the knapsack is exact."""
+        space = self.prices.space
+        losses = [(-scores[row].double().flatten(0, -2).mean(0)).tolist() for row in range(len(self.rows))]
+        alike = [Bound(token_table(bound.table).alike, bound.share) for bound in bounds]
+        return dict(enumerate(space.indices(cheapest_within(losses, bounds=alike, space=space))))
 
     def record(self, plan: Plan, trial: Trial) -> dict[int, Tensor]:
         """The scores of all tokens under a plan, (N, L, K) a site's row, in the order in which sites run."""
@@ -188,16 +198,18 @@ class TokenRouter(base.Router):
         limit, site = self.granularity.prompt_tokens, self.prices.space.sites[row]
         batch, length, choices = scores_BLK.shape
         real_BL = scores_BLK.new_ones(batch, length, dtype=torch.bool) if stream.real_BL is None else stream.real_BL
-        kept = stream.memory.get(site)  # sums of scores (K), tokens seen, the decision or -1
+        kept = stream.memory.get(site)  # sums of scores (K), tokens seen, the decision or -1; counts need float64
         if kept is None:
-            kept = scores_BLK.new_zeros(batch, choices + 2)
+            kept = scores_BLK.new_zeros(batch, choices + 2, dtype=torch.float64)
             kept[:, -1] = -1.0
         sums_BK, seen_B, decided_B = kept[:, :choices], kept[:, choices], kept[:, -1].long()
         position_BL = seen_B.long()[:, None] + real_BL.cumsum(1) - 1
         sums_BK = sums_BK + (scores_BLK * (real_BL & (position_BL < limit))[..., None]).sum(1)
         seen_B = seen_B + real_BL.sum(1)
-        choice_B = self.affordable(row, plan.wanted(row, sums_BK / limit), plan, stream)
-        decided_B = torch.where((decided_B < 0) & (seen_B >= limit), choice_B, decided_B)
+        deciding_B = (decided_B < 0) & (seen_B >= limit)
+        if bool(deciding_B.any()):
+            choice_B = self.affordable(row, plan.wanted(row, sums_BK / limit), plan, stream)
+            decided_B = torch.where(deciding_B, choice_B, decided_B)
         stream.memory[site] = torch.cat((sums_BK, seen_B[:, None], decided_B[:, None].to(sums_BK)), dim=1)
         return torch.where(real_BL & (position_BL >= limit), decided_B.clamp_min(0)[:, None], choices - 1)
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from nestlm.cost.table import Bound, PriceList
 from nestlm.nn.policy import Policy
-from nestlm.router.calibration import Plan, Tariff
+from nestlm.router.calibration import Plan, Tariff, settle
 from nestlm.router.networks import SiteNetworks, growth
 from nestlm.router.per_token import Granularity, Scorer, TokenRouter, with_router
 from nestlm.router.trial import Trial
@@ -38,7 +37,7 @@ class Router(TokenRouter):
         super().__init__(with_router(prices, hidden_width), hidden_size=hidden_size, granularity=granularity)
         self.networks = SiteNetworks(prices.space, num_inputs=hidden_size, hidden_width=hidden_width, init_std=init_std)
         self.networks.init_weights(seed=seed)
-        self.register_buffer("curve", torch.zeros(CURVE, 2, dtype=torch.float64))
+        self.register_buffer("curve", torch.zeros(CURVE, 2 + len(self.rows), dtype=torch.float64))
 
     def values(self, row: int, features_BLD: Tensor) -> Tensor:
         """Growth of the KL by each choice of a site, (B, L, K); that of the widest is 0."""
@@ -50,17 +49,26 @@ class Router(TokenRouter):
 
     @torch.no_grad()
     def prepare(self, trial: Trial) -> None:
-        """Learn the multipliers of some budgets, so that training can draw policies at any."""
-        shares = torch.linspace(self.floor, 1.0, CURVE + 1, dtype=torch.float64)[1:].tolist()
+        """Learn the multipliers and the fixed sites of some budgets, so that training can draw policies at any."""
+        tariffs = self.bound_at(1.0)
+        scores = self.record(Plan(1.0, 0.0, tariffs, {}), trial)
+        heard = {row: self.heard(part) for row, part in scores.items()}
+        shares = torch.linspace(self.planned.main.cheapest / self.planned.main.whole, 1.0, CURVE + 1)[1:].tolist()
         for number, share in enumerate(shares):
-            plan = self.calibrate((Bound(self.planned.main, share),), trial=trial, rounds=1)
-            self.curve[number] = torch.tensor([share, plan.multiplier], dtype=torch.float64)
+            plan = settle(share, self.bound_at(share), heard)
+            fixed = [plan.fixed.get(row, -1) for row in range(len(self.rows))]
+            self.curve[number] = torch.tensor([share, plan.multiplier, *fixed], dtype=torch.float64)
+
+    def bound_at(self, share: float) -> tuple[Tariff, ...]:
+        """A share of the run's cost as a ledger counts it."""
+        return (Tariff.of(Bound(self.planned.main, share)),)
 
     def draw(self, budget: Budget, *, generator: torch.Generator) -> Policy:
-        """The choices at about that budget, by the multipliers that `prepare` found, without ledgers."""
+        """The choices at the next smaller budget that `prepare` knows, without ledgers."""
         del generator
-        shares, multipliers = self.curve.cpu().T.numpy()
-        bounds = self.planned.bounds(budget)
-        share = min(bound.share for bound in bounds)
-        tariffs = tuple(map(Tariff.of, bounds))
-        return self.policy(Plan(share, float(np.interp(share, shares, multipliers)), tariffs, {}))
+        share = min(bound.share for bound in self.planned.bounds(budget))
+        known = self.curve.cpu()
+        number = max(0, int((known[:, 0] <= share).sum()) - 1)
+        _, multiplier, *fixed = known[number].tolist()
+        chosen = {row: int(index) for row, index in enumerate(fixed) if index >= 0}
+        return self.policy(Plan(share, multiplier, self.bound_at(share), chosen))

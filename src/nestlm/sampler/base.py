@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from nestlm.errors import ConfigError
@@ -34,10 +35,10 @@ class Sampler(Protocol):
         ...
 
 
-def policy_of(drawn: Drawn, space: SearchSpace) -> Policy:
-    """How the decoder runs what was drawn."""
+def policy_of(drawn: Drawn, space: SearchSpace, *, device: torch.device) -> Policy:
+    """How a decoder on a device runs what was drawn."""
     if isinstance(drawn, Mixture):
-        return mixed(space, drawn.indices)
+        return mixed(space, drawn.indices.to(device))
     return full if drawn == space.full() else fixed(drawn)
 
 
