@@ -45,13 +45,15 @@ def describe(settings: Settings) -> None:
 
 def stage_passes(settings: Settings) -> list[tuple[str, int, float]]:
     """(stage, steps, forward passes of the full model that a token of the stage costs)."""
-    flops = Flops(context_length=settings.data.sequence_length).tabulate(
-        settings.space(), axes=settings.axis_list, config=settings.model.decoder_config()
+    space, config, axes = settings.space(), settings.model.decoder_config(), settings.axis_list
+    flops, of_tokens = (
+        Flops(context_length=settings.data.sequence_length).tabulate(space, axes=axes, config=config, per_token=flag)
+        for flag in (False, True)
     )
     shape = (settings.data.batch_size, settings.data.sequence_length)
     drawn = [
         sum(
-            share_of(item, flops)
+            share_of(item, flops, of_tokens=of_tokens)
             for item in settings.sampler.draw(flops.space, seed=settings.seed, step=step, batch=shape)
         )
         for step in range(SAMPLED_STEPS)
@@ -71,9 +73,13 @@ def stage_passes(settings: Settings) -> list[tuple[str, int, float]]:
     return stages
 
 
-def share_of(drawn: Drawn, table: CostTable) -> float:
-    """What was drawn costs, as a share of the whole model; a mixture as the mean over its sequences or tokens."""
+def share_of(drawn: Drawn, table: CostTable, *, of_tokens: CostTable) -> float:
+    """What was drawn costs, as a share of the whole model; a mixture as the mean over its sequences or tokens.
+
+    Tokens of their own widths have prices of their own, `of_tokens`: K and V run whole.
+    """
     if not isinstance(drawn, Mixture):
         return table.share(drawn)
+    table = of_tokens if drawn.indices.ndim == 3 else table
     taken = torch.nn.functional.one_hot(drawn.indices.flatten(1), table.space.max_choices)
     return float(table.expected_share(taken.double().mean(1)))
