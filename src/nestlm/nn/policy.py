@@ -55,8 +55,8 @@ class Stream:
     memory: MutableMapping[Site, Tensor] = field(default_factory=dict, hash=False)
 
 
-# A pure function of (site, hidden_BLD, stream): with activation checkpointing it is asked twice and must answer the
-# same. Only without gradients does it write to the stream's memory.
+# A function of (site, hidden_BLD, stream): with activation checkpointing it is asked twice and must answer the same, so
+# where gradients are taken each block is handed an empty memory and what is written to it is dropped.
 Policy = Callable[[Site, Tensor, Stream], Decision]
 
 WHOLE = Decision()
