@@ -27,7 +27,7 @@ from nestlm.router.trial import Trial
 from nestlm.settings import View
 from nestlm.training import fit, make_trainer, trainer_device
 
-MODEL, ROUTER, PAIRS = "model.safetensors", "router.safetensors", "pairs.safetensors"
+MODEL, ROUTER, RECORD = "model.safetensors", "router.safetensors", "record.safetensors"
 LATENCY_TABLE = "latency_table.json"
 
 

@@ -29,7 +29,7 @@ from nestlm.nn.policy import WHOLE, Decision, Mixed, Policy, Stream, constant
 from nestlm.progress import track
 from nestlm.router.ledger import Ledger
 from nestlm.router.networks import SiteNetworks
-from nestlm.router.pacing import LEVELS, Pace, first_affordable
+from nestlm.router.pacing import LEVELS, Pace, PacedSite
 from nestlm.router.per_token import features
 from nestlm.spec import SearchSpace, Site
 
@@ -285,24 +285,18 @@ def routed(policy: Policy, *, space: SearchSpace, bench: Bench, hidden_width: in
     networks.init_weights(seed=0)
     networks.to(weight)
     rows = {site: row for row, site in enumerate(space.sites)}
-    prices = [torch.arange(1, len(widths) + 1, device=weight.device) for widths in space.choices.values()]
-    multipliers = torch.linspace(0.0, 1.0, len(LEVELS), device=weight.device, dtype=torch.float64)
-    pace = Pace(multipliers, (torch.zeros(len(LEVELS), dtype=torch.long, device=weight.device),))
+    paced = []
+    for widths in space.choices.values():
+        ledger = Ledger(torch.arange(1, len(widths) + 1, device=weight.device), income=len(widths))
+        priced_JK = torch.linspace(0.0, 1.0, len(LEVELS), dtype=torch.float64, device=weight.device)[:, None]
+        demands = (torch.zeros(len(LEVELS), dtype=torch.long, device=weight.device),)
+        paced.append(PacedSite(Pace(priced_JK * ledger.prices, demands), (ledger,), aim=1.0))
 
     def decide(site: Site, hidden_BLD: Tensor, stream: Stream) -> Decision:
         row = rows.get(site)
         if row is None:
             return WHOLE
-        scores_BLK, prices_K = networks.at(row, features(hidden_BLD)), prices[row]
-        real_BL = torch.ones(hidden_BLD.shape[:2], dtype=torch.long, device=weight.device)
-        wanted_JBL = pace.wanted(scores_BLK, prices_K.to(scores_BLK))
-        count_BJ = torch.zeros(len(real_BL), len(LEVELS), dtype=torch.long, device=weight.device)
-        within_JBL, _ = pace.follow(
-            wanted_JBL, number=0, prices_K=prices_K, income=len(prices_K), real_BL=real_BL, count_BJ=count_BJ
-        )
-        ledger = Ledger(prices_K, income=len(prices_K))
-        wanted_BL = wanted_JBL.gather(0, first_affordable(within_JBL)[None])[0]
-        ledger.grant(wanted_BL, real_BL=None, account_BK=ledger.opening(len(wanted_BL)))
+        paced[row].decide(networks.at(row, features(hidden_BLD)), real_BL=None, kept=None)
         return policy(site, hidden_BLD, stream)
 
     return decide

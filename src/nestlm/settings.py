@@ -19,6 +19,7 @@ from nestlm.data.module import DataSettings
 from nestlm.errors import ConfigError
 from nestlm.model.family import Family
 from nestlm.objective.base import Signal
+from nestlm.objective.elastic_values import ElasticValues, ValueSettings
 from nestlm.objective.teaching import Teaching
 from nestlm.optim import OptimSettings
 from nestlm.ranking.base import Ranking
@@ -40,6 +41,17 @@ class StageSettings:
             raise ConfigError(f"steps: got {self.steps}, wanted 0 (leave the stage out) or more")
         if self.lr <= 0:
             raise ConfigError(f"lr: got {self.lr}, wanted a positive learning rate")
+
+
+@dataclass(frozen=True)
+class ElasticSettings(StageSettings):
+    """Elastic training.
+
+    Attributes:
+        values: networks that learn what choices cost tokens along with the model; None leaves them out.
+    """
+
+    values: ValueSettings | None
 
 
 @dataclass(frozen=True)
@@ -139,7 +151,7 @@ class Settings:
     trainer: Callable[..., Trainer]
     logger: Callable[..., Logger]
     pretrain: StageSettings
-    elastic: StageSettings
+    elastic: ElasticSettings
     joint: JointSettings
     budget: float | str | Sequence[float | str | Sequence[float | str]]
     experiment_name: str
@@ -205,6 +217,18 @@ class Settings:
             granularity=Granularity(prompt_tokens, horizon),
         )
 
+    def make_elastic_values(self) -> ElasticValues | None:
+        """What learns the values of choices along with the model."""
+        settings = self.elastic.values
+        if settings is None:
+            return None
+        return ElasticValues(
+            self.space(),
+            hidden_size=self.model.decoder_config().hidden_size,
+            hidden_width=settings.hidden_width,
+            seed=self.seed,
+        )
+
     def make_signal(self, router: Router) -> Signal | None:
         """What trains the router; None where nothing is learned."""
         return None if self.router.signal is None else self.router.signal(router)
@@ -241,6 +265,7 @@ DERIVED = {
     "tokenizer_file": {"data", "model"},
     "prices": {"axes", "model", "cost", "costs"},
     "make_router": {"axes", "model", "cost", "costs", "router", "data"},
+    "make_elastic_values": {"axes", "model", "elastic", "seed"},
     "make_signal": {"axes", "model", "cost", "costs", "router", "data"},
 }
 HARMLESS = {"checkpoint_seconds", "activation_checkpointing"}

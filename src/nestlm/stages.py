@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from nestlm.cache import write_json
-from nestlm.context import LATENCY_TABLE, MODEL, PAIRS, ROUTER, Context
+from nestlm.context import LATENCY_TABLE, MODEL, RECORD, ROUTER, Context
 from nestlm.cost.table import PriceList
 from nestlm.data.batch import Batch
 from nestlm.data.module import PackedTokens
@@ -119,16 +119,20 @@ def elastic(context: Context) -> Result:
     settings = context.settings
     decoder, space = context.decoder("rank"), settings.space()
     teacher = context.decoder("pretrain") if settings.teacher.needs_teacher else None
-    objective = Elastic(space, sampler=settings.sampler, teaching=settings.teacher, seed=settings.seed)
+    trained: dict[str, tuple[nn.Module, float]] = {"decoder": (decoder, settings.elastic.lr)}
+    values = settings.make_elastic_values()
+    if values is not None:
+        trained["values"] = (values, settings.elastic.values.lr)
+    objective = Elastic(space, sampler=settings.sampler, teaching=settings.teacher, values=values, seed=settings.seed)
     result = context.train(
         "elastic",
         Parts(decoder, teacher),
         objective=objective,
-        trained={"decoder": (decoder, settings.elastic.lr)},
+        trained=trained,
         steps=settings.elastic.steps,
     )
     context.save(decoder, MODEL)
-    save_file(objective.pairs(), context.folder / PAIRS)
+    save_file(objective.record(), context.folder / RECORD)
     scores = context.score(decoder, {"full": full, "smallest": fixed(space.smallest())})
     return result | {name: score.loss for name, score in scores.items()}
 
@@ -140,7 +144,7 @@ def train_router(context: Context) -> Result:
     objective = settings.make_signal(router)
     result: Result = {"steps": 0, "tokens": 0}
     if objective is not None:
-        objective.warm_up(load_file(context.inputs["elastic"] / PAIRS))
+        objective.warm_up(router, load_file(context.inputs["elastic"] / RECORD))
         trained: dict[str, tuple[nn.Module, float]] = {"router": (router, settings.router.lr)}
         if list(objective.parameters()):
             trained["signal"] = (objective, objective.lr)

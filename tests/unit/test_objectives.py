@@ -84,7 +84,7 @@ def test_elastic_gradients_are_those_of_the_mean_loss(batch):
     ).mean().backward()
     expected = {name: parameter.grad.clone() for name, parameter in decoder.named_parameters()}
     decoder.zero_grad()
-    objective = Elastic(SPACE, sampler=sampler, teaching=CrossEntropy(), seed=0)
+    objective = Elastic(SPACE, sampler=sampler, teaching=CrossEntropy(), values=None, seed=0)
     for term in objective.terms(Parts(decoder), batch, step=7):
         term.loss.backward()
     torch.testing.assert_close({name: p.grad for name, p in decoder.named_parameters()}, expected)
@@ -94,10 +94,10 @@ def test_elastic_training_records_what_sequences_lose(batch):
     """Each pair is a sequence's own choices, its loss, and its gap to the teacher's loss on the same sequence."""
     decoder, teacher = random_decoder(CONFIG), random_decoder(CONFIG, seed=1)
     sampler = WithinBatch(per_token=False, p_full=0.25, p_smallest=0.25)
-    objective = Elastic(SPACE, sampler=sampler, teaching=FrozenTeacher(ce_share=0.0), seed=0)
+    objective = Elastic(SPACE, sampler=sampler, teaching=FrozenTeacher(ce_share=0.0), values=None, seed=0)
     for step in range(3):
         list(objective.terms(Parts(decoder, teacher), batch, step=step))
-    pairs = objective.pairs()
+    pairs = objective.record()
     assert len(pairs["losses"]) == 3 * len(batch.tokens_BL)
     for number in range(len(pairs["losses"])):
         row = slice(number % 4, number % 4 + 1)

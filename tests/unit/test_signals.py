@@ -15,13 +15,17 @@ from nestlm.errors import ConfigError
 from nestlm.nn.loss import SoftTargets, cross_entropy, forward_kl
 from nestlm.nn.policy import mixed
 from nestlm.objective.base import Parts
+from nestlm.objective.elastic import Elastic
+from nestlm.objective.elastic_values import ElasticValues
 from nestlm.objective.gumbel import GumbelSignal
 from nestlm.objective.surrogate_dynamic import SurrogateSignal as TokenSurrogate
 from nestlm.objective.surrogate_static import PairSettings, SurrogateSignal
+from nestlm.objective.teaching import FrozenTeacher
 from nestlm.objective.value import ValueSignal
 from nestlm.router import dynamic, static, value_dynamic, value_static
 from nestlm.router.per_token import Granularity
 from nestlm.sampler.base import generator, independent
+from nestlm.sampler.within_batch import WithinBatch
 from nestlm.seeding import torch_generator
 
 CONFIG = decoder_config(num_kv_groups=4)
@@ -78,12 +82,54 @@ def test_values_find_what_a_choice_costs_a_token():
     blind.per_token = True  # for the same draws and targets
     errors = []
     for router in (seeing, blind):
-        signal = ValueSignal(router, skew=1.0, random_share=1.0, seed=0)
+        signal = ValueSignal(router, skew=1.0, random_share=1.0, warm_start=True, seed=0)
         train(signal, router, decoder, steps=150, lr=0.01)
         summary = signal.summary(Parts(decoder, router=router), [text(seed) for seed in range(8)])
         errors.append(summary["value_error"])
         assert summary["rank_correlation"] > 0.4
     assert errors[0] < 0.95 * errors[1]
+
+
+def test_elastic_training_learns_values_on_the_way(batch):
+    """Where tokens draw their own widths; the model learns nothing from that, and routers start with it."""
+    decoder, teacher = random_decoder(CONFIG), random_decoder(CONFIG)
+    routers = [
+        value_dynamic.Router(prices=TOKENS, **PER_TOKEN, **NETWORK),
+        value_static.Router(prices=PRICES, **NETWORK),
+    ]
+    errors, left = {}, {}
+    for steps in (1, 150):
+        values = ElasticValues(SPACE, hidden_size=CONFIG.hidden_size, hidden_width=16, seed=0)
+        sampler = WithinBatch(per_token=True, p_full=0.25, p_smallest=0.0)
+        objective = Elastic(SPACE, sampler=sampler, teaching=FrozenTeacher(ce_share=0.0), values=values, seed=0)
+        optimizer = torch.optim.Adam(values.parameters(), lr=0.01)
+        for step in range(steps):
+            optimizer.zero_grad()
+            lesson, regression = objective.terms(Parts(decoder, teacher), text(1000 + step, rows=32), step=step)
+            assert "loss_subnet" in lesson.logs
+            regression.loss.backward()
+            optimizer.step()
+        assert all(parameter.grad is None for parameter in decoder.parameters()), "values teach the model nothing"
+        left[steps] = objective.record()
+        assert len(left[steps]["choices"]) == 0
+        for router in routers:
+            signal = ValueSignal(router, skew=1.0, random_share=1.0, warm_start=True, seed=0)
+            signal.warm_up(router, left[steps])
+            summary = signal.summary(Parts(decoder, router=router), [text(seed) for seed in range(8)])
+            errors[steps, router.per_token] = summary["value_error"]
+    assert errors[150, True] < 0.9 * errors[1, True]
+    assert errors[150, False] < errors[1, False]
+    other = value_dynamic.Router(prices=TOKENS, **PER_TOKEN, **{**NETWORK, "hidden_width": 8})
+    with pytest.raises(ConfigError, match=r"hidden_width: got 8, .*=16; wanted the same"):
+        ValueSignal(other, skew=1.0, random_share=1.0, warm_start=True, seed=0).warm_up(other, left[1])
+    cold = other.networks.input.clone()
+    ValueSignal(other, skew=1.0, random_share=1.0, warm_start=False, seed=0).warm_up(other, left[1])
+    assert torch.equal(other.networks.input, cold)
+    values = ElasticValues(SPACE, hidden_size=CONFIG.hidden_size, hidden_width=16, seed=0)
+    by_sequence = WithinBatch(per_token=False, p_full=0.25, p_smallest=0.0)
+    objective = Elastic(SPACE, sampler=by_sequence, teaching=FrozenTeacher(ce_share=0.0), values=values, seed=0)
+    list(objective.terms(Parts(decoder, teacher), batch, step=0))
+    assert not [name for name in objective.record() if name.startswith(("static.", "dynamic."))], "nothing was learned"
 
 
 def test_values_are_the_sum_over_sites_of_what_was_chosen(batch):
@@ -92,7 +138,7 @@ def test_values_are_the_sum_over_sites_of_what_was_chosen(batch):
         (True, value_dynamic.Router(prices=TOKENS, **PER_TOKEN, **NETWORK)),
         (False, value_static.Router(prices=PRICES, **NETWORK)),
     ):
-        signal = ValueSignal(router, skew=1.0, random_share=1.0, seed=0)
+        signal = ValueSignal(router, skew=1.0, random_share=1.0, warm_start=True, seed=0)
         predicted, target = signal.observe(Parts(decoder, router=router), batch, key=3)
         assert predicted.shape == target.shape == ((4, 20) if per_token else (4,))
         assert float(target.min()) >= -1e-5, "a KL"
@@ -128,22 +174,22 @@ def test_the_token_surrogate_predicts_and_opens_its_gate():
     for target in ("gap", "loss"):
         router = dynamic.Router(prices=TOKENS, **PER_TOKEN, **NETWORK)
         signal = TokenSurrogate(
-            router, target=target, random_share=0.5, gate=0.9, cost_weight=1.0, dead_zone=0.01, pairs=PAIRS,
-            hidden_width=16, lr=0.01, seed=0,
+            router, target=target, random_share=0.5, gate=0.9, cost_weight=1.0, dead_zone=0.01, entropy_weight=0.01,
+            pairs=PAIRS, hidden_width=16, lr=0.01, seed=0,
         )  # fmt: skip
         logs = train(signal, router, decoder, steps=120, lr=0.01)
         assert not logs[0]["gate_open"]
         if target == "gap":
             assert logs[-1]["gate_open"]
             summary = signal.summary(Parts(decoder, router=router), [text(seed) for seed in range(8)])
-            assert summary["rank_correlation"] > 0.7
+            assert summary["rank_correlation"] > 0.6
 
 
 def test_a_closed_gate_moves_no_dynamic_router(batch):
     router = dynamic.Router(prices=TOKENS, **PER_TOKEN, **NETWORK)
     signal = TokenSurrogate(
-        router, target="gap", random_share=0.5, gate=0.0, cost_weight=1.0, dead_zone=0.01, pairs=PAIRS, hidden_width=16,
-        lr=0.01, seed=0,
+        router, target="gap", random_share=0.5, gate=0.0, cost_weight=1.0, dead_zone=0.01, entropy_weight=0.01,
+        pairs=PAIRS, hidden_width=16, lr=0.01, seed=0,
     )  # fmt: skip
     for term in signal.terms(Parts(random_decoder(CONFIG), router=router), batch, step=0):
         term.loss.backward()
@@ -154,7 +200,7 @@ def test_a_closed_gate_moves_no_dynamic_router(batch):
 def surrogate(target: str, *, router=None, pairs: PairSettings = PAIRS) -> SurrogateSignal:
     return SurrogateSignal(
         router or static.Router(prices=PRICES, **NETWORK), target=target, random_share=1.0, gate=0.5, cost_weight=1.0,
-        dead_zone=0.01, pairs=pairs, hidden_width=16, lr=0.01, seed=0,
+        dead_zone=0.01, entropy_weight=0.01, pairs=pairs, hidden_width=16, lr=0.01, seed=0,
     )  # fmt: skip
 
 
@@ -179,7 +225,7 @@ def test_surrogate_learns_to_rank_specs_and_opens_its_gate(batch):
     assert opened[-1]
     summary = signal.summary(parts, [batch])
     assert summary["surrogate_error"] < 0.5
-    assert summary["rank_correlation"] > 0.7
+    assert summary["rank_correlation"] > 0.6
     choices = torch.tensor([SPACE.indices(independent(SPACE, generator(9, step, 0))) for step in range(12)])
     inputs, targets = signal.observe(decoder, batch, choices=choices)
     with torch.no_grad():
@@ -214,11 +260,11 @@ def test_a_warm_start_knows_what_elastic_training_recorded(batch):
     inputs = torch.nn.functional.one_hot(choices, SPACE.max_choices).float()
     for warm_start, target, offset in ((True, "gap", 0.0), (True, "loss", 3.0), (False, "gap", 0.0)):
         signal = surrogate(target, pairs=replace(PAIRS, warm_start=warm_start))
-        signal.warm_up(pairs)
+        signal.warm_up(static.Router(prices=PRICES, **NETWORK), pairs)
         with torch.no_grad():
             error = float((signal.surrogate(inputs) - gaps - offset).abs().mean())
         assert (error < 0.05) == warm_start
         assert int(signal.count) == (200 if warm_start else 0)
     signal = surrogate("gap")
-    signal.warm_up({name: pair[:0] for name, pair in pairs.items()})
+    signal.warm_up(static.Router(prices=PRICES, **NETWORK), {name: pair[:0] for name, pair in pairs.items()})
     assert int(signal.count) == 0, "the sampler token leaves no pairs"

@@ -39,12 +39,14 @@ class Lesson:
         loss: to back-propagate, a scalar.
         text_loss_BL: negative log-likelihood of the text, without gradient.
         output: logits, and what was decided.
+        distance_BL: KL of each token to the teacher or to the full path, without gradient; None where there is none.
         reference_BL: the text's negative log-likelihood under the teacher or the full path, where the step knows it.
     """
 
     loss: Tensor
     text_loss_BL: Tensor
     output: DecoderOutput
+    distance_BL: Tensor | None
     reference_BL: Tensor | None
 
 
@@ -69,8 +71,8 @@ class Signal(Objective):
 
     lr: float
 
-    def warm_up(self, pairs: Mapping[str, Tensor]) -> None:
-        """Learn from what elastic training recorded of sub-networks, before the first step; see `Elastic.pairs`."""
+    def warm_up(self, router: Router, record: Mapping[str, Tensor]) -> None:
+        """Learn from what elastic training left behind, before the first step; see `Elastic.record`."""
 
     @abstractmethod
     def summary(self, parts: Parts, held_out: list[Batch]) -> dict[str, float | None]:

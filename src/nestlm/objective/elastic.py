@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
 from nestlm.data.batch import Batch
 from nestlm.objective.base import Objective, Parts, Term
+from nestlm.objective.elastic_values import ElasticValues, watched
 from nestlm.objective.teaching import Teaching
 from nestlm.sampler.base import Drawn, Mixture, Sampler, policy_of
-from nestlm.spec import SearchSpace
+from nestlm.spec import SearchSpace, Site
 
 PAIRS = 1024  # that are kept: the newest, since the model changes
 
@@ -20,8 +22,8 @@ class Elastic(Objective):
     """The mean over the drawn sub-networks' losses, and a record of what they lost.
 
     Flextron sums the losses. The mean keeps the norm at which gradients are clipped independent of their number, and
-    AdamW takes the same step (our choice). The record, pairs of choices and loss, comes for free and can warm up a
-    surrogate; a spec for each token has no loss of its own, so the sampler `token` leaves none.
+    AdamW takes the same step (our choice). What signals can start with comes for free: pairs of choices and loss, or,
+    where each token has choices of its own and no loss of its own spec, the values of choices.
     """
 
     choices: Tensor
@@ -29,8 +31,11 @@ class Elastic(Objective):
     gaps: Tensor
     count: Tensor
 
-    def __init__(self, space: SearchSpace, *, sampler: Sampler, teaching: Teaching, seed: int) -> None:
+    def __init__(
+        self, space: SearchSpace, *, sampler: Sampler, teaching: Teaching, values: ElasticValues | None, seed: int
+    ) -> None:
         super().__init__()
+        self.values = values
         self.space, self.sampler, self.teaching, self.seed = space, sampler, teaching, seed
         self.register_buffer("choices", torch.zeros(PAIRS, len(space.sites), dtype=torch.long))
         self.register_buffer("losses", torch.zeros(PAIRS))
@@ -41,8 +46,13 @@ class Elastic(Objective):
         shape = batch.tokens_BL.shape
         drawn = self.sampler.draw(self.space, seed=self.seed, step=step, batch=(shape[0], shape[1]))
         whole = [not isinstance(spec, Mixture) and spec == self.space.full() for spec in drawn]
+        seen: dict[Site, Tensor] = {}
         policies = tuple(
-            zip((policy_of(spec, self.space, device=batch.tokens_BL.device) for spec in drawn), whole, strict=True)
+            zip(
+                (watched(policy_of(spec, self.space, device=batch.tokens_BL.device), seen) for spec in drawn),
+                whole,
+                strict=True,
+            )
         )
         for lesson, spec, is_whole in zip(
             self.teaching.lessons(parts, batch, policies=policies), drawn, whole, strict=True
@@ -51,12 +61,14 @@ class Elastic(Objective):
                 self.remember(spec, loss_BL=lesson.text_loss_BL, reference_BL=lesson.reference_BL)
             name = "loss_full" if is_whole else "loss_subnet"
             yield Term(lesson.loss / len(drawn), {name: lesson.loss.detach()})
+            if self.values is not None and by_token(spec) and lesson.distance_BL is not None:
+                yield self.values.term(seen, indices_SBL=spec.indices, distance_BL=lesson.distance_BL)
 
     @torch.no_grad()
     def remember(self, drawn: Drawn, *, loss_BL: Tensor, reference_BL: Tensor) -> None:
         """Keep what sub-networks lost in place of the oldest pairs."""
         if isinstance(drawn, Mixture):
-            if drawn.indices.ndim == 3:
+            if by_token(drawn):
                 return
             choices, losses, references = drawn.indices.T, loss_BL.mean(1), reference_BL.mean(1)
         else:
@@ -68,7 +80,16 @@ class Elastic(Objective):
         self.losses[slots], self.gaps[slots] = losses, losses - references
         self.count += len(losses)
 
-    def pairs(self) -> dict[str, Tensor]:
-        """The record, oldest pair first where it has not been full yet: `choices` (n, sites), `losses`, `gaps` (n,)."""
+    def record(self) -> dict[str, Tensor]:
+        """Pairs, the oldest first where there is room left: `choices` (n, sites), `losses`, `gaps` (n,).
+
+        And where values were learned, the networks of value routers: `static.*` and `dynamic.*`.
+        """
         known = min(int(self.count), PAIRS)
-        return {"choices": self.choices[:known], "losses": self.losses[:known], "gaps": self.gaps[:known]}
+        pairs = {"choices": self.choices[:known], "losses": self.losses[:known], "gaps": self.gaps[:known]}
+        return pairs if self.values is None or not self.values.steps else pairs | self.values.state_dict()
+
+
+def by_token(drawn: Drawn) -> TypeGuard[Mixture]:
+    """Whether each token has choices of its own."""
+    return isinstance(drawn, Mixture) and drawn.indices.ndim == 3

@@ -17,13 +17,14 @@ def random_choices(
 ) -> Tensor:
     """Choice indices for a batch of shape (B, L): (sites, B, L) by token or (sites, B) by sequence.
 
-    Each sequence leans towards wide or narrow choices by a factor of exp(skew * normal) a choice, so that all budgets
-    are seen, and not only the mean of many even draws.
+    Each sequence leans towards wide or narrow choices, by a factor of exp(skew * normal) a choice everywhere and by
+    another one at each site: so all budgets are seen, and what a site does to later tokens is told from what others do.
     """
     batch, length = shape
-    lean_B = skew * torch.randn(batch, generator=generator)
+    everywhere_B = torch.randn(batch, generator=generator)
     rows = []
     for widths in space.choices.values():
+        lean_B = skew * (everywhere_B + torch.randn(batch, generator=generator))
         likely_BK = (lean_B[:, None] * torch.arange(len(widths))).softmax(-1)
         drawn = torch.multinomial(likely_BK, length if per_token else 1, replacement=True, generator=generator)
         rows.append(drawn if per_token else drawn[:, 0])

@@ -9,7 +9,7 @@ descends its output plus a cost loss. Afterwards it is thrown away.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -19,13 +19,14 @@ from nestlm.errors import ConfigError
 from nestlm.nn.loss import SoftTargets, cross_entropy, forward_kl
 from nestlm.nn.policy import WHOLE, Decision, Mixed, Policy, Stream
 from nestlm.objective.base import Parts, Signal, Term, check_router
+from nestlm.objective.elastic_values import part_of
 from nestlm.objective.exploration import random_choices, rank_correlation
 from nestlm.objective.surrogate_static import ERROR_MEMORY, TARGETS, PairSettings
 from nestlm.router import dynamic
 from nestlm.router.base import Router
 from nestlm.router.networks import SiteNetworks, growth
 from nestlm.router.per_token import features
-from nestlm.router.relaxed import budget_loss, sample_choices
+from nestlm.router.relaxed import budget_loss, entropy, sample_choices
 from nestlm.seeding import torch_generator
 from nestlm.spec import Site
 
@@ -46,6 +47,7 @@ class SurrogateSignal(Signal):
         gate: float,
         cost_weight: float,
         dead_zone: float,
+        entropy_weight: float,
         pairs: PairSettings,
         hidden_width: int,
         lr: float,
@@ -61,25 +63,35 @@ class SurrogateSignal(Signal):
                 variance, is below this.
             cost_weight: lambda of the cost loss.
             dead_zone: relative distance from the budget that costs nothing.
-            pairs: of static policies; the tokens of one pass are pairs enough.
+            entropy_weight: of the entropy, summed over sites, that router distributions are rewarded for. It makes them
+                softmaxes of effects, so that their logarithms tell the second best choice, too (our choice).
+            pairs: whether to start warm; else of static policies: the tokens of one pass are pairs enough.
             hidden_width: of the surrogate's networks.
             lr: the surrogate's peak learning rate.
             seed: seed of all draws.
         """
         super().__init__()
-        del pairs
+        self.warm_start = pairs.warm_start
         check_router(router, (dynamic.Router,), signal="surrogate")
         assert isinstance(router, dynamic.Router), "checked"
         if target not in TARGETS:
             raise ConfigError(f"router.signal.target: got {target!r}, wanted one of {', '.join(TARGETS)}")
         self.target, self.random_share, self.gate = target, random_share, gate
         self.cost_weight, self.dead_zone, self.lr, self.seed = cost_weight, dead_zone, lr, seed
+        self.entropy_weight = entropy_weight
         self.effects = SiteNetworks(
             router.prices.space, num_inputs=router.hidden_size, hidden_width=hidden_width, init_std=0.1
         )
         self.effects.init_weights(seed=seed)
         self.base = torch.nn.Parameter(torch.zeros(()))  # what the whole model loses, where the target is the loss
         self.register_buffer("error", torch.full((), torch.inf))
+
+    def warm_up(self, router: Router, record: Mapping[str, Tensor]) -> None:
+        """Start with the values of elastic training, where its networks are of the same width (our choice)."""
+        del router
+        known = part_of(record, "dynamic.")
+        if self.warm_start and known and known["input"].shape == self.effects.input.shape:
+            self.effects.load_state_dict(known)
 
     def terms(self, parts: Parts, batch: Batch, *, step: int) -> Iterator[Term]:
         router = parts.router
@@ -101,7 +113,8 @@ class SurrogateSignal(Signal):
             expected_B = table.constant / table.whole + notes.expected_B
             distance = budget_loss(expected_B, notes.shares_B, dead_zone=self.dead_zone).mean()
             logs = {"predicted": notes.promised.detach(), "budget_distance": distance.detach()}
-            yield Term(notes.promised + self.cost_weight * distance, logs)
+            reward = self.entropy_weight * notes.entropy
+            yield Term(notes.promised + self.cost_weight * distance - reward, logs)
 
     @torch.no_grad()
     def run(self, parts: Parts, batch: Batch, notes: Notes) -> Tensor:
@@ -138,6 +151,7 @@ class Notes:
         shares_B: budgets drawn for the sequences.
         predicted_BL: sum over sites of the effects of what was chosen.
         promised: mean over tokens of the effects that the router's distributions promise; the effects are frozen in it.
+        entropy: of those distributions, summed over sites, a mean over tokens.
         expected_B: expected cost of the distributions as a share, without the constant, a mean over each sequence.
     """
 
@@ -162,7 +176,7 @@ class Notes:
         )
         self.generator = generator
         zeros = self.shares_B.new_zeros(())
-        self.predicted_BL, self.promised, self.expected_B = zeros, zeros, zeros
+        self.predicted_BL, self.promised, self.entropy, self.expected_B = zeros, zeros, zeros, zeros
 
     def policy(self) -> Policy:
         """Run the drawn choices and take the notes."""
@@ -186,5 +200,6 @@ class Notes:
             prices_K = self.router.prices.main.shares[row, : logits_BLK.shape[-1]].to(probabilities_BLK)
             self.predicted_BL = self.predicted_BL + effects_BLK.gather(-1, index_BL[..., None]).squeeze(-1)
             self.promised = self.promised + (probabilities_BLK * effects_BLK.detach()).sum(-1).mean()
+            self.entropy = self.entropy + entropy(logits_BLK).mean()
             self.expected_B = self.expected_B + (probabilities_BLK * prices_K).sum(-1).mean(1)
         return Decision(Mixed(space.choices[space.sites[row]], index_BL))

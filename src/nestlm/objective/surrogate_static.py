@@ -22,11 +22,14 @@ from nestlm.nn.decoder import Decoder
 from nestlm.nn.loss import cross_entropy
 from nestlm.nn.policy import fixed
 from nestlm.objective.base import Parts, Signal, Term, check_router
+from nestlm.objective.elastic_values import static_steps
 from nestlm.objective.exploration import random_choices, rank_correlation
 from nestlm.router import static
 from nestlm.router.base import Router
-from nestlm.router.relaxed import budget_loss, sample_choices
+from nestlm.router.networks import growth
+from nestlm.router.relaxed import budget_loss, entropy, sample_choices
 from nestlm.seeding import torch_generator
+from nestlm.spec import SearchSpace
 
 ERROR_MEMORY = 0.9  # weight of the past in the running error
 TARGETS = ("gap", "loss")
@@ -58,13 +61,21 @@ class PairSettings:
 
 
 class Surrogate(nn.Module):
-    """Predicts a loss from distributions over choices: what each choice adds, plus an MLP for what is left."""
+    """Predicts a loss from distributions over choices: what each choice adds, plus an MLP for what is left.
 
-    def __init__(self, num_sites: int, num_choices: int, *, hidden_width: int) -> None:
+    What choices add grows as they get narrower, as values do.
+    """
+
+    is_step: Tensor
+
+    def __init__(self, space: SearchSpace, *, hidden_width: int) -> None:
         super().__init__()
-        inputs = num_sites * num_choices
-        self.additive = nn.Linear(inputs, 1)
+        inputs = len(space.sites) * space.max_choices
+        self.steps = nn.Parameter(torch.zeros(len(space.sites), space.max_choices))
+        self.bias = nn.Parameter(torch.zeros(1))
         self.rest = nn.Sequential(nn.Linear(inputs, hidden_width), nn.LeakyReLU(0.1), nn.Linear(hidden_width, 1))
+        counts = torch.tensor([len(widths) for widths in space.choices.values()])
+        self.register_buffer("is_step", torch.arange(space.max_choices) < counts[:, None] - 1, persistent=False)
 
     def init_weights(self, *, generator: torch.Generator) -> None:
         """Start at zero everywhere, so that the additive path leads."""
@@ -77,8 +88,8 @@ class Surrogate(nn.Module):
 
     def forward(self, probabilities: Tensor) -> Tensor:
         """(n, sites, choices) to (n,)."""
-        flat = probabilities.flatten(1)
-        return (self.additive(flat) + self.rest(flat)).squeeze(-1)
+        effects = growth(self.steps.masked_fill(~self.is_step, -torch.inf))
+        return (probabilities * effects).sum((1, 2)) + (self.rest(probabilities.flatten(1)) + self.bias).squeeze(-1)
 
 
 class SurrogateSignal(Signal):
@@ -98,6 +109,7 @@ class SurrogateSignal(Signal):
         gate: float,
         cost_weight: float,
         dead_zone: float,
+        entropy_weight: float,
         pairs: PairSettings,
         hidden_width: int,
         lr: float,
@@ -113,6 +125,8 @@ class SurrogateSignal(Signal):
                 targets, is below this.
             cost_weight: lambda of the cost loss.
             dead_zone: relative distance from the budget that costs nothing.
+            entropy_weight: of the entropy, summed over sites, that router distributions are rewarded for. It makes them
+                softmaxes of effects, so that their logarithms tell the second best choice, too (our choice).
             pairs: how many are made and remembered.
             hidden_width: of the surrogate's MLP.
             lr: the surrogate's peak learning rate.
@@ -125,10 +139,10 @@ class SurrogateSignal(Signal):
         table = self.table = router.prices.main
         self.target, self.pairs, self.random_share = target, pairs, random_share
         self.gate, self.cost_weight, self.dead_zone = gate, cost_weight, dead_zone
+        self.entropy_weight = entropy_weight
         self.lr, self.seed = lr, seed
-        space = table.space
-        sites, choices = len(space.sites), space.max_choices
-        self.surrogate = Surrogate(sites, choices, hidden_width=hidden_width)
+        sites, choices = len(table.space.sites), table.space.max_choices
+        self.surrogate = Surrogate(table.space, hidden_width=hidden_width)
         self.surrogate.init_weights(generator=torch_generator(seed, "surrogate"))
         self.register_buffer("inputs", torch.zeros(pairs.replay, sites, choices))
         self.register_buffer("targets", torch.zeros(pairs.replay))
@@ -153,12 +167,19 @@ class SurrogateSignal(Signal):
         if is_open:
             yield self.router_term(router, step=step)
 
-    def warm_up(self, pairs: Mapping[str, Tensor]) -> None:
-        """Fit the surrogate to the record of elastic training, and remember it (our choice)."""
-        choices = pairs["choices"][-len(self.targets) :]
-        if not self.pairs.warm_start or not len(choices):
+    def warm_up(self, router: Router, record: Mapping[str, Tensor]) -> None:
+        """Start with the values of elastic training, fit the pairs that it recorded and remember them (our choice)."""
+        del router
+        if not self.pairs.warm_start:
             return
-        targets = pairs["gaps" if self.target == "gap" else "losses"][-len(self.targets) :]
+        steps = static_steps(record, self.table.space)
+        if steps is not None:
+            with torch.no_grad():
+                self.surrogate.steps.copy_(steps)
+        choices = record["choices"][-len(self.targets) :]
+        if not len(choices):
+            return
+        targets = record["gaps" if self.target == "gap" else "losses"][-len(self.targets) :]
         self.remember(one_hot(choices, self.table.space.max_choices), targets)
         inputs, targets = self.inputs[: len(choices)], self.targets[: len(choices)]
         optimizer = torch.optim.Adam(self.parameters(), lr=self.lr)
@@ -228,12 +249,14 @@ class SurrogateSignal(Signal):
     def router_term(self, router: static.Router, *, step: int) -> Term:
         """The frozen surrogate's output for the routers' distributions, plus the cost loss."""
         shares = self.draw_shares(BUDGETS_PER_STEP, step=step, purpose="budgets")
-        probabilities = router(shares).softmax(-1)
+        logits = router(shares)
+        probabilities = logits.softmax(-1)
         frozen = {name: parameter.detach() for name, parameter in self.surrogate.named_parameters()}
         predicted = functional_call(self.surrogate, frozen, (probabilities,)).mean()
         distance = budget_loss(self.table.expected_share(probabilities), shares, dead_zone=self.dead_zone).mean()
         logs = {"predicted": predicted.detach(), "budget_distance": distance.detach()}
-        return Term(predicted + self.cost_weight * distance, logs)
+        reward = self.entropy_weight * entropy(logits).sum(-1).mean()
+        return Term(predicted + self.cost_weight * distance - reward, logs)
 
     def draw_shares(self, number: int, *, step: int, purpose: str) -> Tensor:
         """Budgets drawn evenly between the smallest sub-network and the full model, (number,)."""

@@ -51,7 +51,7 @@ class CrossEntropy(Teaching):
             loss_BL = cross_entropy(output.logits_BLV, batch.targets_BL)
             if whole:
                 reference_BL = loss_BL.detach()
-            yield Lesson(loss_BL.mean(), loss_BL.detach(), output, reference_BL)
+            yield Lesson(loss_BL.mean(), loss_BL.detach(), output, None, reference_BL)
 
 
 @dataclass(frozen=True)
@@ -77,10 +77,10 @@ class FrozenTeacher(Teaching):
             del teacher_BLV
         for policy, whole in policies:
             output = run(parts.decoder, batch, policy)
-            loss, text_loss_BL = mixed_loss(output.logits_BLV, targets, batch, ce_share=self.ce_share)
+            loss, kl_BL, text_loss_BL = mixed_loss(output.logits_BLV, targets, batch, ce_share=self.ce_share)
             if whole:
                 reference_BL = text_loss_BL
-            yield Lesson(loss, text_loss_BL, output, reference_BL)
+            yield Lesson(loss, text_loss_BL, output, kl_BL, reference_BL)
 
 
 @dataclass(frozen=True)
@@ -109,11 +109,11 @@ class InPlace(Teaching):
             if whole:
                 loss_BL = cross_entropy(output.logits_BLV, batch.targets_BL)
                 targets, reference_BL = SoftTargets.of(output.logits_BLV), loss_BL.detach()
-                yield Lesson(loss_BL.mean(), reference_BL, output, reference_BL)
+                yield Lesson(loss_BL.mean(), reference_BL, output, None, reference_BL)
             else:
                 assert targets is not None, "made above"
-                loss, text_loss_BL = mixed_loss(output.logits_BLV, targets, batch, ce_share=self.ce_share)
-                yield Lesson(loss, text_loss_BL, output, reference_BL)
+                loss, kl_BL, text_loss_BL = mixed_loss(output.logits_BLV, targets, batch, ce_share=self.ce_share)
+                yield Lesson(loss, text_loss_BL, output, kl_BL, reference_BL)
 
 
 def check_share(ce_share: float) -> None:
@@ -122,10 +122,13 @@ def check_share(ce_share: float) -> None:
         raise ConfigError(f"teacher.ce_share: got {ce_share}, wanted a share of 1")
 
 
-def mixed_loss(student_BLV: Tensor, teacher: SoftTargets, batch: Batch, *, ce_share: float) -> tuple[Tensor, Tensor]:
-    """(1 - ce_share) * KL to the teacher + ce_share * cross-entropy on the text, and the latter of each token."""
-    kl = forward_kl(student_BLV, teacher).mean()
+def mixed_loss(
+    student_BLV: Tensor, teacher: SoftTargets, batch: Batch, *, ce_share: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(1 - ce_share) * KL to the teacher + ce_share * cross-entropy on the text, and both of each token."""
+    kl_BL = forward_kl(student_BLV, teacher)
+    kl = kl_BL.mean()
     with torch.set_grad_enabled(ce_share > 0 and torch.is_grad_enabled()):
         text_loss_BL = cross_entropy(student_BLV, batch.targets_BL)
     loss = kl if ce_share == 0.0 else (1.0 - ce_share) * kl + ce_share * text_loss_BL.mean()
-    return loss, text_loss_BL.detach()
+    return loss, kl_BL.detach(), text_loss_BL.detach()

@@ -8,16 +8,18 @@ the values so far at a random price of cost: what the router would take is then 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from nestlm.data.batch import Batch
+from nestlm.errors import ConfigError
 from nestlm.nn.loss import SoftTargets, forward_kl
 from nestlm.nn.policy import WHOLE, Decision, Mixed, Policy, Stream
 from nestlm.objective.base import Parts, Signal, Term, check_router
+from nestlm.objective.elastic_values import part_of
 from nestlm.objective.exploration import random_choices, rank_correlation
 from nestlm.router import value_dynamic, value_static
 from nestlm.router.base import Router
@@ -35,18 +37,39 @@ class ValueSignal(Signal):
 
     lr = 0.0  # it has no network of its own
 
-    def __init__(self, router: Router, *, skew: float, random_share: float, seed: int) -> None:
+    def __init__(self, router: Router, *, skew: float, random_share: float, warm_start: bool, seed: int) -> None:
         """Set up the draws.
 
         Args:
             router: a value router.
             skew: how much sequences differ in the widths that are drawn for them.
             random_share: share of the sequences that draw at random rather than by the values so far.
+            warm_start: begin with the values that elastic training learned, where it did.
             seed: seed of all draws.
         """
         super().__init__()
         check_router(router, (value_static.Router, value_dynamic.Router), signal="value")
-        self.space, self.skew, self.random_share, self.seed = router.prices.space, skew, random_share, seed
+        self.space, self.skew, self.random_share = router.prices.space, skew, random_share
+        self.warm_start, self.seed = warm_start, seed
+
+    def warm_up(self, router: Router, record: Mapping[str, Tensor]) -> None:
+        """Take over the values of elastic training (our choice).
+
+        Raises:
+            ConfigError: they were learned by networks of another width.
+        """
+        assert isinstance(router, value_static.Router | value_dynamic.Router), "checked"
+        prefix = "dynamic." if router.per_token else "static."
+        known = part_of(record, prefix)
+        if not self.warm_start or not known:
+            return
+        learned, wanted = known["input"].shape[-1], router.networks.input.shape[-1]
+        if learned != wanted:
+            raise ConfigError(
+                f"router.network.hidden_width: got {wanted}, but elastic training learned values with "
+                f"elastic.values.hidden_width={learned}; wanted the same, or router.signal.warm_start=false"
+            )
+        router.networks.load_state_dict(known)
 
     def terms(self, parts: Parts, batch: Batch, *, step: int) -> Iterator[Term]:
         predicted, target = self.observe(parts, batch, key=step)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from nestlm.cost.table import Bound, TokenTable
 from nestlm.router.ledger import UNITS, Ledger
-from nestlm.router.pacing import Pace
+from nestlm.router.pacing import Pace, PacedSite
 
-MARGIN = 0.004  # of the bound: calibration text and other text do not spend quite alike
+MARGIN = 0.002  # of the bound: calibration text and other text do not spend quite alike
 LARGEST = 1e6  # multiplier, in units of score for the cost of the whole model
 HALVINGS = 40
 AIM_HALVINGS = 10
@@ -36,11 +37,12 @@ class Tariff:
     prices: tuple[Tensor, ...]
 
     @classmethod
-    def of(cls, bound: Bound) -> Tariff:
+    def of(cls, bound: Bound, *, device: torch.device) -> Tariff:
         """Prices are rounded up, so that sums in floats are not above the bound either."""
         table = bound.table
         assert isinstance(table, TokenTable), "a dynamic router's prices are those of tokens"
-        return cls(table, bound.share, tuple(integers([price / table.whole for price in row]) for row in table.prices))
+        prices = (integers([price / table.whole for price in row]) for row in table.prices)
+        return cls(table, bound.share, tuple(row.to(device) for row in prices))
 
     def fixed(self, row: int) -> Tensor | None:
         """Cost of each choice of a site where all tokens take the same, as shares (K,), beyond the site's `shared`."""
@@ -97,20 +99,28 @@ class Plan:
 
     def wanted(self, row: int, scores: Tensor) -> Tensor:
         """The choice of highest score less priced cost: (..., K) to (...)."""
-        return (scores - self.multiplier * self.prices(row).to(scores)).argmax(-1)
+        return (scores - (self.multiplier * self.prices[row]).to(scores.dtype)).argmax(-1)
 
-    def prices(self, row: int) -> Tensor:
-        """Cost of a decision's choices as shares, summed over the bounds, (K,)."""
-        return torch.stack([tariff.prices[row] / UNITS for tariff in self.tariffs]).sum(0)
+    @cached_property
+    def prices(self) -> list[Tensor]:
+        """Cost of each site's choices as shares, summed over the bounds, (K,) in float64."""
+        sites = zip(*(tariff.prices for tariff in self.tariffs), strict=True)
+        return [torch.stack([row.double() / UNITS for row in rows]).sum(0) for rows in sites]
+
+    @cached_property
+    def paced(self) -> dict[int, PacedSite]:
+        """The sites at which each sequence finds its own multiplier."""
+        return {
+            row: PacedSite(
+                pace, tuple(Ledger(tariff.prices[row], incomes[row]) for tariff, incomes in self.funded), self.aim
+            )
+            for row, pace in self.paces.items()
+        }
 
     @property
     def funded(self) -> list[tuple[Tariff, tuple[int, ...]]]:
         """Each tariff with its incomes; none for a plan without ledgers."""
         return list(zip(self.tariffs, self.incomes, strict=True)) if self.incomes else []
-
-    def ledgers(self, row: int, device: torch.device) -> list[Ledger]:
-        """A site's ledgers, one a bound; none where there are no incomes."""
-        return [Ledger(tariff.prices[row].to(device), incomes[row]) for tariff, incomes in self.funded]
 
     def fund(self, wanted: Mapping[int, Tensor]) -> Plan | None:
         """With incomes: sites that decide share the allowance as what is wanted at them costs on average.
@@ -125,8 +135,7 @@ class Plan:
         for tariff in self.tariffs:
             least = {row: int(tariff.prices[row][0]) for row in wanted}
             asked = {
-                row: float(tariff.prices[row].to(index.device)[index].double().mean()) - least[row]
-                for row, index in wanted.items()
+                row: float(tariff.prices[row].take(index).double().mean()) - least[row] for row, index in wanted.items()
             }
             if sum(asked.values()) <= 0.0:  # the cheapest is wanted everywhere: any division will do
                 asked = {row: float(tariff.prices[row][-1] - tariff.prices[row][0]) for row in wanted}
@@ -142,7 +151,7 @@ class Plan:
         """Mean cost of decisions in the bound that they come nearest to: 1 uses it up."""
         ratios = []
         for tariff in self.tariffs:
-            decided = (tariff.prices[row].to(index.device)[index].double().mean() for row, index in indices.items())
+            decided = (tariff.prices[row].take(index).double().mean() for row, index in indices.items())
             ratios.append((tariff.constant(self.fixed) + sum(map(float, decided)) / UNITS) / tariff.share)
         return max(ratios)
 
@@ -150,12 +159,13 @@ class Plan:
 Decide = Callable[[Plan], Mapping[int, Tensor]]
 
 
-def fix_sites(plan: Plan, heard: Mapping[int, Tensor]) -> Plan:
+def fix_sites(plan: Plan, heard: Mapping[int, Tensor], *, caution: float) -> Plan:
     """Fix the choice at each site where looking at tokens gains less score than it costs.
 
     Args:
         plan: its multiplier turns cost into score.
         heard: scores on calibration text, (N, L, K) a site.
+        caution: how many times its cost a decision must gain, since networks overrate what they prefer.
     """
     fixed = {}
     for row, scores in heard.items():
@@ -166,22 +176,22 @@ def fix_sites(plan: Plan, heard: Mapping[int, Tensor]) -> Plan:
         prices = torch.stack(offers).sum(0) + shared
         alike = scores.double().flatten(0, -2).mean(0).cpu() - plan.multiplier * prices
         index = plan.wanted(row, scores)
-        paid = plan.prices(row).to(scores)[index]
-        apart = (scores.gather(-1, index[..., None]).squeeze(-1) - plan.multiplier * paid).double().mean()
+        paid = plan.prices[row].take(index)
+        apart = (scores.gather(-1, index[..., None]).squeeze(-1) - plan.multiplier * paid).mean()
         # where money is to be spent (a multiplier below 0), spending it on decisions is no gain
-        if float(alike.max()) >= float(apart) - max(0.0, plan.multiplier) * shared:
+        if float(alike.max()) >= float(apart) - caution * max(0.0, plan.multiplier) * shared:
             fixed[row] = int(alike.argmax())
     return replace(plan, fixed=fixed)
 
 
-def settle(share: float, tariffs: tuple[Tariff, ...], heard: Mapping[int, Tensor]) -> Plan:
+def settle(share: float, tariffs: tuple[Tariff, ...], heard: Mapping[int, Tensor], *, caution: float = 1.0) -> Plan:
     """One multiplier settles which sites decide, the choices of the others, and the incomes.
 
     What is wanted costs a little less than the bounds, where it can; the ledgers keep them all the same.
     """
 
     def attempt(multiplier: float) -> Plan | None:
-        plan = fix_sites(Plan(share, multiplier, tariffs, {}), heard)
+        plan = fix_sites(Plan(share, multiplier, tariffs, {}), heard, caution=caution)
         wanted = {row: plan.wanted(row, scores) for row, scores in heard.items() if row not in plan.fixed}
         return None if plan.spent(wanted) > 1.0 - MARGIN else plan.fund(wanted)
 
@@ -197,7 +207,13 @@ def cheapest(share: float, tariffs: tuple[Tariff, ...], rows: Iterable[int]) -> 
 
 
 def solve(
-    share: float, tariffs: tuple[Tariff, ...], *, heard: Mapping[int, Tensor], decided: Decide, paced: bool
+    share: float,
+    tariffs: tuple[Tariff, ...],
+    *,
+    heard: Mapping[int, Tensor],
+    decided: Decide,
+    paced: bool,
+    caution: float,
 ) -> Plan:
     """The plan that comes just below the tightest bound on calibration text.
 
@@ -206,9 +222,10 @@ def solve(
         tariffs: one a bound.
         heard: scores by which tokens (or prompts) choose, (N, L, K) a site's row.
         decided: what is decided under a plan at each site that decides, its ledgers included.
+        caution: see `fix_sites`.
         paced: each sequence finds its own multipliers, and aims at an income with which the bound is used up.
     """
-    settled = settle(share, tariffs, heard)
+    settled = settle(share, tariffs, heard, caution=caution)
     deciding = {row: scores for row, scores in heard.items() if row not in settled.fixed}
     if not deciding or not paced:
         return settled
@@ -216,7 +233,7 @@ def solve(
     for row, scores in deciding.items():
         prices = tuple(tariff.prices[row] for tariff in tariffs)
         incomes = tuple(incomes[row] for incomes in settled.incomes)
-        paces[row] = Pace.of(scores.flatten(0, -2), settled.prices(row), prices=prices, incomes=incomes)
+        paces[row] = Pace.of(scores.flatten(0, -2), settled.prices[row], prices=prices, incomes=incomes)
     settled = replace(settled, paces=paces)
 
     def attempt(value: float) -> Plan | None:

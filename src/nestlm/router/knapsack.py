@@ -7,7 +7,6 @@ from torch import Tensor
 
 from nestlm.cost.knapsack import cheapest_loss
 from nestlm.cost.table import PriceList
-from nestlm.nn.policy import fixed, full
 from nestlm.router.base import Router
 from nestlm.router.trial import Trial
 from nestlm.spec import Budget, SubnetSpec
@@ -26,16 +25,9 @@ class KnapsackRouter(Router):
         padded = [row + [0.0] * (space.max_choices - len(row)) for row in widths]
         self.register_buffer("sensitivities", torch.tensor(padded, dtype=torch.float64))
 
-    @torch.no_grad()
     def prepare(self, trial: Trial) -> None:
         """Measure the loss of every spec that differs from the whole model at one site."""
-        space = self.prices.space
-        whole = trial.loss(full)
-        for row, (site, widths) in enumerate(space.choices.items()):
-            for index in range(len(widths) - 1):
-                single = space.spec(dict.fromkeys(space.sites, -1) | {site: index})
-                self.sensitivities[row, index] = trial.loss(fixed(single)) - whole
-            self.sensitivities[row, len(widths) - 1] = 0.0
+        self.sensitivities.copy_(trial.sensitivities(self.prices.space))
 
     def spec(self, budget: Budget, *, trial: Trial | None = None) -> SubnetSpec:
         del trial

@@ -8,6 +8,7 @@ tokens one by one give the same balances, bit for bit. (Our choice; the paper gi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -27,6 +28,11 @@ class Ledger:
     prices: Tensor
     income: int
 
+    @cached_property
+    def steps(self) -> Tensor:
+        """What the next wider choice costs more, (K - 1,)."""
+        return self.prices.diff()
+
     def opening(self, batch_size: int) -> Tensor:
         """What a sequence starts with, (B, K): its balance, and what it has saved up towards each wider choice."""
         return torch.zeros(batch_size, len(self.prices), dtype=torch.long, device=self.prices.device)
@@ -45,17 +51,22 @@ class Ledger:
         Returns:
             Choice indices (B, L), and the account afterwards.
         """
-        counted_BL = torch.ones_like(wanted_BL) if real_BL is None else real_BL.long()
-        wanted_BL = wanted_BL * counted_BL
-        price_BL = self.prices[wanted_BL] * counted_BL
+        price_BL = self.prices.take(wanted_BL)
+        beyond_BL = price_BL - self.income
+        if real_BL is not None:
+            price_BL, beyond_BL = price_BL * real_BL, beyond_BL * real_BL
         # the most by which any prefix so far would have overdrawn is forgone
-        overdraft_BL = (price_BL - self.income * counted_BL).cumsum(1) - account_BK[:, :1]
+        overdraft_BL = beyond_BL.cumsum(1) - account_BK[:, :1]
         forgone_BL = overdraft_BL.clamp_min(0).cummax(1).values
-        paid_BL = price_BL - forgone_BL.diff(dim=1, prepend=torch.zeros_like(account_BK[:, :1]))
-        steps_K = self.prices.diff()
-        towards_BLK = (paid_BL[..., None] - self.prices[:-1]).clamp_min(0).minimum(steps_K)
+        paid_BL = price_BL - since(forgone_BL)
+        towards_BLK = (paid_BL[..., None] - self.prices[:-1]).clamp(torch.zeros_like(self.steps), self.steps)
         saved_BLK = towards_BLK.cumsum(1) + account_BK[:, None, 1:]
-        bought_BLK = saved_BLK // steps_K
-        granted_BL = bought_BLK.diff(dim=1, prepend=torch.zeros_like(bought_BLK[:, :1])).sum(-1)
+        bought_BLK = saved_BLK // self.steps
+        granted_BL = since(bought_BLK.sum(-1))
         left_B1 = forgone_BL[:, -1:] - overdraft_BL[:, -1:]
-        return granted_BL, torch.cat((left_B1, saved_BLK[:, -1] - bought_BLK[:, -1] * steps_K), dim=1)
+        return granted_BL, torch.cat((left_B1, saved_BLK[:, -1] - bought_BLK[:, -1] * self.steps), dim=1)
+
+
+def since(running_BL: Tensor) -> Tensor:
+    """What each token added to a running total that was 0 before the first: the inverse of `cumsum(1)`."""
+    return running_BL.diff(dim=1, prepend=running_BL.new_zeros(len(running_BL), 1))

@@ -17,10 +17,11 @@ from nestlm.nn.policy import WHOLE, Decision, Mixed, Policy, Stream, full
 from nestlm.router import base
 from nestlm.router.calibration import Plan, Tariff, solve
 from nestlm.router.ledger import UNITS
-from nestlm.router.pacing import first_affordable
 from nestlm.router.trial import Trial
 from nestlm.spec import Budget, Site
 
+LEAST_USED = 0.99  # of the bounds, by a plan in which no site decides
+CAUTIONS = (1.0, 3.0)  # with which plans are tried
 ROUNDS = 4  # of calibration: choices change the hidden states that later choices are made on
 Scorer = Callable[[int, Tensor], Tensor]
 
@@ -84,10 +85,22 @@ class TokenRouter(base.Router):
         }
         return base.Answer(self.policy(plan), plan=kept)
 
-    def calibrate(self, bounds: tuple[Bound, ...], *, trial: Trial, rounds: int = ROUNDS) -> Plan:
-        """The plan whose mean cost on the trial's text lies just below the bounds."""
+    def calibrate(self, bounds: tuple[Bound, ...], *, trial: Trial) -> Plan:
+        """The best on the trial's text of a few plans. In some no site decides: nothing may be better than that."""
+        if self.granularity.prompt_tokens:
+            return self.approach(bounds, trial=trial, caution=1.0)
+        plans = [self.approach(bounds, trial=trial, caution=caution) for caution in CAUTIONS]
+        unpriced = replace(plans[-1], multiplier=0.0, fixed={}, paces={})
+        for plan in (unpriced, plans[-1]):
+            alike = replace(plan, fixed=self.exact(bounds, self.record(plan, trial)), paces={})
+            if alike.spent({}) >= LEAST_USED:
+                plans.append(alike)
+        return min(plans, key=lambda plan: trial.loss(self.policy(plan)))
+
+    def approach(self, bounds: tuple[Bound, ...], *, trial: Trial, caution: float, rounds: int = ROUNDS) -> Plan:
+        """A plan whose mean cost on the trial's text lies just below the bounds."""
         share = min(bound.share for bound in bounds)
-        tariffs = tuple(map(Tariff.of, bounds))
+        tariffs = self.tariffs(bounds)
         plan = Plan(share, 0.0, tariffs, {})
         for _ in range(rounds):
             scores = self.record(plan, trial)
@@ -97,10 +110,16 @@ class TokenRouter(base.Router):
                 heard={row: self.heard(part) for row, part in scores.items()},
                 decided=lambda plan, scores=scores: self.decide_all(plan, scores),
                 paced=not self.granularity.prompt_tokens,
+                caution=caution,
             )
             if len(plan.fixed) == len(self.rows):
                 plan = replace(plan, fixed=self.exact(bounds, scores))
         return plan
+
+    def tariffs(self, bounds: tuple[Bound, ...]) -> tuple[Tariff, ...]:
+        """Bounds as ledgers count them, where the router computes."""
+        device = next(self.parameters()).device
+        return tuple(Tariff.of(bound, device=device) for bound in bounds)
 
     def exact(self, bounds: tuple[Bound, ...], scores: Mapping[int, Tensor]) -> dict[int, int]:
         """The choices of one sub-network for all tokens: where no site decides, the knapsack is exact."""
@@ -160,37 +179,10 @@ class TokenRouter(base.Router):
 
     def decide_by_token(self, row: int, scores_BLK: Tensor, plan: Plan, stream: Stream) -> Tensor:
         """What each token wants at its sequence's pace, or less where the sequence's ledgers do not allow it."""
-        pace = plan.paces.get(row)
-        if pace is None:
+        paced, site = plan.paced.get(row), self.prices.space.sites[row]
+        if paced is None:
             return plan.wanted(row, scores_BLK)
-        site, device = self.prices.space.sites[row], scores_BLK.device
-        batch, length, choices = scores_BLK.shape
-        counted_BL = torch.ones(batch, length, dtype=torch.long, device=device)
-        if stream.real_BL is not None:
-            counted_BL = stream.real_BL.long()
-        ledgers = plan.ledgers(row, device)
-        kept = stream.memory.get(site)  # by bound: the ledger's account (K), what each multiplier would have spent (J)
-        if kept is None:
-            kept = torch.zeros(len(ledgers), batch, choices + len(pace.multipliers), dtype=torch.long, device=device)
-        wanted_JBL = pace.wanted(scores_BLK, plan.prices(row))
-        affordable_JBL, counts = torch.ones_like(wanted_JBL, dtype=torch.bool), []
-        for number, ledger in enumerate(ledgers):
-            within_JBL, count_BJ = pace.follow(
-                wanted_JBL,
-                number=number,
-                prices_K=ledger.prices,
-                income=int(ledger.income * plan.aim),
-                real_BL=counted_BL,
-                count_BJ=kept[number, :, choices:],
-            )
-            affordable_JBL = affordable_JBL & within_JBL
-            counts.append(count_BJ)
-        index_BL = wanted_JBL.gather(0, first_affordable(affordable_JBL)[None])[0]
-        accounts = []
-        for number, ledger in enumerate(ledgers):
-            index_BL, account_BK = ledger.grant(index_BL, real_BL=stream.real_BL, account_BK=kept[number, :, :choices])
-            accounts.append(torch.cat((account_BK, counts[number]), dim=1))
-        stream.memory[site] = torch.stack(accounts)
+        index_BL, stream.memory[site] = paced.decide(scores_BLK, real_BL=stream.real_BL, kept=stream.memory.get(site))
         return index_BL
 
     def decide_by_prompt(self, row: int, scores_BLK: Tensor, plan: Plan, stream: Stream) -> Tensor:
@@ -219,9 +211,9 @@ class TokenRouter(base.Router):
             left_B = torch.full_like(wanted_B, incomes[row])
             for site, kept in stream.memory.items():
                 other, decided_B = self.rows[site], kept[:, -1].long()
-                saved_B = incomes[other] - tariff.prices[other].to(decided_B.device)[decided_B.clamp_min(0)]
+                saved_B = incomes[other] - tariff.prices[other].take(decided_B.clamp_min(0))
                 left_B = left_B + torch.where(decided_B >= 0, saved_B, 0)
-            reach_B = torch.searchsorted(tariff.prices[row].to(left_B.device), left_B, right=True) - 1
+            reach_B = torch.searchsorted(tariff.prices[row], left_B, right=True) - 1
             wanted_B = wanted_B.minimum(reach_B.clamp_min(0))
         return wanted_B
 

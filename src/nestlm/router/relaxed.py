@@ -10,6 +10,8 @@ from torch import Tensor
 from nestlm.nn.policy import Decision, Mixed, Policy, constant
 from nestlm.spec import SearchSpace, Site
 
+LEAST_LOG = -1e4  # 0 times it is 0
+
 
 def gumbel_noise(shape: torch.Size, *, generator: torch.Generator) -> Tensor:
     """Noise whose addition to logits makes their argmax a draw from their softmax."""
@@ -20,6 +22,12 @@ def gumbel_noise(shape: torch.Size, *, generator: torch.Generator) -> Tensor:
 def sample_choices(logits: Tensor, *, generator: torch.Generator) -> Tensor:
     """Choice indices drawn from softmax(logits): (..., max choices) to (...)."""
     return (logits + gumbel_noise(logits.shape, generator=generator).to(logits)).argmax(-1)
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Entropy of softmax(logits) in nats, (..., K) to (...); choices that a site has not are at -inf."""
+    log_probabilities = logits.log_softmax(-1)
+    return -(log_probabilities.exp() * log_probabilities.clamp_min(LEAST_LOG)).sum(-1)
 
 
 def at_least(probabilities: Tensor) -> Tensor:

@@ -6,11 +6,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from nestlm.data.batch import Batch
 from nestlm.nn.decoder import Decoder, DecoderOutput
 from nestlm.nn.loss import cross_entropy
-from nestlm.nn.policy import Policy
+from nestlm.nn.policy import Policy, fixed, full
+from nestlm.spec import SearchSpace
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,17 @@ class Trial:
         """What the model answers to each batch under a policy."""
         for batch in self.batches:
             yield batch, self.decoder(batch.tokens_BL, policy, documents_BL=batch.documents_BL)
+
+    @torch.no_grad()
+    def sensitivities(self, space: SearchSpace) -> Tensor:
+        """What each choice adds to the loss when all other sites run whole, (sites, max choices) in float64."""
+        whole = self.loss(full)
+        added = torch.zeros(len(space.sites), space.max_choices, dtype=torch.float64)
+        for row, (site, widths) in enumerate(space.choices.items()):
+            for index in range(len(widths) - 1):
+                single = space.spec(dict.fromkeys(space.sites, -1) | {site: index})
+                added[row, index] = self.loss(fixed(single)) - whole
+        return added
 
     def loss(self, policy: Policy) -> float:
         """Mean negative log-likelihood of the text, in nats a token."""

@@ -13,6 +13,7 @@ from nestlm.router.per_token import Granularity, Scorer, TokenRouter, with_route
 from nestlm.router.trial import Trial
 from nestlm.spec import Budget
 
+LEAST = 1e-4  # nats, so that nothing is divided by 0
 CURVE = 12  # budgets at which the multiplier is known before anything is asked
 
 
@@ -23,6 +24,7 @@ class Router(TokenRouter):
     """
 
     curve: Tensor
+    scale: Tensor
 
     def __init__(
         self,
@@ -37,6 +39,7 @@ class Router(TokenRouter):
         super().__init__(with_router(prices, hidden_width), hidden_size=hidden_size, granularity=granularity)
         self.networks = SiteNetworks(prices.space, num_inputs=hidden_size, hidden_width=hidden_width, init_std=init_std)
         self.networks.init_weights(seed=seed)
+        self.register_buffer("scale", torch.ones(len(self.rows), prices.space.max_choices))
         self.register_buffer("curve", torch.zeros(CURVE, 2 + len(self.rows), dtype=torch.float64))
 
     def values(self, row: int, features_BLD: Tensor) -> Tensor:
@@ -45,13 +48,26 @@ class Router(TokenRouter):
 
     def scorer(self, share: float) -> Scorer:
         del share
-        return lambda row, features_BLD: -self.values(row, features_BLD)
+        rows = [
+            scale[: len(widths)] for scale, widths in zip(self.scale, self.prices.space.choices.values(), strict=True)
+        ]
+        return lambda row, features_BLD: -self.values(row, features_BLD) * rows[row]
 
     @torch.no_grad()
     def prepare(self, trial: Trial) -> None:
-        """Learn the multipliers and the fixed sites of some budgets, so that training can draw policies at any."""
-        tariffs = self.bound_at(1.0)
-        scores = self.record(Plan(1.0, 0.0, tariffs, {}), trial)
+        """Bring values to scale, and learn the multipliers and fixed sites of some budgets, to draw policies at any.
+
+        A token's own loss does not show what its choices do to later tokens, which attend to it. So the values of a
+        choice are multiplied by one number, with which their mean is what the choice adds to the loss of all text.
+        """
+        unpriced = Plan(1.0, 0.0, self.bound_at(1.0), {})
+        self.scale.fill_(1.0)
+        added = trial.sensitivities(self.prices.space)
+        for row, scores in self.record(unpriced, trial).items():
+            learned = -self.heard(scores).double().flatten(0, -2).mean(0)
+            self.scale[row, : len(learned)] = (added[row, : len(learned)].to(learned) + LEAST) / (learned + LEAST)
+        self.scale.clamp_(min=0.0)
+        scores = self.record(unpriced, trial)
         heard = {row: self.heard(part) for row, part in scores.items()}
         shares = torch.linspace(self.planned.main.cheapest / self.planned.main.whole, 1.0, CURVE + 1)[1:].tolist()
         for number, share in enumerate(shares):
@@ -61,7 +77,7 @@ class Router(TokenRouter):
 
     def bound_at(self, share: float) -> tuple[Tariff, ...]:
         """A share of the run's cost as a ledger counts it."""
-        return (Tariff.of(Bound(self.planned.main, share)),)
+        return self.tariffs((Bound(self.planned.main, share),))
 
     def draw(self, budget: Budget, *, generator: torch.Generator) -> Policy:
         """The choices at the next smaller budget that `prepare` knows, without ledgers."""
