@@ -11,7 +11,7 @@ TABLE=runs/routers-latency.json
 
 if [ ! -f "$TABLE" ]; then # measured once, while nothing else runs
     mkdir -p runs
-    "$PYTHON" -m nestlm.cli profile experiment=routers cost=latency cost.batch_size=8 --out "$TABLE"
+    "$(dirname "$PYTHON")/nestlm" profile experiment=routers cost=latency cost.batch_size=8 --out "$TABLE"
 fi
 
 jobs_list() {

@@ -182,7 +182,12 @@ class Settings:
     @property
     def latency(self) -> Latency | None:
         """The cost that is priced from a table of times, where the run counts one."""
-        return next((cost for cost in (self.cost, *self.costs.values()) if isinstance(cost, Latency)), None)
+        return next(iter(self.latencies), None)
+
+    @property
+    def latencies(self) -> list[Latency]:
+        """Every place where time is counted; `check` holds them equal."""
+        return [cost for cost in (self.cost, *self.costs.values()) if isinstance(cost, Latency)]
 
     @property
     def is_priced(self) -> bool:
@@ -332,6 +337,10 @@ def check(settings: Settings) -> None:
         path = getattr(settings, name)
         if path is not None and Path(path).is_file():
             raise ConfigError(f"{name}: {path} is a file, wanted a folder")
+    if len(set(settings.latencies)) > 1:
+        raise ConfigError(
+            "costs.latency: differs from cost, which prices time as well; a run measures one table, so leave one out"
+        )
     if settings.latency is not None and settings.latency.context_length > config.context_length:
         raise ConfigError(
             f"cost.context_length: got {settings.latency.context_length}, wanted at most "

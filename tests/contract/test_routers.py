@@ -23,7 +23,7 @@ from nestlm.nn.kv_cache import KVCache
 from nestlm.nn.policy import Mixed, Policy, full
 from nestlm.objective.base import Parts
 from nestlm.router.base import Router
-from nestlm.router.per_token import Granularity, TokenRouter
+from nestlm.router.per_token import CAUTIONS, LEAST_USED, Granularity, TokenRouter, features
 from nestlm.router.trial import Trial
 from nestlm.sampler.base import generator, independent
 from nestlm.seeding import torch_generator
@@ -186,6 +186,45 @@ def test_every_budget_from_the_floor_on_can_be_met(variant, trial, above):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("variant", [each for each in variants("dynamic") if each.granularity == "token"], ids=str)
+def test_the_plan_is_the_best_of_those_tried(variant, trial):
+    """On the trial's text; the plan may be one in which no site decides."""
+    router = variant.router()
+    router.prepare(trial)
+    bounds = router.planned.bounds(Budget.of_share(0.9))
+    taken = trial.loss(router.policy(router.calibrate(bounds, trial=trial)))
+    for caution in CAUTIONS:
+        plan = router.approach(bounds, trial=trial, caution=caution)
+        assert taken <= trial.loss(router.policy(plan)) + 1e-9
+    alike = replace(plan, fixed=router.exact(bounds, router.record(plan, trial)), paces={})
+    assert len(alike.fixed) == len(SPACE.sites)
+    if alike.spent({}) >= LEAST_USED:
+        assert taken <= trial.loss(router.policy(alike)) + 1e-9
+
+
+@torch.no_grad()
+def test_values_are_brought_to_the_scale_of_what_is_measured(trial):
+    """The mean of a choice's values is what it adds to the loss when the other sites run whole."""
+    router = Variant("value", "dynamic").router()
+    router.prepare(trial)
+    added, scorer = trial.sensitivities(SPACE), router.scorer(0.9)
+    seen: dict[int, list[torch.Tensor]] = {row: [] for row in range(len(SPACE.sites))}
+
+    def whole(site, hidden_BLD, stream):
+        row = SPACE.sites.index(site)
+        seen[row].append(-scorer(row, features(hidden_BLD)))
+        return full(site, hidden_BLD, stream)
+
+    for _ in trial.outputs(whole):
+        pass
+    assert float(added.abs().max()) > 1e-3
+    for row, parts in seen.items():
+        mean_K = torch.cat(parts).flatten(0, -2).mean(0)
+        wanted_K = added[row, : len(mean_K)].clamp_min(0.0).to(mean_K)
+        torch.testing.assert_close(mean_K, wanted_K, rtol=1e-3, atol=2e-4)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("variant", [v for v in variants("dynamic") if v.granularity == "prompt"], ids=str)
 def test_prompts_are_decided_by_what_they_say(variant, trial):
     """Different prompts, different choices for the rest; the same prompt, the same."""
@@ -279,6 +318,49 @@ def test_alone_together_padded_and_token_by_token(variant, trial):
             piece = trial.decoder(tokens_BL[:, start:end], policy, cache=cache)
             torch.testing.assert_close(piece.logits_BLV, logits_BLV[:, start:end], rtol=0, atol=1e-4)
             assert all(torch.equal(index, chosen[site][:, start:end]) for site, index in choices(piece).items())
+
+
+@torch.no_grad()
+@DYNAMICS
+def test_in_float32_choices_are_equal_up_to_the_first_tie(variant, trial, monkeypatch):
+    """Alone, together or token by token: choices differ at most after the two best differed by less than 1e-4."""
+    router = variant.router()
+    policy = router.find(Budget.of_share(0.9), trial=trial).policy
+    tokens_BL = batches(3)[0].tokens_BL
+    gaps: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.Tensor, "argmax", noting_gaps(gaps))
+    together = trial.decoder(tokens_BL, policy)
+    monkeypatch.undo()
+    assert gaps, "choices are argmaxes"
+    # of a prompt one gap, (B,), of tokens one at each multiplier, (J, B, L)
+    tied_BL = torch.stack(
+        [(gap[:, None] if gap.ndim == 1 else gap.amin(0)).expand(4, LENGTH) < 1e-4 for gap in gaps]
+    ).any(0)
+    clear_B = (tied_BL.cumsum(1) == 0).sum(1).tolist()
+    assert sum(clear_B) > LENGTH // 3
+    for row, clear in enumerate(clear_B):
+        cache = KVCache(CONFIG, batch_size=1, length=LENGTH, device=torch.device("cpu"), dtype=torch.float32)
+        steps = [trial.decoder(tokens_BL[row : row + 1, at : at + 1], policy, cache=cache) for at in range(LENGTH)]
+        alone = trial.decoder(tokens_BL[row : row + 1], policy)
+        for site, index in choices(together).items():
+            assert torch.equal(choices(alone)[site][0, :clear], index[row, :clear])
+            assert torch.equal(torch.cat([choices(step)[site][0] for step in steps])[:clear], index[row, :clear])
+        logits_LV = together.logits_BLV[row, :clear]
+        torch.testing.assert_close(alone.logits_BLV[0, :clear], logits_LV, rtol=0, atol=1e-4)
+        by_token_LV = torch.cat([step.logits_BLV[0] for step in steps])[:clear]
+        torch.testing.assert_close(by_token_LV, logits_LV, rtol=0, atol=1e-4)
+
+
+def noting_gaps(gaps: list[torch.Tensor]):
+    """`Tensor.argmax` that notes by how much the best of each row is ahead."""
+    plain = torch.Tensor.argmax
+
+    def argmax(scores: torch.Tensor, dim: int) -> torch.Tensor:
+        best = scores.topk(2, dim).values
+        gaps.append(best[..., 0] - best[..., 1])
+        return plain(scores, dim)
+
+    return argmax
 
 
 @torch.no_grad()

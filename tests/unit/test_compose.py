@@ -60,6 +60,9 @@ MISTAKES = {
     "+trainer.max_steps=1": (["+trainer.max_steps=1"], ["max_steps"]),
     "trainer.devices=2": (["trainer.devices=2"], ["trainer.devices"]),
     "seed=99999999999999999999999": (["seed=99999999999999999999999"], ["seed"]),
+    "two ways to time": (
+        ["cost=latency", "+cost@costs.latency=latency", "costs.latency.phase=decode"], ["costs.latency", "leave one out"]
+    ),
     "run_dir=/dev/null/x": (["run_dir=/dev/null/x"], ["run_dir"]),
     "model.rope_theta=-1": (["model.rope_theta=-1"], ["rope_theta"]),
     "data=stdlib data.path=/x": (["data=stdlib", "data.path=/x"], ["data.path"]),

@@ -17,7 +17,7 @@ from nestlm.objective.elastic import Elastic
 from nestlm.objective.joint import Joint
 from nestlm.objective.teaching import CrossEntropy, FrozenTeacher, InPlace
 from nestlm.router import static
-from nestlm.router.relaxed import budget_loss
+from nestlm.router.relaxed import budget_loss, entropy
 from nestlm.sampler.sandwich import Sandwich
 from nestlm.sampler.within_batch import WithinBatch
 from nestlm.spec import Budget
@@ -113,6 +113,17 @@ def test_budget_loss_has_a_dead_zone_on_both_sides():
     target = torch.tensor([0.5, 0.5, 0.5, 0.5])
     loss = budget_loss(torch.tensor([0.5, 0.504, 0.6, 0.4]), target, dead_zone=0.01)
     torch.testing.assert_close(loss, torch.tensor([0.0, 0.0, 0.19, 0.19]))
+
+
+def test_entropy_is_that_of_the_choices_that_a_site_has():
+    logits = torch.tensor([[0.3, -1.0, 2.0, 0.1], [0.5, 0.2, 0.9, -torch.inf]], requires_grad=True)
+    found = entropy(logits)
+    torch.testing.assert_close(found[0], torch.distributions.Categorical(logits=logits[0]).entropy())
+    torch.testing.assert_close(found[1], torch.distributions.Categorical(logits=logits[1, :3]).entropy())
+    (gradient,) = torch.autograd.grad(found.sum(), logits)
+    assert torch.isfinite(gradient).all()
+    assert gradient[0].abs().min() > 0
+    assert gradient[1, 3] == 0
 
 
 def test_joint_trains_model_and_router(batch):
