@@ -68,7 +68,8 @@ class Context:
         loader = self.data(stream="calibration").heldout_dataloader(
             "calibration", num_rows=self.settings.router.num_sequences
         )
-        return Trial(decoder.to(device).eval(), [move_data_to_device(batch, device) for batch in loader])
+        precision = make_trainer(self.settings.trainer).precision_plugin.forward_context
+        return Trial(decoder.to(device).eval(), [move_data_to_device(batch, device) for batch in loader], precision)
 
     def save(self, module: nn.Module, name: str) -> None:
         """Leave weights behind."""

@@ -20,6 +20,7 @@ from nestlm.data.batch import Batch
 from nestlm.nn.decoder import Decoder
 from nestlm.nn.loss import cross_entropy
 from nestlm.nn.policy import Decision, Mixed, Policy
+from nestlm.router.trial import Trial
 from nestlm.spec import Site
 
 WARM_UP, REPEATS = 2, 7  # forward passes that are not counted, and that are
@@ -145,14 +146,21 @@ def evaluate(
 
 
 @torch.no_grad()
-def forward_seconds(decoder: Decoder, policies: Sequence[Policy], *, batch: Batch) -> list[float]:
-    """Seconds of a forward pass of each policy: medians over repeats in which all take turns."""
+def forward_seconds(trial: Trial, policies: Sequence[Policy], *, num_rows: int) -> list[float]:
+    """Seconds of a forward pass of each policy: medians over repeats in which all take turns.
+
+    Args:
+        trial: the model, and batches of which the first rows are run.
+        policies: how it is run.
+        num_rows: at most this many sequences.
+    """
+    batch = trial.batches[0].head(num_rows)
     times: list[list[float]] = [[] for _ in policies]
     for repeat in range(WARM_UP + REPEATS):
         for policy, found in zip(policies, times, strict=True):
             synchronize(batch.tokens_BL.device)
             started = time.perf_counter()
-            decoder(batch.tokens_BL, policy, documents_BL=batch.documents_BL)
+            trial.run(batch, policy)
             synchronize(batch.tokens_BL.device)
             if repeat >= WARM_UP:
                 found.append(time.perf_counter() - started)

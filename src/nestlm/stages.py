@@ -211,9 +211,7 @@ def evaluate(context: Context) -> Result:
         for label, candidate in routers.items()
         for budget in settings.budgets
     ]
-    seconds = forward_seconds(
-        trial.decoder, [full, *(item.answer.policy for item in found)], batch=trial.batches[0].head(TIMED_ROWS)
-    )
+    seconds = forward_seconds(trial, [full, *(item.answer.policy for item in found)], num_rows=TIMED_ROWS)
     scores = context.score(
         decoder,
         {"full": full} | {item.name: item.answer.policy for item in found},

@@ -61,7 +61,7 @@ MISTAKES = {
     "trainer.devices=2": (["trainer.devices=2"], ["trainer.devices"]),
     "seed=99999999999999999999999": (["seed=99999999999999999999999"], ["seed"]),
     "two ways to time": (
-        ["cost=latency", "+cost@costs.latency=latency", "costs.latency.phase=decode"], ["costs.latency", "leave one out"]
+        ["cost=latency", "+cost@costs.latency=latency", "costs.latency.phase=decode"], ["costs.latency", "leave one"]
     ),
     "run_dir=/dev/null/x": (["run_dir=/dev/null/x"], ["run_dir"]),
     "model.rope_theta=-1": (["model.rope_theta=-1"], ["rope_theta"]),

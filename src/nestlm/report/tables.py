@@ -12,12 +12,13 @@ from rich.table import Table
 
 Row = Mapping[str, Any]
 
-# Shown columns: heading, key, format. `worst` is of the dearest sequence; `time` is that of a forward pass, measured
-# end to end, over the whole model's.
+# Shown columns: heading, key, format. `spread` is over sequences, `worst` is of the dearest one; `time` is that of a
+# forward pass, measured end to end, over the whole model's.
 SHOWN = (
     ("router", "router", "{}"),
     ("budget", "budget", "{}"),
     ("achieved", "achieved", "{:.4f}"),
+    ("spread", "spread", "{:.4f}"),
     ("worst", "worst", "{:.4f}"),
     ("loss", "val_loss", "{:.4f}"),
     ("perplexity", "perplexity", "{:.2f}"),

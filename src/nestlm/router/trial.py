@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,10 +19,17 @@ from nestlm.spec import SearchSpace
 
 @dataclass(frozen=True)
 class Trial:
-    """A model and batches on its device."""
+    """A model and batches on its device.
+
+    Attributes:
+        decoder: the model.
+        batches: what it is tried on.
+        precision: makes the context in which the model runs, as in training and scoring: autocast, where that is mixed.
+    """
 
     decoder: Decoder
     batches: Sequence[Batch]
+    precision: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     @property
     def device(self) -> torch.device:
@@ -28,10 +37,15 @@ class Trial:
         return next(self.decoder.parameters()).device
 
     @torch.no_grad()
+    def run(self, batch: Batch, policy: Policy) -> DecoderOutput:
+        """What the model answers to a batch under a policy."""
+        with self.precision():
+            return self.decoder(batch.tokens_BL, policy, documents_BL=batch.documents_BL)
+
     def outputs(self, policy: Policy) -> Iterator[tuple[Batch, DecoderOutput]]:
-        """What the model answers to each batch under a policy."""
+        """What the model answers to each batch."""
         for batch in self.batches:
-            yield batch, self.decoder(batch.tokens_BL, policy, documents_BL=batch.documents_BL)
+            yield batch, self.run(batch, policy)
 
     @torch.no_grad()
     def sensitivities(self, space: SearchSpace) -> Tensor:
