@@ -29,8 +29,8 @@ class Outcome:
     time: float
 
     def is_above(self, budget: str) -> bool:
-        """Whether a sequence cost more than the budget, a share of the run's cost."""
-        return self.worst > float(budget)
+        """Whether a sequence cost more than the budget, where that is a share of the run's cost."""
+        return budget.replace(".", "").isdigit() and self.worst > float(budget)
 
 
 def setting(config: dict[str, Any], key: str) -> str:
@@ -71,7 +71,7 @@ def table(folder: Path, keys: list[str]) -> str:
         label = tuple(setting(config, key) for key in keys)
         for budget, outcome in outcomes(results.parent, router=asked).items():
             cells[label][budget].append(outcome)
-    budgets = sorted({budget for row in cells.values() for budget in row}, key=float, reverse=True)
+    budgets = list(dict.fromkeys(budget for row in cells.values() for budget in row))
     rows = []
     for label, found in sorted(cells.items()):
         seeds = {outcome.seed for runs in found.values() for outcome in runs}

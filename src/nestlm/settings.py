@@ -19,7 +19,7 @@ from nestlm.data.module import DataSettings
 from nestlm.errors import ConfigError
 from nestlm.model.family import Family
 from nestlm.objective.base import Signal
-from nestlm.objective.elastic_values import ElasticValues, ValueSettings
+from nestlm.objective.elastic_values import ElasticValues, ValueSettings, by_token
 from nestlm.objective.teaching import Teaching
 from nestlm.optim import OptimSettings
 from nestlm.ranking.base import Ranking
@@ -223,9 +223,10 @@ class Settings:
         )
 
     def make_elastic_values(self) -> ElasticValues | None:
-        """What learns the values of choices along with the model."""
+        """What learns the values of choices along with the model; None where tokens do not draw their own."""
         settings = self.elastic.values
-        if settings is None:
+        drawn = self.sampler.draw(self.space(), seed=self.seed, step=0, batch=(1, 1))
+        if settings is None or not any(by_token(each) for each in drawn):
             return None
         return ElasticValues(
             self.space(),
@@ -270,7 +271,7 @@ DERIVED = {
     "tokenizer_file": {"data", "model"},
     "prices": {"axes", "model", "cost", "costs"},
     "make_router": {"axes", "model", "cost", "costs", "router", "data"},
-    "make_elastic_values": {"axes", "model", "elastic", "seed"},
+    "make_elastic_values": {"axes", "model", "elastic", "sampler", "seed"},
     "make_signal": {"axes", "model", "cost", "costs", "router", "data"},
 }
 HARMLESS = {"checkpoint_seconds", "activation_checkpointing"}
@@ -357,4 +358,6 @@ def check_budgets(settings: Settings) -> None:
     for budget in settings.budgets:
         prices.check(budget)
         router.check(budget)
-    settings.make_signal(router)  # built for its own checks only
+    signal, values = settings.make_signal(router), settings.make_elastic_values()
+    if signal is not None and values is not None:  # for their own checks only
+        signal.warm_up(router, {"choices": torch.zeros(0, 0), **values.state_dict()})

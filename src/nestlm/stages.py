@@ -154,7 +154,8 @@ def train_router(context: Context) -> Result:
     router.to(trial.device).prepare(trial)
     if objective is not None:
         parts = Parts(trial.decoder, router=router)
-        result |= objective.to(trial.device).summary(parts, list(trial.batches))
+        with trial.precision():
+            result |= objective.to(trial.device).summary(parts, list(trial.batches))
     if router.state_dict():
         context.save(router, ROUTER)
     return result

@@ -1,5 +1,8 @@
 """Losses, teaching, elastic training and joint tuning."""
 
+from dataclasses import replace
+
+import lightning as L
 import pytest
 import torch
 
@@ -21,6 +24,7 @@ from nestlm.router.relaxed import budget_loss, entropy
 from nestlm.sampler.sandwich import Sandwich
 from nestlm.sampler.within_batch import WithinBatch
 from nestlm.spec import Budget
+from plugins import build
 
 CONFIG = decoder_config(num_kv_groups=4)
 SPACE = search_space(AXES, CONFIG)
@@ -160,27 +164,55 @@ def test_gates_carry_the_worth_of_a_wider_choice(batch):
     assert float(wide.sum()) < 0 < float(narrow.sum())
 
 
+class Lopsided(Objective):
+    """A small gradient for the model, and a huge one for the router."""
+
+    def terms(self, parts, batch, *, step):
+        yield Term(1e-2 * parts.decoder.norm.weight[0] + 1e6 * parts.router.networks.output.sum())
+
+
+def test_gradients_are_clipped_for_each_part_by_itself(tmp_path, batch):
+    decoder, router = (
+        random_decoder(CONFIG),
+        static.Router(prices=PriceList(TABLE, {}), hidden_width=8, init_std=0.1, seed=0),
+    )
+    before, routed = decoder.norm.weight.clone(), router.networks.output.clone()
+    optim = replace(build("optim", "adamw"), optimizer=torch.optim.SGD, warmup_share=0.0, clip_norm=1.0)
+    fit_once(
+        NestedLM(
+            Parts(decoder, router=router), stage="joint", objective=Lopsided(),
+            trained={"decoder": (decoder, 1.0), "router": (router, 1.0)}, optim=optim, num_steps=1,
+        ),
+        batch,
+        folder=tmp_path,
+    )  # fmt: skip
+    rate = optim.rate(0, num_steps=1)
+    moved = [(before - decoder.norm.weight).detach()[0], (routed - router.networks.output).detach().norm()]
+    torch.testing.assert_close(torch.stack(moved), torch.tensor([1e-2 * rate, rate]), rtol=1e-3, atol=0)
+
+
+def fit_once(module: NestedLM, batch: Batch, *, folder) -> None:
+    """One step of Lightning's Trainer."""
+    trainer = L.Trainer(
+        accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=folder,
+    )  # fmt: skip
+    trainer.fit(module, train_dataloaders=torch.utils.data.DataLoader([batch], collate_fn=lambda rows: rows[0]))
+
+
 class Broken(Objective):
     def terms(self, parts, batch, *, step):
         yield Term(next(parts.decoder.parameters()).sum() * float("nan"))
 
 
 def test_a_loss_that_is_not_finite_stops_the_stage_before_the_weights_change(tmp_path, batch):
-    import lightning as L
-
-    from plugins import build
-
     decoder = random_decoder(CONFIG)
     before = {name: value.clone() for name, value in decoder.state_dict().items()}
     module = NestedLM(
         Parts(decoder), stage="elastic", objective=Broken(), trained={"decoder": (decoder, 1e-3)},
         optim=build("optim", "adamw"), num_steps=1,
     )  # fmt: skip
-    trainer = L.Trainer(
-        accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, default_root_dir=tmp_path,
-    )  # fmt: skip
     with pytest.raises(NestlmError, match=r"elastic: the loss is nan at step 0, batch [0-9a-f]{12}"):
-        trainer.fit(module, train_dataloaders=torch.utils.data.DataLoader([batch], collate_fn=lambda rows: rows[0]))
+        fit_once(module, batch, folder=tmp_path)
     for name, value in decoder.state_dict().items():
         assert torch.equal(value, before[name])

@@ -120,7 +120,7 @@ def test_elastic_training_learns_values_on_the_way(batch):
     assert errors[150, True] < 0.9 * errors[1, True]
     assert errors[150, False] < errors[1, False]
     other = value_dynamic.Router(prices=TOKENS, **PER_TOKEN, **{**NETWORK, "hidden_width": 8})
-    with pytest.raises(ConfigError, match=r"hidden_width: got 8, .*=16; wanted the same"):
+    with pytest.raises(ConfigError, match=r"hidden_width: got 8, .*hidden_width=16; wanted the same"):
         ValueSignal(other, skew=1.0, random_share=1.0, warm_start=True, seed=0).warm_up(other, left[1])
     cold = other.networks.input.clone()
     ValueSignal(other, skew=1.0, random_share=1.0, warm_start=False, seed=0).warm_up(other, left[1])
@@ -130,6 +130,27 @@ def test_elastic_training_learns_values_on_the_way(batch):
     objective = Elastic(SPACE, sampler=by_sequence, teaching=FrozenTeacher(ce_share=0.0), values=values, seed=0)
     list(objective.terms(Parts(decoder, teacher), batch, step=0))
     assert not [name for name in objective.record() if name.startswith(("static.", "dynamic."))], "nothing was learned"
+
+
+@pytest.mark.parametrize("axes", [AXES, AXES[:1], AXES[1:]], ids=["both", "first", "second"])
+def test_values_leave_the_models_gradients_alone(batch, axes):
+    """Also with activation checkpointing, which asks policies twice, and where some sites are not elastic."""
+    space, teacher = search_space(axes, CONFIG), random_decoder(CONFIG, seed=1)
+    gradients = []
+    for learns, checkpointing in ((False, False), (True, False), (True, True)):
+        decoder = random_decoder(CONFIG)
+        decoder.activation_checkpointing = checkpointing
+        values = ElasticValues(space, hidden_size=CONFIG.hidden_size, hidden_width=16, seed=0) if learns else None
+        sampler = WithinBatch(per_token=True, p_full=0.25, p_smallest=0.0)
+        objective = Elastic(space, sampler=sampler, teaching=FrozenTeacher(ce_share=0.0), values=values, seed=0)
+        for term in objective.terms(Parts(decoder, teacher), batch, step=0):
+            term.loss.backward()
+        found = {name: parameter.grad for name, parameter in decoder.named_parameters()}
+        learned = {} if values is None else {name: parameter.grad for name, parameter in values.named_parameters()}
+        assert all(grad is not None for grad in learned.values())
+        gradients.append((found, learned))
+    assert all(torch.equal(grad, gradients[1][0][name]) for name, grad in gradients[0][0].items())
+    torch.testing.assert_close(gradients[1], gradients[2])
 
 
 def test_values_are_the_sum_over_sites_of_what_was_chosen(batch):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
 from nestlm.data.batch import Batch
 from nestlm.objective.base import Objective, Parts, Term
-from nestlm.objective.elastic_values import ElasticValues, watched
+from nestlm.objective.elastic_values import ElasticValues, by_token
 from nestlm.objective.teaching import Teaching
 from nestlm.sampler.base import Drawn, Mixture, Sampler, policy_of
 from nestlm.spec import SearchSpace, Site
@@ -47,15 +46,17 @@ class Elastic(Objective):
         drawn = self.sampler.draw(self.space, seed=self.seed, step=step, batch=(shape[0], shape[1]))
         whole = [not isinstance(spec, Mixture) and spec == self.space.full() for spec in drawn]
         seen: dict[Site, Tensor] = {}
-        policies = tuple(
-            zip(
-                (watched(policy_of(spec, self.space, device=batch.tokens_BL.device), seen) for spec in drawn),
-                whole,
-                strict=True,
-            )
-        )
+        policies = [policy_of(spec, self.space, device=batch.tokens_BL.device) for spec in drawn]
+        if self.values is not None:
+            policies = [
+                self.values.watched(policy, seen) if by_token(spec) else policy
+                for policy, spec in zip(policies, drawn, strict=True)
+            ]
         for lesson, spec, is_whole in zip(
-            self.teaching.lessons(parts, batch, policies=policies), drawn, whole, strict=True
+            self.teaching.lessons(parts, batch, policies=tuple(zip(policies, whole, strict=True))),
+            drawn,
+            whole,
+            strict=True,
         ):
             if not is_whole and lesson.reference_BL is not None:
                 self.remember(spec, loss_BL=lesson.text_loss_BL, reference_BL=lesson.reference_BL)
@@ -63,6 +64,7 @@ class Elastic(Objective):
             yield Term(lesson.loss / len(drawn), {name: lesson.loss.detach()})
             if self.values is not None and by_token(spec) and lesson.distance_BL is not None:
                 yield self.values.term(seen, indices_SBL=spec.indices, distance_BL=lesson.distance_BL)
+            seen.clear()
 
     @torch.no_grad()
     def remember(self, drawn: Drawn, *, loss_BL: Tensor, reference_BL: Tensor) -> None:
@@ -83,13 +85,9 @@ class Elastic(Objective):
     def record(self) -> dict[str, Tensor]:
         """Pairs, the oldest first where there is room left: `choices` (n, sites), `losses`, `gaps` (n,).
 
-        And where values were learned, the networks of value routers: `static.*` and `dynamic.*`.
+        And where values were learned, what learned them, as `ElasticValues` saves itself: the networks of value routers
+        are `static.*` and `dynamic.*`.
         """
         known = min(int(self.count), PAIRS)
         pairs = {"choices": self.choices[:known], "losses": self.losses[:known], "gaps": self.gaps[:known]}
         return pairs if self.values is None or not self.values.steps else pairs | self.values.state_dict()
-
-
-def by_token(drawn: Drawn) -> TypeGuard[Mixture]:
-    """Whether each token has choices of its own."""
-    return isinstance(drawn, Mixture) and drawn.indices.ndim == 3

@@ -19,7 +19,7 @@ from nestlm.errors import ConfigError
 from nestlm.nn.loss import SoftTargets, cross_entropy, forward_kl
 from nestlm.nn.policy import WHOLE, Decision, Mixed, Policy, Stream
 from nestlm.objective.base import Parts, Signal, Term, check_router
-from nestlm.objective.elastic_values import part_of
+from nestlm.objective.elastic_values import load_values, part_of
 from nestlm.objective.exploration import random_choices, rank_correlation
 from nestlm.objective.surrogate_static import ERROR_MEMORY, TARGETS, PairSettings
 from nestlm.router import dynamic
@@ -87,11 +87,15 @@ class SurrogateSignal(Signal):
         self.register_buffer("error", torch.full((), torch.inf))
 
     def warm_up(self, router: Router, record: Mapping[str, Tensor]) -> None:
-        """Start with the values of elastic training, where its networks are of the same width (our choice)."""
+        """Start with the values of elastic training (our choice).
+
+        Raises:
+            ConfigError: they were learned by networks of another width.
+        """
         del router
         known = part_of(record, "dynamic.")
-        if self.warm_start and known and known["input"].shape == self.effects.input.shape:
-            self.effects.load_state_dict(known)
+        if self.warm_start and known:
+            load_values(self.effects, known, width="router.signal.hidden_width", cure="router.signal.pairs.warm_start")
 
     def terms(self, parts: Parts, batch: Batch, *, step: int) -> Iterator[Term]:
         router = parts.router

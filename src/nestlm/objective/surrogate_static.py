@@ -45,7 +45,7 @@ class PairSettings:
     Attributes:
         specs_per_step: pairs that each step adds.
         replay: pairs that are remembered.
-        warm_start: begin with those that elastic training recorded.
+        warm_start: begin with those that elastic training recorded, or with the values that it learned.
     """
 
     specs_per_step: int
@@ -72,13 +72,12 @@ class Surrogate(nn.Module):
         super().__init__()
         inputs = len(space.sites) * space.max_choices
         self.steps = nn.Parameter(torch.zeros(len(space.sites), space.max_choices))
-        self.bias = nn.Parameter(torch.zeros(1))
         self.rest = nn.Sequential(nn.Linear(inputs, hidden_width), nn.LeakyReLU(0.1), nn.Linear(hidden_width, 1))
         counts = torch.tensor([len(widths) for widths in space.choices.values()])
         self.register_buffer("is_step", torch.arange(space.max_choices) < counts[:, None] - 1, persistent=False)
 
     def init_weights(self, *, generator: torch.Generator) -> None:
-        """Start at zero everywhere, so that the additive path leads."""
+        """Start with small steps and nothing else, so that the additive path leads."""
         with torch.no_grad():
             for parameter in self.parameters():
                 parameter.zero_()
@@ -89,7 +88,7 @@ class Surrogate(nn.Module):
     def forward(self, probabilities: Tensor) -> Tensor:
         """(n, sites, choices) to (n,)."""
         effects = growth(self.steps.masked_fill(~self.is_step, -torch.inf))
-        return (probabilities * effects).sum((1, 2)) + (self.rest(probabilities.flatten(1)) + self.bias).squeeze(-1)
+        return (probabilities * effects).sum((1, 2)) + self.rest(probabilities.flatten(1)).squeeze(-1)
 
 
 class SurrogateSignal(Signal):

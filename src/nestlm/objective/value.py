@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from nestlm.data.batch import Batch
-from nestlm.errors import ConfigError
 from nestlm.nn.loss import SoftTargets, forward_kl
 from nestlm.nn.policy import WHOLE, Decision, Mixed, Policy, Stream
 from nestlm.objective.base import Parts, Signal, Term, check_router
-from nestlm.objective.elastic_values import part_of
+from nestlm.objective.elastic_values import load_values, part_of
 from nestlm.objective.exploration import random_choices, rank_correlation
 from nestlm.router import value_dynamic, value_static
 from nestlm.router.base import Router
@@ -61,15 +60,9 @@ class ValueSignal(Signal):
         assert isinstance(router, value_static.Router | value_dynamic.Router), "checked"
         prefix = "dynamic." if router.per_token else "static."
         known = part_of(record, prefix)
-        if not self.warm_start or not known:
-            return
-        learned, wanted = known["input"].shape[-1], router.networks.input.shape[-1]
-        if learned != wanted:
-            raise ConfigError(
-                f"router.network.hidden_width: got {wanted}, but elastic training learned values with "
-                f"elastic.values.hidden_width={learned}; wanted the same, or router.signal.warm_start=false"
-            )
-        router.networks.load_state_dict(known)
+        if self.warm_start and known:
+            cure = "router.signal.warm_start"
+            load_values(router.networks, known, width="router.network.hidden_width", cure=cure)
 
     def terms(self, parts: Parts, batch: Batch, *, step: int) -> Iterator[Term]:
         predicted, target = self.observe(parts, batch, key=step)

@@ -33,10 +33,6 @@ class Ledger:
         """What the next wider choice costs more, (K - 1,)."""
         return self.prices.diff()
 
-    def opening(self, batch_size: int) -> Tensor:
-        """What a sequence starts with, (B, K): its balance, and what it has saved up towards each wider choice."""
-        return torch.zeros(batch_size, len(self.prices), dtype=torch.long, device=self.prices.device)
-
     def grant(self, wanted_BL: Tensor, *, real_BL: Tensor | None, account_BK: Tensor) -> tuple[Tensor, Tensor]:
         """Choices that the sequences can pay: none wider than wanted, and each prefix within its income.
 
@@ -46,7 +42,8 @@ class Ledger:
         Args:
             wanted_BL: choice indices.
             real_BL: False for padding, which neither earns nor spends; its choice is the cheapest.
-            account_BK: what earlier tokens left.
+            account_BK: what earlier tokens left: the balance, and what is saved up towards each wider choice; zeros at
+                the start.
 
         Returns:
             Choice indices (B, L), and the account afterwards.

@@ -22,7 +22,7 @@ from nestlm.spec import Budget, Site
 
 LEAST_USED = 0.99  # of the bounds, by a plan in which no site decides
 CAUTIONS = (1.0, 3.0)  # with which plans are tried
-ROUNDS = 4  # of calibration: choices change the hidden states that later choices are made on
+ROUNDS = 3  # of calibration: choices change the hidden states that later choices are made on
 Scorer = Callable[[int, Tensor], Tensor]
 
 
@@ -86,45 +86,63 @@ class TokenRouter(base.Router):
         return base.Answer(self.policy(plan), plan=kept)
 
     def calibrate(self, bounds: tuple[Bound, ...], *, trial: Trial) -> Plan:
-        """The best on the trial's text of a few plans. In some no site decides: nothing may be better than that."""
+        """The best on the trial's text of a few plans. In some no site decides: nothing may be better than that.
+
+        A plan that leaves more than a hundredth of a bound is no answer to it, however good.
+        """
+        unpriced = Plan(min(bound.share for bound in bounds), 0.0, self.tariffs(bounds), {})
+        scores = near = self.record(unpriced, trial)
         if self.granularity.prompt_tokens:
-            return self.approach(bounds, trial=trial, caution=1.0)
-        plans = [self.approach(bounds, trial=trial, caution=caution) for caution in CAUTIONS]
-        unpriced = replace(plans[-1], multiplier=0.0, fixed={}, paces={})
-        for plan in (unpriced, plans[-1]):
-            alike = replace(plan, fixed=self.exact(bounds, self.record(plan, trial)), paces={})
+            return self.approach(unpriced, scores, bounds=bounds, trial=trial, caution=1.0)[0]
+        plans = []
+        for caution in CAUTIONS:
+            plan, near = self.approach(unpriced, scores, bounds=bounds, trial=trial, caution=caution)
+            plans.append(plan)
+        for losses in (mean_losses(scores), mean_losses(near), *self.measured_losses()):
+            alike = replace(unpriced, fixed=self.exact(bounds, losses))
             if alike.spent({}) >= LEAST_USED:
                 plans.append(alike)
         return min(plans, key=lambda plan: trial.loss(self.policy(plan)))
 
-    def approach(self, bounds: tuple[Bound, ...], *, trial: Trial, caution: float, rounds: int = ROUNDS) -> Plan:
-        """A plan whose mean cost on the trial's text lies just below the bounds."""
-        share = min(bound.share for bound in bounds)
-        tariffs = self.tariffs(bounds)
-        plan = Plan(share, 0.0, tariffs, {})
-        for _ in range(rounds):
-            scores = self.record(plan, trial)
+    def approach(
+        self, plan: Plan, scores: dict[int, Tensor], *, bounds: tuple[Bound, ...], trial: Trial, caution: float
+    ) -> tuple[Plan, dict[int, Tensor]]:
+        """A plan whose mean cost on the trial's text lies just below the bounds, and the scores that it was made from.
+
+        Args:
+            plan: where to start.
+            scores: recorded under it.
+            bounds: to keep.
+            trial: the text.
+            caution: see `fix_sites`.
+        """
+        for number in range(ROUNDS):
+            if number:
+                scores = self.record(plan, trial)
             plan = solve(
-                share,
-                tariffs,
+                plan.share,
+                plan.tariffs,
                 heard={row: self.heard(part) for row, part in scores.items()},
                 decided=lambda plan, scores=scores: self.decide_all(plan, scores),
                 paced=not self.granularity.prompt_tokens,
                 caution=caution,
             )
             if len(plan.fixed) == len(self.rows):
-                plan = replace(plan, fixed=self.exact(bounds, scores))
-        return plan
+                plan = replace(plan, fixed=self.exact(bounds, mean_losses(scores)))
+        return plan, scores
+
+    def measured_losses(self) -> list[list[list[float]]]:
+        """What choices lose when all tokens take the same, a row a site, as far as `prepare` has measured it."""
+        return []
 
     def tariffs(self, bounds: tuple[Bound, ...]) -> tuple[Tariff, ...]:
         """Bounds as ledgers count them, where the router computes."""
         device = next(self.parameters()).device
         return tuple(Tariff.of(bound, device=device) for bound in bounds)
 
-    def exact(self, bounds: tuple[Bound, ...], scores: Mapping[int, Tensor]) -> dict[int, int]:
+    def exact(self, bounds: tuple[Bound, ...], losses: list[list[float]]) -> dict[int, int]:
         """The choices of one sub-network for all tokens: where no site decides, the knapsack is exact."""
         space = self.prices.space
-        losses = [(-scores[row].double().flatten(0, -2).mean(0)).tolist() for row in range(len(self.rows))]
         alike = [Bound(token_table(bound.table).alike, bound.share) for bound in bounds]
         return dict(enumerate(space.indices(cheapest_within(losses, bounds=alike, space=space))))
 
@@ -216,6 +234,11 @@ class TokenRouter(base.Router):
             reach_B = torch.searchsorted(tariff.prices[row], left_B, right=True) - 1
             wanted_B = wanted_B.minimum(reach_B.clamp_min(0))
         return wanted_B
+
+
+def mean_losses(scores: Mapping[int, Tensor]) -> list[list[float]]:
+    """Minus the mean score of each choice over all tokens, a row a site."""
+    return [(-scores[row].double().flatten(0, -2).mean(0)).tolist() for row in range(len(scores))]
 
 
 def features(hidden_BLD: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from nestlm.cost.table import Bound, PriceList
 from nestlm.nn.policy import Policy
 from nestlm.router.calibration import Plan, Tariff, settle
 from nestlm.router.networks import SiteNetworks, growth
-from nestlm.router.per_token import Granularity, Scorer, TokenRouter, with_router
+from nestlm.router.per_token import Granularity, Scorer, TokenRouter, mean_losses, with_router
 from nestlm.router.trial import Trial
 from nestlm.spec import Budget
 
@@ -24,6 +24,7 @@ class Router(TokenRouter):
     """
 
     curve: Tensor
+    measured: Tensor
     scale: Tensor
 
     def __init__(
@@ -39,6 +40,7 @@ class Router(TokenRouter):
         super().__init__(with_router(prices, hidden_width), hidden_size=hidden_size, granularity=granularity)
         self.networks = SiteNetworks(prices.space, num_inputs=hidden_size, hidden_width=hidden_width, init_std=init_std)
         self.networks.init_weights(seed=seed)
+        self.register_buffer("measured", torch.zeros(len(self.rows), prices.space.max_choices, dtype=torch.float64))
         self.register_buffer("scale", torch.ones(len(self.rows), prices.space.max_choices))
         self.register_buffer("curve", torch.zeros(CURVE, 2 + len(self.rows), dtype=torch.float64))
 
@@ -57,16 +59,16 @@ class Router(TokenRouter):
     def prepare(self, trial: Trial) -> None:
         """Bring values to scale, and learn the multipliers and fixed sites of some budgets, to draw policies at any.
 
-        A token's own loss does not show what its choices do to later tokens, which attend to it. So the values of a
-        choice are multiplied by one number, with which their mean is what the choice adds to the loss of all text.
+        A token's own loss does not show what its choices do to later tokens, which attend to it. What a choice adds to
+        the loss of all text does, but only beside sites that run whole. So the values of a choice are multiplied by one
+        number, with which their mean is the geometric mean of both.
         """
         unpriced = Plan(1.0, 0.0, self.bound_at(1.0), {})
         self.scale.fill_(1.0)
-        added = trial.sensitivities(self.prices.space)
-        for row, scores in self.record(unpriced, trial).items():
-            learned = -self.heard(scores).double().flatten(0, -2).mean(0)
-            self.scale[row, : len(learned)] = (added[row, : len(learned)].to(learned) + LEAST) / (learned + LEAST)
-        self.scale.clamp_(min=0.0)
+        self.measured.copy_(trial.sensitivities(self.prices.space))
+        for row, losses in enumerate(mean_losses(self.record(unpriced, trial))):
+            learned_K, added_K = torch.tensor(losses), self.measured[row, : len(losses)].cpu().clamp_min(0.0)
+            self.scale[row, : len(losses)] = ((added_K + LEAST) / (learned_K + LEAST)).sqrt()
         scores = self.record(unpriced, trial)
         heard = {row: self.heard(part) for row, part in scores.items()}
         shares = torch.linspace(self.planned.main.cheapest / self.planned.main.whole, 1.0, CURVE + 1)[1:].tolist()
@@ -74,6 +76,10 @@ class Router(TokenRouter):
             plan = settle(share, self.bound_at(share), heard)
             fixed = [plan.fixed.get(row, -1) for row in range(len(self.rows))]
             self.curve[number] = torch.tensor([share, plan.multiplier, *fixed], dtype=torch.float64)
+
+    def measured_losses(self) -> list[list[list[float]]]:
+        rows = zip(self.measured.tolist(), self.prices.space.choices.values(), strict=True)
+        return [[row[: len(widths)] for row, widths in rows]]
 
     def bound_at(self, share: float) -> tuple[Tariff, ...]:
         """A share of the run's cost as a ledger counts it."""
