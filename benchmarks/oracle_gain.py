@@ -1,0 +1,122 @@
+"""How much could choices per token gain at all? An oracle that is told what each choice costs each token.
+
+It runs every choice of every site by itself and sees each token's KL to the whole model; then each token takes the MLP
+widths of the least KL plus price of cost, at the price at which the mean cost is that of the knapsack's sub-network.
+Nothing is charged for deciding, no ledger holds a sequence back, heads are the knapsack's: a learned router has less.
+
+python benchmarks/oracle_gain.py RUN          (a run folder, best of router=uniform joint.steps=0)
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch import Tensor
+
+from nestlm.compose import build
+from nestlm.cost.table import CostTable
+from nestlm.data.batch import Batch
+from nestlm.data.module import PackedTokens
+from nestlm.data.prepare import prepare
+from nestlm.nn.decoder import Decoder
+from nestlm.nn.loss import SoftTargets, forward_kl
+from nestlm.nn.policy import fixed, full, mixed
+from nestlm.report.tables import markdown_table
+from nestlm.router.knapsack import KnapsackRouter
+from nestlm.router.trial import Trial
+from nestlm.settings import Settings
+from nestlm.spec import MLP_WIDTH
+
+ROWS = 48  # of calibration text
+HALVINGS = 30
+LARGEST = 100.0  # nats for the cost of the whole model
+
+
+def text(settings: Settings, run: Path) -> list[Batch]:
+    """Calibration text, tokenized as the run did."""
+    with tempfile.TemporaryDirectory() as folder:
+        prepare(
+            settings.data.source,
+            Path(folder),
+            vocab_size=settings.model.decoder_config().vocab_size,
+            tokenizer_file=run / "checkpoints/data/tokenizer.json",
+            heldout_share=settings.data.heldout_share,
+        )
+        data = PackedTokens(settings.data, Path(folder), seed=settings.seed, stream="calibration", num_steps=0)
+        return list(data.heldout_dataloader("calibration", num_rows=ROWS))
+
+
+@torch.no_grad()
+def costs_of_choices(trial: Trial, table: CostTable) -> list[Tensor]:
+    """KL of each token to the whole model under each single choice, one tensor (sites, choices, B, L) a batch."""
+    space, found = table.space, []
+    for batch in trial.batches:
+        whole = SoftTargets.of(trial.run(batch, full).logits_BLV)
+        kl = torch.zeros(len(space.sites), space.max_choices, *batch.tokens_BL.shape)
+        for row, (site, widths) in enumerate(space.choices.items()):
+            for index in range(len(widths) - 1):
+                single = space.spec(dict.fromkeys(space.sites, -1) | {site: index})
+                kl[row, index] = forward_kl(trial.run(batch, fixed(single)).logits_BLV, whole)
+        found.append(kl)
+    return found
+
+
+def choose(kl: Tensor, table: CostTable, *, spec: Sequence[int], price: float) -> Tensor:
+    """Choices of each token, (sites, B, L): MLP widths by KL and price of cost, heads as in a spec."""
+    rows = []
+    for row, (site, widths) in enumerate(table.space.choices.items()):
+        if site.axis == MLP_WIDTH:
+            priced = kl[row, : len(widths)] + price * table.shares[row, : len(widths), None, None]
+            rows.append(priced.argmin(0))
+        else:
+            rows.append(torch.full(kl.shape[2:], spec[row]))
+    return torch.stack(rows)
+
+
+def mean_share(chosen: list[Tensor], table: CostTable) -> float:
+    """Mean cost of choices, as a share."""
+    indices = torch.cat([indices_SBL.flatten(1) for indices_SBL in chosen], dim=1)
+    rows = (table.shares[row][index].mean() for row, index in enumerate(indices))
+    return table.constant / table.whole + float(sum(rows))
+
+
+@torch.no_grad()
+def main(run: Path) -> None:
+    """Print the table."""
+    settings: Settings = build(yaml.safe_load((run / "config.yaml").read_text()))
+    decoder = Decoder(settings.model.decoder_config()).eval()
+    decoder.load_state_dict(load_file(run / "checkpoints/elastic/model.safetensors"))
+    trial = Trial(decoder, text(settings, run))
+    prices = settings.prices()
+    table, space = prices.main, prices.space
+    router = KnapsackRouter(prices=prices)
+    router.prepare(trial)
+    kl = costs_of_choices(trial, table)
+    rows = []
+    for budget in settings.budgets[1:]:
+        spec = router.spec(budget)
+        indices, share = space.indices(spec), table.share(spec)
+        low, high = 0.0, LARGEST
+        for _ in range(HALVINGS):
+            price = (low + high) / 2
+            chosen = [choose(part, table, spec=indices, price=price) for part in kl]
+            low, high = (price, high) if mean_share(chosen, table) > share else (low, price)
+        chosen = [choose(part, table, spec=indices, price=high) for part in kl]
+        losses = [
+            Trial(decoder, [batch]).loss(mixed(space, part)) * batch.targets_BL.numel()
+            for batch, part in zip(trial.batches, chosen, strict=True)
+        ]
+        oracle = sum(losses) / sum(batch.targets_BL.numel() for batch in trial.batches)
+        alike = trial.loss(fixed(spec))
+        rows.append([str(budget), f"{share:.3f}", f"{alike:.4f}", f"{oracle:.4f}", f"{oracle - alike:+.4f}"])
+    print(markdown_table(["budget", "cost", "knapsack", "oracle per token", "difference"], rows))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
