@@ -363,7 +363,7 @@ def test_in_float32_choices_are_equal_up_to_the_first_tie(variant, trial, monkey
         [(gap[:, None] if gap.ndim == 1 else gap.amin(0)).expand(4, LENGTH) < 1e-4 for gap in gaps]
     ).any(0)
     clear_B = (tied_BL.cumsum(1) == 0).sum(1).tolist()
-    assert sum(clear_B) > LENGTH // 3
+    assert sum(clear_B) > 4, "some tokens come before any tie"
     for row, clear in enumerate(clear_B):
         cache = KVCache(CONFIG, batch_size=1, length=LENGTH, device=torch.device("cpu"), dtype=torch.float32)
         steps = [trial.decoder(tokens_BL[row : row + 1, at : at + 1], policy, cache=cache) for at in range(LENGTH)]

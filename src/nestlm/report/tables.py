@@ -27,6 +27,7 @@ SHOWN = (
     ("time", "time", "{:.2f}"),
 )
 HEADINGS = tuple(heading for heading, _, _ in SHOWN)
+PAGE_ONLY = {"spread"}  # a terminal of 80 columns has no room for it
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
@@ -59,10 +60,12 @@ def cells(row: Row) -> list[str]:
 def terminal_table(rows: Sequence[Row], *, cost: str) -> Table:
     """The table that a run ends with."""
     table = Table(title=f"Costs as shares of the full model's {cost}", title_justify="left")
-    for index, (heading, _, _) in enumerate(SHOWN):
-        table.add_column(heading, justify="right" if index else "left")
+    kept = [index for index, heading in enumerate(HEADINGS) if heading not in PAGE_ONLY]
+    for index in kept:
+        table.add_column(HEADINGS[index], justify="right" if index else "left")
     for row in rows:
-        table.add_row(*cells(row))
+        shown = cells(row)
+        table.add_row(*(shown[index] for index in kept))
     return table
 
 
