@@ -90,7 +90,7 @@ class TokenRouter(base.Router):
 
         A plan that leaves more than a hundredth of a bound is no answer to it, however good.
         """
-        unpriced = Plan(min(bound.share for bound in bounds), 0.0, self.tariffs(bounds), {})
+        unpriced = Plan(self.told(bounds), 0.0, self.tariffs(bounds), {})
         scores = near = self.record(unpriced, trial)
         if self.granularity.prompt_tokens:
             return self.approach(unpriced, scores, bounds=bounds, trial=trial, caution=1.0)[0]
@@ -103,6 +103,19 @@ class TokenRouter(base.Router):
             if alike.spent({}) >= LEAST_USED:
                 plans.append(alike)
         return min(plans, key=lambda plan: trial.loss(self.policy(plan)))
+
+    def told(self, bounds: tuple[Bound, ...]) -> float:
+        """The share that networks are told for a budget.
+
+        They learn at the prices of a model in which every site decides. Sites that don't are cheaper, so the same share
+        buys more: what it leaves above the cheapest choices is taken as so much of the shares that networks know.
+        """
+        told = []
+        for bound in bounds:
+            table = bound.table
+            cheapest, floor = table.cheapest / table.whole, table.share(table.space.smallest())
+            told.append(floor + (1.0 - floor) * (bound.share - cheapest) / (1.0 - cheapest))
+        return min(1.0, *told)
 
     def approach(
         self, plan: Plan, scores: dict[int, Tensor], *, bounds: tuple[Bound, ...], trial: Trial, caution: float
