@@ -19,7 +19,7 @@ from scipy.optimize import Bounds as SolverBounds
 from scipy.optimize import LinearConstraint, linprog, milp
 
 from nestlm.cost.table import Bound, PriceList
-from nestlm.spec import Budget, SearchSpace, SubnetSpec
+from nestlm.spec import Budget, SearchSpace, Site, SubnetSpec
 
 Array = NDArray[np.float64]
 Choices = NDArray[np.intp]
@@ -212,3 +212,31 @@ def first_that_fits(found: Choices, *, bounds: Sequence[Bound], space: SearchSpa
         if all(bound.fits(spec) for bound in bounds):
             return spec
     return None
+
+
+def use_up(
+    spec: SubnetSpec, losses: Sequence[Sequence[float]], *, space: SearchSpace, bounds: tuple[Bound, ...]
+) -> SubnetSpec:
+    """Widen sites, a choice at a time and where it adds least to the losses first, until no site can grow in the bounds.
+
+    A router's distribution is sharp, so its likeliest spec may lie well below the budget; wider seldom hurts (our
+    choice).
+    """
+    indices = dict(zip(space.sites, space.indices(spec), strict=True))
+    rows = {site: row for row, site in enumerate(space.sites)}
+
+    def step(site: Site) -> float:
+        row, index = losses[rows[site]], indices[site]
+        return row[index + 1] - row[index]
+
+    growing = {site for site in space.sites if indices[site] + 1 < len(space.choices[site])}
+    while growing:
+        site = min(sorted(growing), key=step)
+        wider = space.spec(indices | {site: indices[site] + 1})
+        if all(bound.fits(wider) for bound in bounds):
+            indices[site] += 1
+        else:
+            growing.discard(site)
+        if indices[site] + 1 >= len(space.choices[site]):
+            growing.discard(site)
+    return space.spec(indices)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nestlm.cost.knapsack import cheapest_within
+from nestlm.cost.knapsack import cheapest_within, use_up
 from nestlm.cost.table import Bound, CostTable, PriceList, TokenTable
 from nestlm.nn.policy import WHOLE, Decision, Mixed, Policy, Stream, full
 from nestlm.router import base
@@ -154,10 +154,11 @@ class TokenRouter(base.Router):
         return tuple(Tariff.of(bound, device=device) for bound in bounds)
 
     def exact(self, bounds: tuple[Bound, ...], losses: list[list[float]]) -> dict[int, int]:
-        """The choices of one sub-network for all tokens: where no site decides, the knapsack is exact."""
+        """The choices of one sub-network for all tokens: an exact knapsack, and what it leaves is used up."""
         space = self.prices.space
         alike = [Bound(token_table(bound.table).alike, bound.share) for bound in bounds]
-        return dict(enumerate(space.indices(cheapest_within(losses, bounds=alike, space=space))))
+        spec = use_up(cheapest_within(losses, bounds=alike, space=space), losses, space=space, bounds=tuple(alike))
+        return dict(enumerate(space.indices(spec)))
 
     def record(self, plan: Plan, trial: Trial) -> dict[int, Tensor]:
         """The scores of all tokens under a plan, (N, L, K) a site's row, in the order in which sites run."""

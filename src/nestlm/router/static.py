@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from nestlm.cost.knapsack import cheapest_loss
+from nestlm.cost.knapsack import cheapest_loss, use_up
 from nestlm.cost.table import PriceList
 from nestlm.nn.policy import Decision, Policy, constant
 from nestlm.router import base
@@ -53,35 +51,8 @@ class Router(base.Router):
         del trial
         losses = (-self._logits(budget).log_softmax(-1)).tolist()
         spec = cheapest_loss(losses, prices=self.prices, budget=budget)
-        return use_up(spec, losses, prices=self.prices, budget=budget)
+        return use_up(spec, losses, space=self.prices.space, bounds=self.prices.bounds(budget))
 
     def _logits(self, budget: Budget) -> Tensor:
         share = self.prices.tightest(budget)
         return self(torch.tensor([share], device=self.networks.input.device))[0]
-
-
-def use_up(spec: SubnetSpec, losses: Sequence[Sequence[float]], *, prices: PriceList, budget: Budget) -> SubnetSpec:
-    """Widen sites, a choice at a time and the least unlikely first, until no site can grow within the budget.
-
-    A router's distribution is sharp, so its likeliest spec may lie well below the budget; wider seldom hurts (our
-    choice).
-    """
-    space = prices.space
-    indices = dict(zip(space.sites, space.indices(spec), strict=True))
-    rows = {site: row for row, site in enumerate(space.sites)}
-
-    def step(site: Site) -> float:
-        row, index = losses[rows[site]], indices[site]
-        return row[index + 1] - row[index]
-
-    growing = {site for site in space.sites if indices[site] + 1 < len(space.choices[site])}
-    while growing:
-        site = min(sorted(growing), key=step)
-        wider = indices | {site: indices[site] + 1}
-        if prices.fits(space.spec(wider), budget):
-            indices = wider
-        else:
-            growing.discard(site)
-        if indices[site] + 1 >= len(space.choices[site]):
-            growing.discard(site)
-    return space.spec(indices)
