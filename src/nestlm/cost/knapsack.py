@@ -217,7 +217,7 @@ def first_that_fits(found: Choices, *, bounds: Sequence[Bound], space: SearchSpa
 def use_up(
     spec: SubnetSpec, losses: Sequence[Sequence[float]], *, space: SearchSpace, bounds: tuple[Bound, ...]
 ) -> SubnetSpec:
-    """Widen sites, a choice at a time and where it adds least to the losses first, until no site can grow in the bounds.
+    """Widen sites, a choice at a time and where it adds least to the losses first, until no site can grow.
 
     A router's distribution is sharp, so its likeliest spec may lie well below the budget; wider seldom hurts (our
     choice).
