@@ -88,7 +88,7 @@ class TokenRouter(base.Router):
     def calibrate(self, bounds: tuple[Bound, ...], *, trial: Trial) -> Plan:
         """The best on the trial's text of a few plans. In some no site decides: nothing may be better than that.
 
-        A plan that leaves more than a hundredth of a bound is no answer to it, however good.
+        Of these, one that leaves more than a hundredth of a bound is no answer to it, however good.
         """
         unpriced = Plan(self.told(bounds), 0.0, self.tariffs(bounds), {})
         scores = near = self.record(unpriced, trial)
