@@ -24,7 +24,7 @@ from nestlm.nn.policy import Mixed, Policy, full
 from nestlm.objective.base import Parts
 from nestlm.router.base import Router
 from nestlm.router.calibration import Plan
-from nestlm.router.per_token import CAUTIONS, Granularity, TokenRouter, features
+from nestlm.router.per_token import CAUTIONS, Granularity, TokenRouter, features, mean_losses
 from nestlm.router.trial import Trial
 from nestlm.sampler.base import generator, independent
 from nestlm.seeding import torch_generator
@@ -106,6 +106,12 @@ def batches(seed: int, *, count: int = 2, rows: int = 4) -> list[Batch]:
 @pytest.fixture
 def trial() -> Trial:
     return Trial(random_decoder(CONFIG), batches(0))
+
+
+@pytest.fixture
+def deciding(monkeypatch) -> None:
+    """A plan in which no site decides is no answer: otherwise the best one may leave nothing to look at."""
+    monkeypatch.setattr("nestlm.router.per_token.LEAST_USED", 1.1)
 
 
 def wide(trial: Trial) -> Trial:
@@ -201,7 +207,7 @@ def test_the_plan_is_the_best_of_those_tried(variant, trial, monkeypatch):
     monkeypatch.setattr(Trial, "loss", lambda trial, policy: 0.0)
     assert router.calibrate(bounds, trial=trial) is plans[0]
     tried = len(plans)
-    assert tried == len(CAUTIONS) + 2 + len(router.measured_losses())
+    assert tried == len(CAUTIONS) + 3
     assert [len(plan.fixed) == len(SPACE.sites) for plan in plans[len(CAUTIONS) :]] == [True] * (tried - len(CAUTIONS))
     for best in range(tried):
         plans.clear()
@@ -211,6 +217,22 @@ def test_the_plan_is_the_best_of_those_tried(variant, trial, monkeypatch):
     plans.clear()
     router.calibrate(bounds, trial=trial)
     assert len(plans) == len(CAUTIONS), "what wastes the budget is no answer"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", [each for each in variants("dynamic") if each.granularity == "token"], ids=str)
+def test_where_no_site_decides_the_answer_is_a_sub_network(variant, trial, monkeypatch):
+    monkeypatch.setattr("nestlm.router.per_token.CAUTIONS", ())
+    monkeypatch.setattr("nestlm.router.per_token.LEAST_USED", 0.0)
+    router = variant.router()
+    router.prepare(trial)
+    answer = router.find(Budget.of_share(0.8), trial=trial)
+    assert answer.plan is None
+    assert 0.7 < STATIC.main.share(answer.spec) <= 0.8
+    output = trial.decoder(trial.batches[0].tokens_BL, answer.policy)
+    assert {site: decision.width for site, decision in output.decisions.items() if site in SPACE.choices} == dict(
+        answer.spec.items()
+    )
 
 
 def test_a_trial_runs_in_the_precision_that_it_is_given(trial):
@@ -234,8 +256,27 @@ def test_values_are_brought_to_the_scale_of_what_is_measured(trial):
         product_K = learned[row] * added[row, : len(widths)].clamp_min(0.0)
         torch.testing.assert_close(scaled[row].square(), product_K, rtol=0.1, atol=5e-3)
     assert router.measured_losses() == [
-        [row[: len(w)].tolist() for row, w in zip(added, SPACE.choices.values(), strict=True)]
+        row[: len(w)].tolist() for row, w in zip(added, SPACE.choices.values(), strict=True)
     ]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", [v for v in variants("dynamic") if v.option != "value"], ids=str)
+def test_the_price_that_scores_hold_is_found(variant, trial):
+    """In minus a multiple of what is measured, less a price of cost; without the price, only losses are left."""
+    router = variant.router()
+    router.prepare(trial)
+    plan = Plan(1.0, 0.0, router.tariffs(router.planned.bounds(Budget.of_share(0.8))), {})
+    losses = [torch.tensor([row]).double().clamp_min(0.0) for row in router.measured_losses()]
+    scores = [3.0 - (20.0 * loss_K + 7.0 * price_K) for loss_K, price_K in zip(losses, plan.prices, strict=True)]
+    held = router.held(plan, mean_losses(dict(enumerate(scores))))
+    assert held == pytest.approx(7.0)
+    plan = replace(plan, held=held)
+    for row, loss_K in enumerate(losses):
+        free_K = plan.unpriced(row, scores[row])
+        torch.testing.assert_close(free_K[..., -1:] - free_K, 20.0 * loss_K)
+    backwards = [-score for score in scores]
+    assert router.held(plan, mean_losses(dict(enumerate(backwards)))) == 0.0, "nothing is known of what they hold"
 
 
 def mean_values(router: TokenRouter, trial: Trial) -> list[torch.Tensor]:
@@ -277,7 +318,7 @@ def test_dynamic_budgets_that_cannot_be(variant, trial):
 
 @torch.no_grad()
 @pytest.mark.parametrize("variant", [v for v in variants("dynamic") if v.granularity == "token"], ids=str)
-def test_what_is_priced_is_what_runs(variant, trial):
+def test_what_is_priced_is_what_runs(variant, trial, deciding):
     """FLOPs of the narrower matrices and of the router, as torch counts them, for one sequence."""
     router = variant.router()
     policy = router.find(Budget.of_share(0.9), trial=trial).policy
@@ -304,7 +345,7 @@ def choices(output: DecoderOutput) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 @EVERY
-def test_later_tokens_change_nothing_before_them(variant, trial):
+def test_later_tokens_change_nothing_before_them(variant, trial, deciding):
     policy = variant.router().find(Budget.of_share(0.9), trial=trial).policy
     tokens_BL = batches(3)[0].tokens_BL
     changed_BL = tokens_BL.clone()
@@ -318,7 +359,7 @@ def test_later_tokens_change_nothing_before_them(variant, trial):
 
 @torch.no_grad()
 @DYNAMICS
-def test_alone_together_padded_and_token_by_token(variant, trial):
+def test_alone_together_padded_and_token_by_token(variant, trial, deciding):
     """Equal choices in float64, and logits within 1e-4."""
     trial = wide(trial)
     router = variant.router().double()
@@ -348,7 +389,7 @@ def test_alone_together_padded_and_token_by_token(variant, trial):
 
 @torch.no_grad()
 @DYNAMICS
-def test_in_float32_choices_are_equal_up_to_the_first_tie(variant, trial, monkeypatch):
+def test_in_float32_choices_are_equal_up_to_the_first_tie(variant, trial, monkeypatch, deciding):
     """Alone, together or token by token: choices differ at most after the two best differed by less than 1e-4."""
     router = variant.router()
     policy = router.find(Budget.of_share(0.9), trial=trial).policy
@@ -391,7 +432,7 @@ def noting_gaps(gaps: list[torch.Tensor]):
 
 @torch.no_grad()
 @DYNAMICS
-def test_a_ragged_batch_is_padded_on_the_left(variant, trial):
+def test_a_ragged_batch_is_padded_on_the_left(variant, trial, deciding):
     """Prompts of different lengths in one batch, then decoding: each row chooses as it would alone."""
     trial = wide(trial)
     policy = variant.router().double().find(Budget.of_share(0.9), trial=trial).policy

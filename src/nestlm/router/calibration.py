@@ -87,6 +87,7 @@ class Plan:
             for a plan without ledgers.
         paces: by site, where each sequence finds its own multiplier.
         aim: the income that paces aim at, relative to the ledger's.
+        held: price of cost that the networks' scores hold already.
     """
 
     share: float
@@ -96,6 +97,11 @@ class Plan:
     incomes: tuple[tuple[int, ...], ...] = ()
     paces: Mapping[int, Pace] = field(default_factory=dict)
     aim: float = 1.0
+    held: float = 0.0
+
+    def unpriced(self, row: int, scores: Tensor) -> Tensor:
+        """What networks say, without the price that it holds: (..., K)."""
+        return scores + (self.held * self.prices[row]).to(scores.dtype) if self.held else scores
 
     def wanted(self, row: int, scores: Tensor) -> Tensor:
         """The choice of highest score less priced cost: (..., K) to (...)."""
@@ -184,31 +190,32 @@ def fix_sites(plan: Plan, heard: Mapping[int, Tensor], *, caution: float) -> Pla
     return replace(plan, fixed=fixed)
 
 
-def settle(share: float, tariffs: tuple[Tariff, ...], heard: Mapping[int, Tensor], *, caution: float = 1.0) -> Plan:
+def settle(start: Plan, heard: Mapping[int, Tensor], *, caution: float = 1.0) -> Plan:
     """One multiplier settles which sites decide, the choices of the others, and the incomes.
 
     What is wanted costs a little less than the bounds, where it can; the ledgers keep them all the same.
     """
 
     def attempt(multiplier: float) -> Plan | None:
-        plan = fix_sites(Plan(share, multiplier, tariffs, {}), heard, caution=caution)
+        plan = fix_sites(replace(start, multiplier=multiplier), heard, caution=caution)
         wanted = {row: plan.wanted(row, scores) for row, scores in heard.items() if row not in plan.fixed}
         return None if plan.spent(wanted) > 1.0 - MARGIN else plan.fund(wanted)
 
-    return bisect(attempt, low=-LARGEST, high=LARGEST, halvings=HALVINGS) or cheapest(share, tariffs, heard)
+    return bisect(attempt, low=-LARGEST, high=LARGEST, halvings=HALVINGS) or cheapest(start, heard)
 
 
-def cheapest(share: float, tariffs: tuple[Tariff, ...], rows: Iterable[int]) -> Plan:
+def cheapest(start: Plan, rows: Iterable[int]) -> Plan:
     """The cheapest choices everywhere, which keep every bound that can be kept."""
+    tariffs = start.tariffs
     if all(tariff.table.fixed is not None for tariff in tariffs):
-        return Plan(share, LARGEST, tariffs, dict.fromkeys(rows, 0), ((0,) * len(tariffs[0].prices),) * len(tariffs))
+        nothing = ((0,) * len(tariffs[0].prices),) * len(tariffs)
+        return replace(start, multiplier=LARGEST, fixed=dict.fromkeys(rows, 0), incomes=nothing)
     incomes = tuple(tuple(int(prices[0]) for prices in tariff.prices) for tariff in tariffs)
-    return Plan(share, LARGEST, tariffs, {}, incomes)
+    return replace(start, multiplier=LARGEST, incomes=incomes)
 
 
 def solve(
-    share: float,
-    tariffs: tuple[Tariff, ...],
+    start: Plan,
     *,
     heard: Mapping[int, Tensor],
     decided: Decide,
@@ -218,20 +225,19 @@ def solve(
     """The plan that comes just below the tightest bound on calibration text.
 
     Args:
-        share: told to the networks.
-        tariffs: one a bound.
+        start: what is known of the plan: share, tariffs, and the price that scores hold.
         heard: scores by which tokens (or prompts) choose, (N, L, K) a site's row.
         decided: what is decided under a plan at each site that decides, its ledgers included.
         caution: see `fix_sites`.
         paced: each sequence finds its own multipliers, and aims at an income with which the bound is used up.
     """
-    settled = settle(share, tariffs, heard, caution=caution)
+    settled = settle(start, heard, caution=caution)
     deciding = {row: scores for row, scores in heard.items() if row not in settled.fixed}
     if not deciding or not paced:
         return settled
     paces = {}
     for row, scores in deciding.items():
-        prices = tuple(tariff.prices[row] for tariff in tariffs)
+        prices = tuple(tariff.prices[row] for tariff in settled.tariffs)
         incomes = tuple(incomes[row] for incomes in settled.incomes)
         paces[row] = Pace.of(scores.flatten(0, -2), settled.prices[row], prices=prices, incomes=incomes)
     settled = replace(settled, paces=paces)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nestlm.cost.table import PriceList
 from nestlm.nn.policy import WHOLE, Decision, Policy, Stream
+from nestlm.router.calibration import Plan
 from nestlm.router.networks import BUDGET_FEATURES, SiteNetworks, embed_share
 from nestlm.router.per_token import Granularity, Scorer, TokenRouter, features, with_router
 from nestlm.router.relaxed import gated_tokens, gumbel_noise, sample_choices, soft_mask
@@ -44,6 +45,20 @@ class Router(TokenRouter):
         budget = embed_share(self.networks.input.new_tensor([share]))
         parts = [self.networks.part(row, budget)[:, None] for row in range(len(self.rows))]  # once for all tokens
         return lambda row, features_BLD: self.networks.at(row, features_BLD, more=parts[row]).log_softmax(-1)
+
+    def held(self, plan: Plan, losses: list[list[float]]) -> float:
+        """Logits that were trained to save cost hold its price: mean losses are a multiple of those measured and it.
+
+        Multiple and price, one of all sites and choices, are found by least squares.
+        """
+        known, wanted = [], []
+        for row, (said, measured) in enumerate(zip(losses, self.measured_losses(), strict=True)):
+            prices = plan.prices[row].tolist()
+            known += [(max(0.0, loss), price - prices[-1]) for loss, price in zip(measured, prices, strict=True)]
+            wanted += [loss - said[-1] for loss in said]
+        solution = torch.linalg.lstsq(torch.tensor(known, dtype=torch.float64), torch.tensor(wanted).double()[:, None])
+        multiple, price = solution.solution[:, 0].tolist()
+        return max(0.0, price) if multiple > 0.0 else 0.0
 
     def draw(self, budget: Budget, *, generator: torch.Generator) -> Policy:
         """Choices sampled for each token, gated so that the loss reaches the router."""

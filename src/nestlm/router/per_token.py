@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nestlm.cost.knapsack import cheapest_within, use_up
 from nestlm.cost.table import Bound, CostTable, PriceList, TokenTable
-from nestlm.nn.policy import WHOLE, Decision, Mixed, Policy, Stream, full
+from nestlm.nn.policy import WHOLE, Decision, Mixed, Policy, Stream, fixed, full
 from nestlm.router import base
 from nestlm.router.calibration import Plan, Tariff, solve
 from nestlm.router.ledger import UNITS
@@ -44,6 +44,7 @@ class TokenRouter(base.Router):
     """Scores the choices of each token at each site from its hidden state, which no later token has touched."""
 
     per_token = True
+    measured: Tensor
 
     def __init__(self, prices: PriceList, *, hidden_size: int, granularity: Granularity) -> None:
         super().__init__(prices)
@@ -54,6 +55,7 @@ class TokenRouter(base.Router):
             prices.change(lambda table: token_table(table).after_prompt(prompt_share)) if prompt_share else prices
         )
         self.rows = {site: row for row, site in enumerate(prices.space.sites)}
+        self.register_buffer("measured", torch.zeros(len(self.rows), prices.space.max_choices, dtype=torch.float64))
 
     @abstractmethod
     def scorer(self, share: float) -> Scorer:
@@ -70,15 +72,24 @@ class TokenRouter(base.Router):
         self.planned.check(budget)
 
     @torch.no_grad()
+    def prepare(self, trial: Trial) -> None:
+        """Measure what each choice adds to the loss beside sites that run whole: all tokens take it."""
+        self.measured.copy_(trial.sensitivities(self.prices.space))
+
+    @torch.no_grad()
     def find(self, budget: Budget, *, trial: Trial | None = None) -> base.Answer:
         bounds = self.planned.bounds(budget)
         if all(bound.share >= 1.0 for bound in bounds):  # the whole model, without routing
             return base.Answer(full, self.planned.space.full())
         assert trial is not None, "a dynamic router needs calibration text to meet a budget"
         plan = self.calibrate(bounds, trial=trial)
+        if len(plan.fixed) == len(self.rows):
+            spec = self.prices.space.spec({site: plan.fixed[row] for site, row in self.rows.items()})
+            return base.Answer(fixed(spec), spec)
         kept = {
             "share": plan.share,
             "multiplier": plan.multiplier,
+            "held": plan.held,
             "fixed": {str(self.prices.space.sites[row]): index for row, index in plan.fixed.items()},
             "incomes": plan.incomes,
             "units": UNITS,
@@ -90,16 +101,18 @@ class TokenRouter(base.Router):
 
         Of these, one that leaves more than a hundredth of a bound is no answer to it, however good.
         """
-        unpriced = Plan(self.told(bounds), 0.0, self.tariffs(bounds), {})
-        scores = near = self.record(unpriced, trial)
+        start = Plan(self.told(bounds), 0.0, self.tariffs(bounds), {})
+        scores = self.record(start, trial)
+        start = replace(start, held=self.held(start, mean_losses(scores)))
+        scores = near = {row: start.unpriced(row, part) for row, part in scores.items()}
         if self.granularity.prompt_tokens:
-            return self.approach(unpriced, scores, bounds=bounds, trial=trial, caution=1.0)[0]
+            return self.approach(start, scores, bounds=bounds, trial=trial, caution=1.0)[0]
         plans = []
         for caution in CAUTIONS:
-            plan, near = self.approach(unpriced, scores, bounds=bounds, trial=trial, caution=caution)
+            plan, near = self.approach(start, scores, bounds=bounds, trial=trial, caution=caution)
             plans.append(plan)
-        for losses in (mean_losses(scores), mean_losses(near), *self.measured_losses()):
-            alike = replace(unpriced, fixed=self.exact(bounds, losses))
+        for losses in (mean_losses(scores), mean_losses(near), self.measured_losses()):
+            alike = replace(start, fixed=self.exact(bounds, losses))
             if alike.spent({}) >= LEAST_USED:
                 plans.append(alike)
         return min(plans, key=lambda plan: trial.loss(self.policy(plan)))
@@ -118,23 +131,23 @@ class TokenRouter(base.Router):
         return min(1.0, *told)
 
     def approach(
-        self, plan: Plan, scores: dict[int, Tensor], *, bounds: tuple[Bound, ...], trial: Trial, caution: float
+        self, start: Plan, scores: dict[int, Tensor], *, bounds: tuple[Bound, ...], trial: Trial, caution: float
     ) -> tuple[Plan, dict[int, Tensor]]:
         """A plan whose mean cost on the trial's text lies just below the bounds, and the scores that it was made from.
 
         Args:
-            plan: where to start.
+            start: what is known of the plan.
             scores: recorded under it.
             bounds: to keep.
             trial: the text.
             caution: see `fix_sites`.
         """
+        plan = start
         for number in range(ROUNDS):
             if number:
                 scores = self.record(plan, trial)
             plan = solve(
-                plan.share,
-                plan.tariffs,
+                start,
                 heard={row: self.heard(part) for row, part in scores.items()},
                 decided=lambda plan, scores=scores: self.decide_all(plan, scores),
                 paced=not self.granularity.prompt_tokens,
@@ -144,9 +157,15 @@ class TokenRouter(base.Router):
                 plan = replace(plan, fixed=self.exact(bounds, mean_losses(scores)))
         return plan, scores
 
-    def measured_losses(self) -> list[list[list[float]]]:
-        """What choices lose when all tokens take the same, a row a site, as far as `prepare` has measured it."""
-        return []
+    def measured_losses(self) -> list[list[float]]:
+        """What choices lose when all tokens take the same, a row a site, as `prepare` has measured it."""
+        rows = zip(self.measured.tolist(), self.prices.space.choices.values(), strict=True)
+        return [row[: len(widths)] for row, widths in rows]
+
+    def held(self, plan: Plan, losses: list[list[float]]) -> float:
+        """The price of cost that scores hold, with which a plan has recorded these mean losses."""
+        del plan, losses
+        return 0.0
 
     def tariffs(self, bounds: tuple[Bound, ...]) -> tuple[Tariff, ...]:
         """Bounds as ledgers count them, where the router computes."""
@@ -195,7 +214,7 @@ class TokenRouter(base.Router):
             widths, index = self.prices.space.choices[site], plan.fixed.get(row)
             if index is not None and observe is None:
                 return Decision(widths[index])
-            scores_BLK = scorer(row, features(hidden_BLD))
+            scores_BLK = plan.unpriced(row, scorer(row, features(hidden_BLD)))
             if observe is not None:
                 observe(row, scores_BLK)
             if index is not None:

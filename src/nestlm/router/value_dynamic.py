@@ -24,7 +24,6 @@ class Router(TokenRouter):
     """
 
     curve: Tensor
-    measured: Tensor
     scale: Tensor
 
     def __init__(
@@ -40,7 +39,6 @@ class Router(TokenRouter):
         super().__init__(with_router(prices, hidden_width), hidden_size=hidden_size, granularity=granularity)
         self.networks = SiteNetworks(prices.space, num_inputs=hidden_size, hidden_width=hidden_width, init_std=init_std)
         self.networks.init_weights(seed=seed)
-        self.register_buffer("measured", torch.zeros(len(self.rows), prices.space.max_choices, dtype=torch.float64))
         self.register_buffer("scale", torch.ones(len(self.rows), prices.space.max_choices))
         self.register_buffer("curve", torch.zeros(CURVE, 2 + len(self.rows), dtype=torch.float64))
 
@@ -63,9 +61,9 @@ class Router(TokenRouter):
         the loss of all text does, but only beside sites that run whole. So the values of a choice are multiplied by one
         number, with which their mean is the geometric mean of both.
         """
+        super().prepare(trial)
         unpriced = Plan(1.0, 0.0, self.bound_at(1.0), {})
         self.scale.fill_(1.0)
-        self.measured.copy_(trial.sensitivities(self.prices.space))
         for row, losses in enumerate(mean_losses(self.record(unpriced, trial))):
             learned_K, added_K = torch.tensor(losses), self.measured[row, : len(losses)].cpu().clamp_min(0.0)
             self.scale[row, : len(losses)] = ((added_K + LEAST) / (learned_K + LEAST)).sqrt()
@@ -73,13 +71,9 @@ class Router(TokenRouter):
         heard = {row: self.heard(part) for row, part in scores.items()}
         shares = torch.linspace(self.planned.main.cheapest / self.planned.main.whole, 1.0, CURVE + 1)[1:].tolist()
         for number, share in enumerate(shares):
-            plan = settle(share, self.bound_at(share), heard)
+            plan = settle(Plan(share, 0.0, self.bound_at(share), {}), heard)
             fixed = [plan.fixed.get(row, -1) for row in range(len(self.rows))]
             self.curve[number] = torch.tensor([share, plan.multiplier, *fixed], dtype=torch.float64)
-
-    def measured_losses(self) -> list[list[list[float]]]:
-        rows = zip(self.measured.tolist(), self.prices.space.choices.values(), strict=True)
-        return [[row[: len(widths)] for row, widths in rows]]
 
     def bound_at(self, share: float) -> tuple[Tariff, ...]:
         """A share of the run's cost as a ledger counts it."""
