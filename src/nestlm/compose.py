@@ -40,13 +40,14 @@ def run() -> None:
         GlobalHydra.instance().clear()
 
 
-def run_job(config: DictConfig) -> None:
-    """One job: check, build, run. The heavy imports wait until the config has been composed."""
+def run_job(config: DictConfig) -> float | None:
+    """One job: check, build, run; returns what a sweeper minimises. The heavy imports wait for the composed config."""
     with plain_errors():
         plain = to_plain(config)
         from nestlm import pipeline
 
-        pipeline.run(build(plain), config=plain)
+        finished = pipeline.run(build(plain), config=plain)
+        return None if finished is None else finished.pareto_gap
 
 
 def profile(overrides: list[str], *, out: Path) -> None:

@@ -76,7 +76,15 @@ STAGES = (
 )
 
 
-def run(settings: Settings, *, config: dict[str, Any]) -> Path | None:
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run's folder, and the one number to optimise: the mean over budgets of its loss above the teacher's."""
+
+    folder: Path
+    pareto_gap: float
+
+
+def run(settings: Settings, *, config: dict[str, Any]) -> FinishedRun | None:
     """Walk the stages and write the run's folder.
 
     Args:
@@ -84,7 +92,7 @@ def run(settings: Settings, *, config: dict[str, Any]) -> Path | None:
         config: the same as plain resolved values, from which the cache keys are made.
 
     Returns:
-        The run's folder; None for a dry run.
+        Where its results are; None for a dry run.
 
     Raises:
         NestlmError: something in the settings, the data or the weights that a user can cure.
@@ -104,14 +112,15 @@ def run(settings: Settings, *, config: dict[str, Any]) -> Path | None:
     logger.log_hyperparams(config)
     try:
         finished = run_stages(settings, config=config, cache=cache, logger=logger)
-        write_run_folder(run_dir, config=config, finished=finished, router=settings.router.label)
-        logger.log_metrics(result_metrics(finished[-1].result["rows"]))
+        metrics = write_run_folder(run_dir, config=config, finished=finished, router=settings.router.label)
+        pareto_gap = metrics["evaluate"]["pareto_gap"]
+        logger.log_metrics(result_metrics(finished[-1].result["rows"]) | {"val/pareto_gap": pareto_gap})
     finally:
         logger.finalize("finished")
         if isinstance(logger, WandbLogger):
             logger.experiment.finish()  # it would stay open, and the next job of a sweep would log into it
     render(run_dir)
-    return run_dir
+    return FinishedRun(run_dir, pareto_gap)
 
 
 def profile(settings: Settings, *, out: Path) -> None:

@@ -136,7 +136,11 @@ class RouterSettings:
 
 @dataclass(frozen=True)
 class Settings:
-    """A whole run. Every field is a config group or a plain value of `conf/train.yaml`."""
+    """A whole run. Every field is a config group or a plain value of `conf/train.yaml`.
+
+    Attributes:
+        label: what tables over several runs call this one; None where its settings tell it from others.
+    """
 
     model: Family
     axes: Mapping[str, Axis]
@@ -155,6 +159,7 @@ class Settings:
     joint: JointSettings
     budget: float | str | Sequence[float | str | Sequence[float | str]]
     experiment_name: str
+    label: str | None
     seed: int
     run_dir: str | None
     cache_dir: str | None

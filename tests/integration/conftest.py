@@ -25,8 +25,8 @@ def run(tmp_path: Path, shared_cache: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
     def run_with(*overrides: str, name: str = "run", cache: Path = shared_cache) -> Path:
         plain = compose([*NANO, f"run_dir={tmp_path / name}", f"cache_dir={cache}", *overrides])
-        folder = pipeline.run(build(plain), config=plain)
-        assert folder is not None
-        return folder
+        finished = pipeline.run(build(plain), config=plain)
+        assert finished is not None
+        return finished.folder
 
     return run_with

@@ -46,7 +46,12 @@ def test_run_folder_holds_all_that_is_promised(run, capsys):
     provenance = json.loads((folder / "provenance.json").read_text())
     assert provenance["seed"] == 0
     assert set(provenance) >= {"commit", "dirty", "packages", "device", "data_fingerprint", "tokens", "wall_seconds"}
+    metrics = json.loads((folder / "metrics.json").read_text())
+    losses = [float(row["val_loss"]) for row in rows if row["router"] == "surrogate-static"]
+    gap = sum(losses) / len(losses) - metrics["pretrain"]["val_loss"]
+    assert metrics["evaluate"]["pareto_gap"] == pytest.approx(gap)
     printed = capsys.readouterr()
+    assert f"mean over budgets: {gap:+.4f}" in printed.out
     assert "surrogate-static" in printed.out
     assert "7.63%" in printed.out
     assert str(folder) in printed.out

@@ -44,6 +44,7 @@ def summary_lines(metrics: dict[str, dict[str, Any]]) -> list[str]:
     """The run in sentences."""
     teacher, rank, elastic = (metrics[name] for name in ("pretrain", "rank", "elastic"))
     lines = [
+        f"loss above the teacher's, mean over budgets: {metrics['evaluate']['pareto_gap']:+.4f}",
         f"teacher: loss {teacher['val_loss']:.4f}, {teacher['bits_per_byte']:.3f} bits per byte",
         f"full model after elastic training: {elastic['full']:.4f} ({elastic['full_over_teacher']:+.2%})",
         f"smallest sub-network: {rank['smallest_unsorted']:.4f} cut unsorted, {rank['smallest_sliced']:.4f} sorted, "

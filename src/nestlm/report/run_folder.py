@@ -37,8 +37,10 @@ class FinishedStage:
     cached: bool
 
 
-def write_run_folder(run_dir: Path, *, config: dict[str, Any], finished: list[FinishedStage], router: str) -> None:
-    """Write config, provenance, metrics, results, timings, specs and weights of a run.
+def write_run_folder(
+    run_dir: Path, *, config: dict[str, Any], finished: list[FinishedStage], router: str
+) -> dict[str, dict[str, Any]]:
+    """Write config, provenance, metrics, results, timings, specs and weights of a run; returns the metrics.
 
     Args:
         run_dir: an existing folder.
@@ -47,7 +49,7 @@ def write_run_folder(run_dir: Path, *, config: dict[str, Any], finished: list[Fi
         router: label of the router that was asked for.
     """
     results = {stage.name: stage.result for stage in finished}
-    metrics = stage_metrics(results)
+    metrics = stage_metrics(results, router=router)
     (run_dir / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     write_json(run_dir / "metrics.json", metrics)
     write_csv(run_dir / "results.csv", results["evaluate"]["rows"])
@@ -67,10 +69,11 @@ def write_run_folder(run_dir: Path, *, config: dict[str, Any], finished: list[Fi
             seconds=sum(stage.result["seconds"] for stage in finished),
         ),
     )
+    return metrics
 
 
-def stage_metrics(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """What each stage measured, and how the stages compare."""
+def stage_metrics(results: dict[str, dict[str, Any]], *, router: str) -> dict[str, dict[str, Any]]:
+    """What each stage measured, how the stages compare, and how far the router's losses lie above the teacher's."""
     metrics = {
         name: {key: value for key, value in result.items() if key not in ELSEWHERE} for name, result in results.items()
     }
@@ -80,6 +83,8 @@ def stage_metrics(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any
     elastic["smallest_recovered"] = (rank["smallest_sliced"] - elastic["smallest"]) / lost if lost else None
     for stage in ("elastic", "router", "joint"):
         metrics[stage]["token_share"] = metrics[stage]["tokens"] / teacher["tokens"] if teacher["tokens"] else None
+    gaps = [row["val_loss"] - teacher["val_loss"] for row in results["evaluate"]["rows"] if row["router"] == router]
+    metrics["evaluate"]["pareto_gap"] = sum(gaps) / len(gaps)
     return metrics
 
 
