@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -18,14 +19,34 @@ def nestlm() -> None:
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(help="The run's folder.")]) -> None:
-    """Print a run's results; draw its pictures and write its report.md again.
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or folders with runs in them.")],
+    by: Annotated[list[str] | None, typer.Option(help="A setting whose values name the rows; may be repeated.")] = None,
+    metric: Annotated[str, typer.Option(help="What to compare, a column of results.csv, or time.")] = "val_loss",
+    out: Annotated[Path | None, typer.Option(help="Where to write; default: report/ in the runs' folder.")] = None,
+    force: Annotated[
+        bool, typer.Option(help="Mark runs of different texts or uncommitted code; don't refuse.")
+    ] = False,
+) -> None:
+    """Put runs into one table: rows by settings, columns by budget, mean and standard deviation over seeds.
+
+    Writes it as Markdown, CSV, LaTeX and one HTML page. Of a single run's folder: prints its results, and draws its
+    pictures and writes its report.md again.
+
+    Example: nestlm report runs/ablation --by router.name --by router.policy
 
     Example: nestlm report runs/default/surrogate-static-seed0-1a2b3c4d
     """
-    from nestlm.report.render import render
+    from nestlm.report.comparison import compare
+    from nestlm.report.render import render, render_comparison
+    from nestlm.report.runs import PROVENANCE, find_runs
 
-    render(run)
+    if len(runs) == 1 and (runs[0] / PROVENANCE).is_file():
+        render(runs[0])
+        return
+    comparison = compare(find_runs(runs), keys=by or (), metric=metric, force=force)
+    shared = Path(os.path.commonpath([run.absolute() for run in runs]))
+    render_comparison(comparison, folder=out or shared / "report", title=shared.name)
 
 
 @app.command()

@@ -8,7 +8,9 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
+from nestlm.cli import app
 from nestlm.compose import CONF, compose
 from nestlm.report.render import render
 from plugins import options
@@ -216,3 +218,22 @@ def test_a_model_with_weights_is_not_pretrained(run, tmp_path):
 
 def test_small_model_composes_with_real_sizes():
     assert compose(["model=small"])["model"]["hidden_size"] == 768
+
+
+def test_many_runs_are_put_into_one_table(run, tmp_path):
+    for router in ("knapsack", "uniform"):
+        for seed in (0, 1):
+            run(f"router={router}", f"seed={seed}", "budget=[1.0,0.8]", name=f"many/{router}-{seed}")
+    asked = ["report", str(tmp_path / "many"), "--force"]  # what is tested may not be committed yet
+    result = CliRunner().invoke(app, asked)
+    assert result.exit_code == 0, result.output
+    written = {path.name for path in (tmp_path / "many/report").iterdir()}
+    assert written == {"comparison.md", "comparison.csv", "comparison.tex", "comparison.html"}
+    table = (tmp_path / "many/report/comparison.md").read_text()
+    assert table in result.output
+    losses = [float(rows_of(tmp_path / f"many/knapsack-{seed}")[-1]["val_loss"]) for seed in (0, 1)]
+    assert f"{sum(losses) / 2:.4f} ±" in table
+    assert [line.split(" | ")[0] for line in table.splitlines() if line.startswith("| ") and " ± " in line] == [
+        "| knapsack",
+        "| uniform",
+    ]

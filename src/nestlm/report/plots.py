@@ -1,18 +1,41 @@
-"""The pictures of a run."""
+"""The pictures of a run, and of a comparison of runs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
+
+from nestlm.report.comparison import METRICS, Comparison
 
 Row = Mapping[str, Any]
 MARKERS = "osD^vP"
 MOST_NUMBERS = 400  # a heat map of more cells shows colours only
+
+
+def fronts(target: Path | IO[bytes], comparison: Comparison, *, cost: str) -> None:
+    """Means against achieved cost, a line a row of the table, with bands of a standard deviation over seeds."""
+    lines = [line for line in comparison.lines if line.cost == cost]
+    figure = Figure(figsize=(9.0, 5.2), layout="constrained")
+    axes = figure.add_subplot()
+    colors = colormaps["tab20"].colors if len(lines) > 10 else colormaps["tab10"].colors  # pyright: ignore[reportAttributeAccessIssue]
+    for color, marker, line in zip(cycle(colors), cycle(MARKERS), lines, strict=False):
+        points = sorted(
+            (line.achieved[budget].mean, cell.mean, cell.deviation or 0.0) for budget, cell in line.cells.items()
+        )
+        cost_N, mean_N, deviation_N = np.array(points).T
+        axes.plot(cost_N, mean_N, marker=marker, color=color, markersize=4, label=line.name)
+        axes.fill_between(cost_N, mean_N - deviation_N, mean_N + deviation_N, color=color, alpha=0.15, linewidth=0)
+    axes.set_xlabel(f"{cost}, share of the full model")
+    axes.set_ylabel(METRICS[comparison.metric].heading)
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize=8)
+    figure.savefig(target, format="svg" if not isinstance(target, Path) else None)
 
 
 def pareto(path: Path, rows: Sequence[Row], *, teacher_loss: float, cost: str) -> None:
@@ -34,7 +57,7 @@ def pareto(path: Path, rows: Sequence[Row], *, teacher_loss: float, cost: str) -
     figure.savefig(path, dpi=130)
 
 
-def routing(path: Path, specs: Sequence[Row]) -> None:
+def routing(path: Path | IO[bytes], specs: Sequence[Row]) -> None:
     """Chosen widths as colour: layers by budget, cheapest first, a panel an axis. `specs` as in the specs folder."""
     chosen = sorted(specs, key=lambda spec: (spec["achieved"], spec["budget"]))
     full_widths = chosen[0]["full_widths"]

@@ -1,15 +1,17 @@
-"""From a run's folder to its page, its pictures and the table that a run ends with."""
+"""From runs to what people read: of one its page, pictures and table, of many their comparison."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from nestlm.cost.measured import Check, check_line
-from nestlm.errors import DataError
 from nestlm.report import plots
+from nestlm.report.comparison import Comparison
 from nestlm.report.console import output
+from nestlm.report.formats import to_csv, to_latex, to_markdown
+from nestlm.report.page import to_html
+from nestlm.report.runs import Run
 from nestlm.report.tables import HEADINGS, cells, markdown_table, read_csv, terminal_table
 
 PAPER_TOKEN_SHARE = 0.0763  # Flextron's elastic training, as a share of the pretraining tokens
@@ -21,23 +23,32 @@ def render(run_dir: Path) -> None:
     Raises:
         DataError: the folder is no finished run.
     """
-    if not (run_dir / "provenance.json").is_file():
-        raise DataError(f"{run_dir} is no finished run; wanted the folder that a run printed at its end")
-    rows = read_csv(run_dir / "results.csv")
-    seconds = {row["what"]: row["seconds"] for row in read_csv(run_dir / "timings.csv")}
-    for row in rows:
-        row["time"] = seconds[f"forward {row['router']} {row['budget']}"] / seconds["forward full"]
-    metrics = json.loads((run_dir / "metrics.json").read_text())
-    specs = [json.loads(path.read_text()) for path in (run_dir / "specs").glob("*.json")]
-    cost = rows[0]["cost"]
-    plots.pareto(run_dir / "pareto.png", rows, teacher_loss=metrics["pretrain"]["val_loss"], cost=cost)
-    plots.routing(run_dir / "routing.png", specs)
-    lines = summary_lines(metrics)
-    write_report(run_dir, rows, lines=lines, cost=cost)
-    output.print(terminal_table(rows, cost=cost))
+    run = Run.read(run_dir)
+    cost = run.results[0]["cost"]
+    plots.pareto(run_dir / "pareto.png", run.results, teacher_loss=run.metrics["pretrain"]["val_loss"], cost=cost)
+    plots.routing(run_dir / "routing.png", run.specs)
+    lines = summary_lines(run.metrics)
+    write_report(run_dir, run.results, lines=lines, cost=cost)
+    output.print(terminal_table(run.results, cost=cost))
     for line in lines:
         output.print(line)
     output.print(f"run folder: {run_dir}")
+
+
+def render_comparison(comparison: Comparison, *, folder: Path, title: str) -> None:
+    """Write comparison.md, .csv, .tex and .html, and print the table as Markdown."""
+    folder.mkdir(parents=True, exist_ok=True)
+    markdown = to_markdown(comparison)
+    written = {
+        "md": markdown,
+        "csv": to_csv(comparison),
+        "tex": to_latex(comparison),
+        "html": to_html(comparison, title=title),
+    }
+    for ending, text in written.items():
+        (folder / f"comparison.{ending}").write_text(text, encoding="utf-8")
+    print(markdown)
+    output.print(f"written: {folder}/comparison.{{{','.join(written)}}}", markup=False)
 
 
 def summary_lines(metrics: dict[str, dict[str, Any]]) -> list[str]:

@@ -1,0 +1,84 @@
+"""Finished runs, as they lie in their folders."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nestlm.errors import DataError
+from nestlm.report.tables import Row, read_csv
+
+PROVENANCE = "provenance.json"  # written last but the pictures: its folder is a finished run
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run left behind.
+
+    Attributes:
+        folder: where.
+        config: its resolved settings.
+        results: a row a (router, budget); `time` is that of a forward pass over the whole model's.
+        metrics: what its stages measured.
+        specs: what its own router chose, a mapping a budget.
+        provenance: where its numbers come from.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    results: list[dict[str, Any]]
+    metrics: dict[str, dict[str, Any]]
+    specs: list[dict[str, Any]]
+    provenance: dict[str, Any]
+
+    @classmethod
+    def read(cls, folder: Path) -> Run:
+        """The run of a folder.
+
+        Raises:
+            DataError: the folder is no finished run.
+        """
+        if not (folder / PROVENANCE).is_file():
+            raise DataError(f"{folder} is no finished run; wanted the folder that a run printed at its end")
+        results = read_csv(folder / "results.csv")
+        seconds = {row["what"]: row["seconds"] for row in read_csv(folder / "timings.csv")}
+        for row in results:
+            row["time"] = seconds[f"forward {row['router']} {row['budget']}"] / seconds["forward full"]
+        return cls(
+            folder,
+            yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")),
+            results,
+            json.loads((folder / "metrics.json").read_text()),
+            [json.loads(path.read_text()) for path in sorted((folder / "specs").glob("*.json"))],
+            json.loads((folder / PROVENANCE).read_text()),
+        )
+
+    @property
+    def seed(self) -> int:
+        """The seed that all its draws follow from."""
+        return self.config["seed"]
+
+    @property
+    def own(self) -> list[Row]:
+        """The results of the router that was asked for, without the baseline's."""
+        return [row for row in self.results if row["router"] == self.specs[0]["router"]]
+
+
+def find_runs(places: Iterable[Path]) -> list[Run]:
+    """All finished runs in or below some folders, each once, in the order of their paths.
+
+    Raises:
+        DataError: a folder that does not exist, or holds no finished run.
+    """
+    folders: set[Path] = set()
+    for place in places:
+        found = {path.parent for path in place.rglob(PROVENANCE)}
+        if not found:
+            raise DataError(f"{place}: holds no finished run; wanted a run's folder, or one with runs in it")
+        folders |= found
+    return [Run.read(folder) for folder in sorted(folders)]
