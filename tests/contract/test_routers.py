@@ -392,6 +392,7 @@ def test_alone_together_padded_and_token_by_token(variant, trial, deciding):
 def test_in_float32_choices_are_equal_up_to_the_first_tie(variant, trial, monkeypatch, deciding):
     """Alone, together or token by token: choices differ at most after the two best differed by less than 1e-4."""
     router = variant.router()
+    router.networks.output_bias.add_(8.0)  # steps of values far from 0, where all choices tie; logits do not mind
     policy = router.find(Budget.of_share(0.9), trial=trial).policy
     tokens_BL = batches(3)[0].tokens_BL
     gaps: list[torch.Tensor] = []
@@ -404,7 +405,7 @@ def test_in_float32_choices_are_equal_up_to_the_first_tie(variant, trial, monkey
         [(gap[:, None] if gap.ndim == 1 else gap.amin(0)).expand(4, LENGTH) < 1e-4 for gap in gaps]
     ).any(0)
     clear_B = (tied_BL.cumsum(1) == 0).sum(1).tolist()
-    assert sum(clear_B) > 4, "some tokens come before any tie"
+    assert sum(clear_B) > 8, "some tokens come before any tie"
     for row, clear in enumerate(clear_B):
         cache = KVCache(CONFIG, batch_size=1, length=LENGTH, device=torch.device("cpu"), dtype=torch.float32)
         steps = [trial.decoder(tokens_BL[row : row + 1, at : at + 1], policy, cache=cache) for at in range(LENGTH)]
