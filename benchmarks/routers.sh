@@ -2,8 +2,8 @@
 # All routers, by budgets of FLOPs and of measured latency, over three seeds: the tables of docs/results/routers.md.
 #
 #     bash benchmarks/routers.sh
-# About two and a half hours on two cores. A run that is there already is not repeated: stop it and start it again.
-# About two and a half hours on two cores. A run that is there already is not repeated, so it may be stopped and started again.
+#
+# About two and a half hours on two cores. Stop it and start it again: a run that is there already is not repeated.
 set -euo pipefail
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE # two runs at once, one thread each
 PYTHON=${PYTHON:-.venv/bin/python}

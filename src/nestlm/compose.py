@@ -24,6 +24,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from nestlm.dotted import flat_items
 from nestlm.errors import EXIT_USER_ERROR, ConfigError, NestlmError
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -230,11 +231,3 @@ def nearest_key(name: str) -> str:
     parent = name.rpartition(".")[0]
     keys = list(dict.fromkeys([*(key for key, _ in flat_items(config)), *groups]))
     return nearest(name, [key for key in keys if key.rpartition(".")[0] == parent] or keys)
-
-
-def flat_items(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """All dotted keys of a nested mapping, with their values."""
-    if isinstance(node, dict):
-        for key, value in node.items():
-            yield f"{prefix}{key}", value
-            yield from flat_items(value, f"{prefix}{key}.")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from nestlm.dotted import flat_items
 from nestlm.errors import ConfigError, DataError
 from nestlm.report.runs import Run
 
@@ -27,10 +28,20 @@ METRICS = {
     "bits_per_byte": Metric("bits per byte"),
     "accuracy": Metric("accuracy of the next token", more_is_better=True),
     "achieved": Metric("achieved cost, share of the full model's", more_is_better=True),
+    "worst": Metric("cost of the dearest sequence, share of the full model's"),
     "time": Metric("time of a forward pass, share of the full model's", "{:.2f}"),
+    "find": Metric("seconds to find the answer", "{:.3g}"),
 }
 # Settings that tell no method from another.
 SILENT = {"run_dir", "cache_dir", "experiment_name", "checkpoint_seconds", "traceback", "budget", "logger"}
+
+
+class Shown(NamedTuple):
+    """What people see of a table's cell, what it is sorted by, and whether it is the best of its column."""
+
+    text: str
+    value: float | str
+    is_best: bool = False
 
 
 @dataclass(frozen=True)
@@ -134,6 +145,25 @@ class Comparison:
         cell = line.cells.get(budget)
         return cell is not None and len(self.lines) > 1 and cell.mean == self.best(budget)
 
+    def headings(self) -> list[str]:
+        """Keys, budgets, and the number of seeds. A key is its last part, where that tells it from the others."""
+        last = [key.removesuffix("._target_").rpartition(".")[2] for key in self.keys]
+        keys = [short if last.count(short) == 1 else key for short, key in zip(last, self.keys, strict=True)]
+        return [*keys, *self.budgets, "seeds"]
+
+    def shown(self, line: Line) -> list[Shown]:
+        """A row under the headings."""
+        cells = [
+            Shown(
+                self.text(line, budget),
+                line.cells[budget].mean if budget in line.cells else "",
+                self.is_best(line, budget),
+            )
+            for budget in self.budgets
+        ]
+        seeds = len(line.seeds)
+        return [*(Shown(part, part) for part in line.label), *cells, Shown(str(seeds), seeds)]
+
 
 def compare(
     runs: Sequence[Run], *, keys: Sequence[str] = (), metric: str = "val_loss", force: bool = False
@@ -152,7 +182,7 @@ def compare(
     """
     if metric not in METRICS:
         raise ConfigError(f"--metric: got {metric!r}, wanted one of {', '.join(METRICS)}")
-    settings = [flat(run.config) for run in runs]
+    settings = [leaves(run.config) for run in runs]
     for key in keys:
         if not any(key in each for each in settings):
             raise ConfigError(f"--by: no run has a setting {key!r}; wanted dotted names as in config.yaml")
@@ -162,8 +192,8 @@ def compare(
     chosen = tuple(keys) or telling_keys(settings)
     groups: dict[tuple[str, ...], list[Run]] = defaultdict(list)
     for run, each in zip(runs, settings, strict=True):
-        groups[tuple(shown(key, each.get(key)) for key in chosen)].append(run)
-    lines = tuple(make_line(label, group, metric=metric) for label, group in sorted(groups.items(), key=natural))
+        groups[tuple(named(key, each.get(key)) for key in chosen)].append(run)
+    lines = tuple(make_line(label, group, metric=metric) for label, group in sorted(groups.items(), key=by_label))
     budgets = dict.fromkeys(budget for line in lines for budget in line.cells)
     notes = [f"! {problem}" for problem in problems]
     commits = Counter(str(run.provenance["commit"])[:8] for run in runs)
@@ -210,11 +240,9 @@ def differences(runs: Sequence[Run]) -> list[str]:
     return found
 
 
-def flat(node: Any, prefix: str = "") -> dict[str, Any]:
-    """All dotted settings of a config, with their values; lists whole."""
-    if not isinstance(node, dict):
-        return {prefix.removesuffix("."): node}
-    return {key: value for name, item in node.items() for key, value in flat(item, f"{prefix}{name}.").items()}
+def leaves(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a config by their dotted names."""
+    return {key: value for key, value in flat_items(config) if not isinstance(value, dict)}
 
 
 def telling_keys(settings: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
@@ -238,29 +266,26 @@ def telling_keys(settings: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
     return tuple(chosen) or ("router.name",)
 
 
-def shown(key: str, value: Any) -> str:
+def named(key: str, value: Any) -> str:
     """A setting's value as a row's name: of a class its own name; empty where there is none."""
     if value is None:
         return ""
     return str(value).rpartition(".")[2] if key.endswith("_target_") else str(value)
 
 
-def natural(item: tuple[tuple[str, ...], Any]) -> list[tuple[int, float, str]]:
+def by_label(item: tuple[tuple[str, ...], Any]) -> list[tuple[bool, float, str]]:
     """Sorts labels as people do: numbers by size, before names."""
-    return [key for part in item[0] for key in number_or_name(part)]
+    return [(number(part) is None, number(part) or 0.0, part) for part in item[0]]
 
 
-def number_or_name(text: str) -> Iterator[tuple[int, float, str]]:
-    """The sort key of one part of a label."""
-    try:
-        yield (0, float(text), "")
-    except ValueError:
-        yield (1, 0.0, text)
-
-
-def by_size(budget: str) -> tuple[bool, float, str]:
+def by_size(budget: str) -> tuple[bool, float]:
     """Sorts budgets: shares first, the largest first, as a run does."""
+    return (number(budget) is None, -(number(budget) or 0.0))
+
+
+def number(text: str) -> float | None:
+    """A text's value; None where it is no number."""
     try:
-        return (False, -float(budget), "")
+        return float(text)
     except ValueError:
-        return (True, 0.0, budget)
+        return None

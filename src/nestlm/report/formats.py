@@ -5,19 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Callable
 
-from nestlm.report.comparison import METRICS, Comparison, Line
+from nestlm.report.comparison import METRICS, Comparison, Shown
 from nestlm.report.tables import markdown_table
 
 LATEX_SPECIAL = re.compile(r"([&%$#_{}])")
-
-
-def headings(comparison: Comparison) -> list[str]:
-    """Of the keys, the budgets and the number of seeds. A key is its last part, where that tells it from the others."""
-    last = [key.removesuffix("._target_").rpartition(".")[2] for key in comparison.keys]
-    keys = [short if last.count(short) == 1 else key for short, key in zip(last, comparison.keys, strict=True)]
-    return [*keys, *comparison.budgets, "seeds"]
 
 
 def caption(comparison: Comparison) -> str:
@@ -30,23 +22,17 @@ def caption(comparison: Comparison) -> str:
     )
 
 
-def texts(comparison: Comparison, line: Line, *, bold: Callable[[str], str]) -> list[str]:
-    """The cells of a row."""
-    cells = []
-    for budget in comparison.budgets:
-        text = comparison.text(line, budget)
-        cells.append(bold(text) if comparison.is_best(line, budget) else text)
-    return [*line.label, *cells, str(len(line.seeds))]
-
-
 def to_markdown(comparison: Comparison) -> str:
     """The table, what it holds, and what a reader must know."""
-    rows = [
-        [cell.replace("|", "\\|") for cell in texts(comparison, line, bold="**{}**".format)]
-        for line in comparison.lines
-    ]
-    parts = [markdown_table(headings(comparison), rows), caption(comparison), *comparison.notes]
+    rows = [[markdown(cell) for cell in comparison.shown(line)] for line in comparison.lines]
+    parts = [markdown_table(comparison.headings(), rows), caption(comparison), *comparison.notes]
     return "\n\n".join(parts) + "\n"
+
+
+def markdown(cell: Shown) -> str:
+    """A cell as Markdown shows it."""
+    text = cell.text.replace("|", "\\|")
+    return f"**{text}**" if cell.is_best else text
 
 
 def to_csv(comparison: Comparison) -> str:
@@ -66,25 +52,23 @@ def to_csv(comparison: Comparison) -> str:
 
 def to_latex(comparison: Comparison) -> str:
     r"""A table for `\usepackage{booktabs}`."""
-    width = len(comparison.keys)
-    rows = [
-        r"\begin{tabular}{" + "l" * width + "r" * (len(comparison.budgets) + 1) + "}",
+    columns = "l" * len(comparison.keys) + "r" * (len(comparison.budgets) + 1)
+    headings = [latex(Shown(heading, heading)) for heading in comparison.headings()]
+    rows = [[latex(cell) for cell in comparison.shown(line)] for line in comparison.lines]
+    lines = [
+        *(f"% {note}" for note in (caption(comparison), *comparison.notes)),
+        rf"\begin{{tabular}}{{{columns}}}",
         r"\toprule",
-        " & ".join(map(latex, headings(comparison))) + r" \\",
+        " & ".join(headings) + r" \\",
         r"\midrule",
-        *(
-            " & ".join(map(latex, texts(comparison, line, bold="\\textbf{{{}}}".format))) + r" \\"
-            for line in comparison.lines
-        ),
+        *(" & ".join(row) + r" \\" for row in rows),
         r"\bottomrule",
         r"\end{tabular}",
     ]
-    return "\n".join(f"% {note}" for note in (caption(comparison), *comparison.notes)) + "\n" + "\n".join(rows) + "\n"
+    return "\n".join(lines) + "\n"
 
 
-def latex(text: str) -> str:
-    """Text as LaTeX prints it; a cell in bold stays one."""
-    inner = re.fullmatch(r"\\textbf\{(.*)\}", text)
-    if inner:
-        return rf"\textbf{{{latex(inner.group(1))}}}"
-    return LATEX_SPECIAL.sub(r"\\\1", text).replace("±", r"$\pm$")
+def latex(cell: Shown) -> str:
+    """A cell as LaTeX shows it."""
+    text = LATEX_SPECIAL.sub(r"\\\1", cell.text).replace("±", r"$\pm$")
+    return rf"\textbf{{{text}}}" if cell.is_best else text

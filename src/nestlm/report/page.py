@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from nestlm.report import plots
 from nestlm.report.comparison import METRICS, Comparison, Line
-from nestlm.report.formats import caption, headings
+from nestlm.report.formats import caption
 from nestlm.report.runs import Run
 
 
@@ -27,8 +27,8 @@ def to_html(comparison: Comparison, *, title: str) -> str:
         metric=METRICS[comparison.metric].heading,
         notes=comparison.notes,
         num_keys=len(comparison.keys),
-        headings=headings(comparison),
-        rows=[table_row(comparison, line) for line in comparison.lines],
+        headings=comparison.headings(),
+        rows=[comparison.shown(line) for line in comparison.lines],
         fronts={
             cost: data_uri("svg+xml", lambda file, cost=cost: plots.fronts(file, comparison, cost=cost))
             for cost in costs
@@ -39,21 +39,6 @@ def to_html(comparison: Comparison, *, title: str) -> str:
         },
         runs=[run_row(run) for line in comparison.lines for run in line.runs],
     )
-
-
-def table_row(comparison: Comparison, line: Line) -> list[dict[str, Any]]:
-    """Cells with what they are sorted by."""
-    cells: list[dict[str, Any]] = [{"text": part, "key": part, "best": False} for part in line.label]
-    for budget in comparison.budgets:
-        known = line.cells.get(budget)
-        cells.append(
-            {
-                "text": comparison.text(line, budget),
-                "key": "" if known is None else known.mean,
-                "best": comparison.is_best(line, budget),
-            }
-        )
-    return [*cells, {"text": len(line.seeds), "key": len(line.seeds), "best": False}]
 
 
 def routed_specs(line: Line) -> list[dict[str, Any]]:

@@ -18,13 +18,14 @@ MARKERS = "osD^vP"
 MOST_NUMBERS = 400  # a heat map of more cells shows colours only
 
 
-def fronts(target: Path | IO[bytes], comparison: Comparison, *, cost: str) -> None:
-    """Means against achieved cost, a line a row of the table, with bands of a standard deviation over seeds."""
+def fronts(file: IO[bytes], comparison: Comparison, *, cost: str) -> None:
+    """Means against achieved cost as SVG, a line a row of the table, with bands of a standard deviation over seeds."""
     lines = [line for line in comparison.lines if line.cost == cost]
     figure = Figure(figsize=(9.0, 5.2), layout="constrained")
     axes = figure.add_subplot()
-    colors = colormaps["tab20"].colors if len(lines) > 10 else colormaps["tab10"].colors  # pyright: ignore[reportAttributeAccessIssue]
-    for color, marker, line in zip(cycle(colors), cycle(MARKERS), lines, strict=False):
+    palette = colormaps["tab20" if len(lines) > 10 else "tab10"]
+    for number, (marker, line) in enumerate(zip(cycle(MARKERS), lines, strict=False)):
+        color = palette(number % palette.N)
         points = sorted(
             (line.achieved[budget].mean, cell.mean, cell.deviation or 0.0) for budget, cell in line.cells.items()
         )
@@ -35,7 +36,7 @@ def fronts(target: Path | IO[bytes], comparison: Comparison, *, cost: str) -> No
     axes.set_ylabel(METRICS[comparison.metric].heading)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize=8)
-    figure.savefig(target, format="svg" if not isinstance(target, Path) else None)
+    figure.savefig(file, format="svg")
 
 
 def pareto(path: Path, rows: Sequence[Row], *, teacher_loss: float, cost: str) -> None:

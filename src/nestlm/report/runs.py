@@ -23,7 +23,8 @@ class Run:
     Attributes:
         folder: where.
         config: its resolved settings.
-        results: a row a (router, budget); `time` is that of a forward pass over the whole model's.
+        results: a row a (router, budget); `time` is that of a forward pass over the whole model's, `find` the seconds
+            that the answer took.
         metrics: what its stages measured.
         specs: what its own router chose, a mapping a budget.
         provenance: where its numbers come from.
@@ -49,6 +50,7 @@ class Run:
         seconds = {row["what"]: row["seconds"] for row in read_csv(folder / "timings.csv")}
         for row in results:
             row["time"] = seconds[f"forward {row['router']} {row['budget']}"] / seconds["forward full"]
+            row["find"] = seconds[f"find {row['router']} {row['budget']}"]
         return cls(
             folder,
             yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")),

@@ -80,8 +80,8 @@ class Plan:
 
     Attributes:
         share: the budget as a router's networks are told it.
-        multiplier: price of cost, in units of score.
         tariffs: one a bound.
+        multiplier: price of cost, in units of score.
         fixed: the choice of each site (by its row) at which all tokens run alike, since deciding would not pay.
         incomes: by tariff, one a site: what each token brings to the site's ledger (0 where the choice is fixed); empty
             for a plan without ledgers.
@@ -91,9 +91,9 @@ class Plan:
     """
 
     share: float
-    multiplier: float
     tariffs: tuple[Tariff, ...]
-    fixed: Mapping[int, int]
+    multiplier: float = 0.0
+    fixed: Mapping[int, int] = field(default_factory=dict)
     incomes: tuple[tuple[int, ...], ...] = ()
     paces: Mapping[int, Pace] = field(default_factory=dict)
     aim: float = 1.0

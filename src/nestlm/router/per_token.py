@@ -82,7 +82,7 @@ class TokenRouter(base.Router):
         if all(bound.share >= 1.0 for bound in bounds):  # the whole model, without routing
             return base.Answer(full, self.planned.space.full())
         assert trial is not None, "a dynamic router needs calibration text to meet a budget"
-        plan = self.calibrate(bounds, trial=trial)
+        plan = self.calibrate(budget, trial=trial)
         if len(plan.fixed) == len(self.rows):
             spec = self.prices.space.spec({site: plan.fixed[row] for site, row in self.rows.items()})
             return base.Answer(fixed(spec), spec)
@@ -96,23 +96,23 @@ class TokenRouter(base.Router):
         }
         return base.Answer(self.policy(plan), plan=kept)
 
-    def calibrate(self, bounds: tuple[Bound, ...], *, trial: Trial) -> Plan:
+    def calibrate(self, budget: Budget, *, trial: Trial) -> Plan:
         """The best on the trial's text of a few plans. In some no site decides: nothing may be better than that.
 
         Of these, one that leaves more than a hundredth of a bound is no answer to it, however good.
         """
-        start = Plan(self.told(bounds), 0.0, self.tariffs(bounds), {})
+        bounds = self.planned.bounds(budget)
+        start = Plan(self.told(bounds), self.tariffs(bounds))
         scores = self.record(start, trial)
         start = replace(start, held=self.held(start, mean_losses(scores)))
         scores = near = {row: start.unpriced(row, part) for row, part in scores.items()}
-        if self.granularity.prompt_tokens:
-            return self.approach(start, scores, bounds=bounds, trial=trial, caution=1.0)[0]
         plans = []
         for caution in CAUTIONS:
             plan, near = self.approach(start, scores, bounds=bounds, trial=trial, caution=caution)
             plans.append(plan)
+        bounds = self.prices.bounds(budget)  # where nothing is decided, no prompt runs whole first
         for losses in (mean_losses(scores), mean_losses(near), self.measured_losses()):
-            alike = replace(start, fixed=self.exact(bounds, losses))
+            alike = Plan(start.share, self.tariffs(bounds), fixed=self.exact(bounds, losses))
             if alike.spent({}) >= LEAST_USED:
                 plans.append(alike)
         return min(plans, key=lambda plan: trial.loss(self.policy(plan)))

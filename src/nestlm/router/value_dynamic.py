@@ -62,7 +62,7 @@ class Router(TokenRouter):
         number, with which their mean is the geometric mean of both.
         """
         super().prepare(trial)
-        unpriced = Plan(1.0, 0.0, self.bound_at(1.0), {})
+        unpriced = Plan(1.0, self.bound_at(1.0))
         self.scale.fill_(1.0)
         for row, losses in enumerate(mean_losses(self.record(unpriced, trial))):
             learned_K, added_K = torch.tensor(losses), self.measured[row, : len(losses)].cpu().clamp_min(0.0)
@@ -71,7 +71,7 @@ class Router(TokenRouter):
         heard = {row: self.heard(part) for row, part in scores.items()}
         shares = torch.linspace(self.planned.main.cheapest / self.planned.main.whole, 1.0, CURVE + 1)[1:].tolist()
         for number, share in enumerate(shares):
-            plan = settle(Plan(share, 0.0, self.bound_at(share), {}), heard)
+            plan = settle(Plan(share, self.bound_at(share)), heard)
             fixed = [plan.fixed.get(row, -1) for row in range(len(self.rows))]
             self.curve[number] = torch.tensor([share, plan.multiplier, *fixed], dtype=torch.float64)
 
@@ -87,4 +87,4 @@ class Router(TokenRouter):
         number = max(0, int((known[:, 0] <= share).sum()) - 1)
         _, multiplier, *fixed = known[number].tolist()
         chosen = {row: int(index) for row, index in enumerate(fixed) if index >= 0}
-        return self.policy(Plan(share, multiplier, self.bound_at(share), chosen))
+        return self.policy(Plan(share, self.bound_at(share), multiplier, chosen))

@@ -1,0 +1,97 @@
+"""Every router with every policy and granularity, on a small model, for the tests that hold all of them to the same."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from hydra.utils import instantiate
+
+from models import AXES, decoder_config
+from nestlm.axes.base import search_space
+from nestlm.cost.memory import Memory
+from nestlm.cost.static import Flops
+from nestlm.cost.table import CostTable, PriceList
+from nestlm.data.batch import Batch
+from nestlm.nn.decoder import DecoderOutput
+from nestlm.nn.policy import Mixed
+from nestlm.router.base import Router
+from nestlm.router.per_token import Granularity
+from plugins import NANO, compose, options
+
+CONFIG = decoder_config(num_kv_groups=2)
+SPACE = search_space(AXES, CONFIG)
+LENGTH, PROMPT = 24, 4
+
+
+def flops(*, per_token: bool) -> CostTable:
+    return Flops(context_length=LENGTH).tabulate(SPACE, axes=AXES, config=CONFIG, per_token=per_token)
+
+
+def uneven(table: CostTable, name: str) -> CostTable:
+    """A second kind whose prices weigh late layers more."""
+    rows = zip(SPACE.sites, table.prices, strict=True)
+    prices = tuple(tuple(price * (1 + site.layer) for price in row) for site, row in rows)
+    added = sum(new[-1] - old[-1] for new, old in zip(prices, table.prices, strict=True))
+    return replace(table, name=name, prices=prices, whole=table.whole + added)
+
+
+MEMORY = Memory(batch_size=2, context_length=LENGTH, bytes_per_element=2, cache_bytes_per_element=2)
+STATIC = PriceList(flops(per_token=False), {"memory": MEMORY.tabulate(SPACE, axes=AXES, config=CONFIG)})
+TOKENS = PriceList(flops(per_token=True), {"latency": uneven(flops(per_token=True), "latency")}, per_token=True)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to spell a router."""
+
+    option: str
+    policy: str
+    granularity: str = "token"
+
+    def settings(self):
+        spelled = [f"router={self.option}", f"router.policy={self.policy}", f"router.granularity={self.granularity}"]
+        return instantiate(compose([*NANO, *spelled])["router"], _convert_="all")
+
+    def router(self) -> Router:
+        if self.policy == "static":
+            return self.settings().network(prices=STATIC).eval()
+        granularity = Granularity(PROMPT if self.granularity == "prompt" else 0, LENGTH)
+        network = self.settings().network(prices=TOKENS, hidden_size=CONFIG.hidden_size, granularity=granularity)
+        # networks at their start see little of a token; these differ from token to token, so that deciding pays
+        source = torch.Generator().manual_seed(7)
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=source))
+        return network.eval()
+
+    def __str__(self) -> str:
+        return f"{self.option}-{self.policy}-{self.granularity}"
+
+
+def variants(policy: str | None = None) -> Iterator[Variant]:
+    for option in options("router"):
+        learns = compose([*NANO, f"router={option}"])["router"]["signal"] is not None
+        for variant in (
+            Variant(option, "static"),
+            *([Variant(option, "dynamic"), Variant(option, "dynamic", "prompt")] if learns else []),
+        ):
+            if policy in (None, variant.policy):
+                yield variant
+
+
+EVERY = pytest.mark.parametrize("variant", list(variants()), ids=str)
+STATICS = pytest.mark.parametrize("variant", list(variants("static")), ids=str)
+DYNAMICS = pytest.mark.parametrize("variant", list(variants("dynamic")), ids=str)
+
+
+def batches(seed: int, *, count: int = 2, rows: int = 4) -> list[Batch]:
+    source = torch.Generator().manual_seed(seed)
+    tokens = [torch.randint(0, 50, (rows, LENGTH + 1), generator=source) for _ in range(count)]
+    return [Batch(part[:, :-1], part[:, 1:], None) for part in tokens]
+
+
+def choices(output: DecoderOutput) -> dict[str, torch.Tensor]:
+    """Choice indices of tokens where they may differ."""
+    widths = {str(site): decision.width for site, decision in output.decisions.items()}
+    return {site: width.index for site, width in widths.items() if isinstance(width, Mixed)}
