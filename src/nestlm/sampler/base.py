@@ -48,6 +48,15 @@ def check_count(num_random: int, *, least: int) -> None:
         raise ConfigError(f"sampler.num_random: got {num_random}, wanted {least} or more")
 
 
+def check_shares(*, p_full: float, p_smallest: float) -> None:
+    """Raise ConfigError unless the probabilities of the largest and the smallest leave 0 or more for the others."""
+    for name, share in (("p_full", p_full), ("p_smallest", p_smallest)):
+        if not 0 <= share <= 1:
+            raise ConfigError(f"sampler.{name}: got {share}, wanted a probability")
+    if p_full + p_smallest > 1:
+        raise ConfigError(f"sampler: p_full + p_smallest is {p_full + p_smallest:g}, wanted at most 1")
+
+
 def generator(seed: int, step: int, sample: int) -> Random:
     """The source of randomness of one draw; it depends on (seed, step, sample) alone."""
     return Random(f"nestlm/{seed}/{step}/{sample}")

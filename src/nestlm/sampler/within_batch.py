@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nestlm.errors import ConfigError
-from nestlm.sampler.base import Mixture
+from nestlm.sampler.base import Mixture, check_shares
 from nestlm.seeding import torch_generator
 from nestlm.spec import SearchSpace
 
@@ -28,11 +27,7 @@ class WithinBatch:
     p_smallest: float
 
     def __post_init__(self) -> None:
-        for name, share in (("p_full", self.p_full), ("p_smallest", self.p_smallest)):
-            if not 0 <= share <= 1:
-                raise ConfigError(f"sampler.{name}: got {share}, wanted a probability")
-        if self.p_full + self.p_smallest > 1:
-            raise ConfigError(f"sampler: p_full + p_smallest is {self.p_full + self.p_smallest:g}, wanted at most 1")
+        check_shares(p_full=self.p_full, p_smallest=self.p_smallest)
 
     def draw(self, space: SearchSpace, *, seed: int, step: int, batch: tuple[int, int]) -> tuple[Mixture, ...]:
         rows = [self.row(space, seed=seed, step=step, row=row, length=batch[1]) for row in range(batch[0])]
