@@ -48,6 +48,9 @@ def render_comparison(comparison: Comparison, *, folder: Path, title: str) -> No
     for ending, text in written.items():
         (folder / f"comparison.{ending}").write_text(text, encoding="utf-8")
     print(markdown)
+    runs = [run for line in comparison.lines for run in line.runs]
+    cached = [flag for run in runs for flag in run.stages.values()]
+    output.print(f"{len(cached)} stages of {len(runs)} runs, {sum(cached)} of them from the cache")
     output.print(f"written: {folder}/comparison.{{{','.join(written)}}}", markup=False)
 
 

@@ -28,6 +28,7 @@ class Run:
         metrics: what its stages measured.
         specs: what its own router chose, a mapping a budget.
         provenance: where its numbers come from.
+        stages: whether each stage came from the cache, by name.
     """
 
     folder: Path
@@ -36,6 +37,7 @@ class Run:
     metrics: dict[str, dict[str, Any]]
     specs: list[dict[str, Any]]
     provenance: dict[str, Any]
+    stages: dict[str, bool]
 
     @classmethod
     def read(cls, folder: Path) -> Run:
@@ -47,17 +49,20 @@ class Run:
         if not (folder / PROVENANCE).is_file():
             raise DataError(f"{folder} is no finished run; wanted the folder that a run printed at its end")
         results = read_csv(folder / "results.csv")
-        seconds = {row["what"]: row["seconds"] for row in read_csv(folder / "timings.csv")}
+        timings = read_csv(folder / "timings.csv")
+        seconds = {row["what"]: row["seconds"] for row in timings}
         for row in results:
             row["time"] = seconds[f"forward {row['router']} {row['budget']}"] / seconds["forward full"]
             row["find"] = seconds[f"find {row['router']} {row['budget']}"]
+        metrics = json.loads((folder / "metrics.json").read_text())
         return cls(
             folder,
             yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")),
             results,
-            json.loads((folder / "metrics.json").read_text()),
+            metrics,
             [json.loads(path.read_text()) for path in sorted((folder / "specs").glob("*.json"))],
             json.loads((folder / PROVENANCE).read_text()),
+            {row["what"]: row["cached"] for row in timings if row["what"] in metrics},
         )
 
     @property
