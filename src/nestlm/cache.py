@@ -12,7 +12,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
+
+from nestlm.progress import console
 
 # Packages whose version decides numbers.
 DETERMINING = ("torch", "lightning", "tokenizers", "numpy", "scipy")
@@ -65,10 +67,18 @@ class StageFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """One process at a time; the lock of a killed process is free at once."""
+        """One process at a time; says that it waits for another. The lock of a killed process is free at once."""
         self.path.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.path / ".lock"):
+        lock = FileLock(self.path / ".lock")
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            console.print(f"{self.name:>9} waiting: another process works on this stage", highlight=False)
+            lock.acquire()
+        try:
             yield
+        finally:
+            lock.release()
 
     def result(self) -> dict[str, Any] | None:
         """What a finished stage reported, or None."""
