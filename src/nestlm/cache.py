@@ -58,6 +58,21 @@ def write_json(path: Path, content: Any) -> None:
     partial.replace(path)
 
 
+@contextmanager
+def locked(folder: Path, what: str) -> Iterator[None]:
+    """One process at a time works in a folder; another says that it waits. The lock of a killed one is free at once."""
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        console.print(f"{what} waits for another process that works on it", highlight=False)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 class StageFolder:
     """Where a stage works and leaves its result; `stage.json` is written last and marks it finished."""
 
@@ -67,18 +82,10 @@ class StageFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """One process at a time; says that it waits for another. The lock of a killed process is free at once."""
+        """One process at a time."""
         self.path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.path / ".lock")
-        try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            console.print(f"{self.name:>9} waiting: another process works on this stage", highlight=False)
-            lock.acquire()
-        try:
+        with locked(self.path, f"{self.name:>9}"):
             yield
-        finally:
-            lock.release()
 
     def result(self) -> dict[str, Any] | None:
         """What a finished stage reported, or None."""

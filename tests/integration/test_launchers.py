@@ -1,6 +1,5 @@
 """Sweeps under every launcher that runs here: errors of jobs, threads, and stages that jobs share."""
 
-import csv
 import os
 import subprocess
 import sys
@@ -8,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from plugins import NANO
+from plugins import NANO, stages_that_ran
 
 TRAIN = Path(__file__).parents[2] / "train.py"
 LAUNCHERS = ["serial", "joblib", "submitit_local"]
@@ -18,15 +17,6 @@ FAST = [*NANO, "router=uniform", "budget=0.8"]
 def sweep(folder: Path, *overrides: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(TRAIN), "-m", *FAST, *overrides]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, env=env)
-
-
-def stages_that_ran(runs: list[Path]) -> list[str]:
-    """Folder names of stages in the order of runs, one for each time that a run did the work itself."""
-    ran = []
-    for run in runs:
-        with (run / "timings.csv").open() as file:
-            ran += [row["what"] for row in csv.DictReader(file) if row["cached"] == "False"]
-    return [name for name in ran if " " not in name]  # stages, not what evaluation timed
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
@@ -68,6 +58,23 @@ def test_joblib_shares_the_cores_between_its_workers(tmp_path):
         assert '"threads": 1,' in path.read_text()
 
 
+@pytest.mark.parametrize(
+    "launcher",
+    [["joblib", "hydra.launcher.n_jobs=2"], ["submitit_local", "hydra.launcher.gpus_per_node=1"], ["serial"]],
+    ids=lambda launcher: launcher[0],
+)
+def test_each_job_on_a_machine_has_a_gpu_of_its_own(launcher, tmp_path):
+    """One made-up GPU for two jobs (`auto` then computes on the CPU): the second waits, unless they take turns."""
+    (tmp_path / "tmp").mkdir()
+    gpu = os.environ | {"CUDA_VISIBLE_DEVICES": "0", "TMPDIR": str(tmp_path / "tmp")}
+    name, *more = launcher
+    done = sweep(tmp_path, f"launcher={name}", *more, "trainer.accelerator=auto", "seed=0,1", env=gpu)
+    assert done.returncode == 0, done.stderr
+    logs = [path.read_text() for path in tmp_path.glob("runs/default/multirun/*/.submitit/**/*.err")]
+    waiting = sum("waiting for a free GPU of 0" in text for text in [done.stderr, *logs])
+    assert waiting == (0 if name == "serial" else 1)
+
+
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
 def test_jobs_at_the_same_time_run_each_stage_once(launcher, tmp_path):
     parallel = ["hydra.launcher.n_jobs=2"] if launcher == "joblib" else []
@@ -76,4 +83,6 @@ def test_jobs_at_the_same_time_run_each_stage_once(launcher, tmp_path):
     runs = [path.parent for path in tmp_path.glob("runs/default/*/results.csv")]
     assert len(runs) == 4
     once_a_seed = ("pretrain", "rank", "elastic", "router", "joint")
-    assert sorted(stages_that_ran(runs)) == sorted(["data", *2 * once_a_seed, *4 * ["evaluate"]])
+    assert sorted(name for run in runs for name in stages_that_ran(run)) == sorted(
+        ["data", *2 * once_a_seed, *4 * ["evaluate"]]
+    )
