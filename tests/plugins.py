@@ -1,8 +1,10 @@
 """Finds the plug-ins of a kind: every config file of a group, and every class in the source folder."""
 
+import csv
 import importlib
 import inspect
 import pkgutil
+from pathlib import Path
 from typing import Any
 
 from hydra.utils import instantiate
@@ -57,3 +59,10 @@ def targets(node: Any) -> set[str]:
         own = {node["_target_"]} if "_target_" in node else set()
         return own.union(*(targets(value) for value in node.values()))
     return set().union(*(targets(item) for item in node)) if isinstance(node, list) else set()
+
+
+def stages_that_ran(run: Path) -> list[str]:
+    """The stages that a run worked on itself, did not find in the cache."""
+    with (run / "timings.csv").open() as file:
+        ran = [row["what"] for row in csv.DictReader(file) if row["cached"] == "False"]
+    return [name for name in ran if " " not in name]  # the others are what evaluation timed

@@ -12,7 +12,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
+
+from nestlm.progress import console
 
 # Packages whose version decides numbers.
 DETERMINING = ("torch", "lightning", "tokenizers", "numpy", "scipy")
@@ -56,6 +58,21 @@ def write_json(path: Path, content: Any) -> None:
     partial.replace(path)
 
 
+@contextmanager
+def locked(folder: Path, what: str) -> Iterator[None]:
+    """One process at a time works in a folder; another says that it waits. The lock of a killed one is free at once."""
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        console.print(f"{what} waits for another process that works on it", highlight=False)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 class StageFolder:
     """Where a stage works and leaves its result; `stage.json` is written last and marks it finished."""
 
@@ -65,9 +82,9 @@ class StageFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """One process at a time; the lock of a killed process is free at once."""
+        """One process at a time."""
         self.path.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.path / ".lock"):
+        with locked(self.path, f"{self.name:>9}"):
             yield
 
     def result(self) -> dict[str, Any] | None:

@@ -9,6 +9,7 @@ import os
 import pkgutil
 import re
 import sys
+import traceback
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,9 +27,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nestlm.dotted import flat_items
 from nestlm.errors import EXIT_USER_ERROR, ConfigError, NestlmError
+from nestlm.gpus import own_gpu, visible_gpus
+from nestlm.sweep import JobFailed, failures, in_sweep, job_failed, shares_machine
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 INSTANTIATE_KEYS = {"_target_", "_partial_"}
+PLUGGED_IN = ("joblib", "submitit_local", "submitit_slurm")  # launchers that are not Hydra's own
+USER_ERRORS = (NestlmError, HydraException, OmegaConfBaseException)
 
 
 def run() -> None:
@@ -37,18 +42,37 @@ def run() -> None:
     try:
         with plain_errors():
             hydra_main(version_base="1.3", config_path=str(CONF), config_name="train")(run_job)()
+    except JobFailed as first:
+        for line in failures(first):
+            print(f"error: {line}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
     finally:
         GlobalHydra.instance().clear()
 
 
 def run_job(config: DictConfig) -> float | None:
-    """One job: check, build, run; returns what a sweeper minimises. The heavy imports wait for the composed config."""
-    with plain_errors():
-        plain = to_plain(config)
+    """One job, which may be one of a sweep and in a process of its own; returns what a sweeper minimises."""
+    if not in_sweep():
+        with plain_errors():
+            return run_config(config)
+    try:
+        return run_config(config)
+    except Exception as error:
+        known = isinstance(error, USER_ERRORS)
+        if not known or config.get("traceback") is True:
+            traceback.print_exc()
+        raise job_failed(explain(error) if known else f"{type(error).__name__}: {error}") from error
+
+
+def run_config(config: DictConfig) -> float | None:
+    """Check, build, run. The heavy imports wait for the composed config."""
+    plain = to_plain(config)
+    on_gpu = plain["trainer"].get("accelerator") in ("gpu", "cuda", "auto")
+    with own_gpu(visible_gpus() if on_gpu and shares_machine() else []):
         from nestlm import pipeline
 
         finished = pipeline.run(build(plain), config=plain)
-        return None if finished is None else finished.pareto_gap
+    return None if finished is None else finished.pareto_gap
 
 
 def profile(overrides: list[str], *, out: Path) -> None:
@@ -66,7 +90,7 @@ def plain_errors() -> Iterator[None]:
     """Print a user's error and exit; a bug keeps its traceback, and `traceback=true` shows it for all."""
     try:
         yield
-    except (NestlmError, HydraException, OmegaConfBaseException) as error:
+    except USER_ERRORS as error:
         if any(argument.lower() == "traceback=true" for argument in sys.argv[1:]):
             raise
         print(f"error: {explain(error)}", file=sys.stderr)
@@ -214,6 +238,8 @@ def explain(error: Exception) -> str:
     if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
         options = error.options
         group, _, got = error.missing_cfg_file.removesuffix(".yaml").rpartition("/")
+        if group == "hydra/launcher" and got in PLUGGED_IN:
+            return f"launcher: {got} needs a package that is not installed; pip install 'nestlm[launchers]'"
         return f"{group}: got {got!r}, wanted one of {', '.join(options)}{nearest(got, options)}"
     text = str(error)
     unknown = re.search(r"Could not override '([^']+)'", text)

@@ -15,7 +15,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import Logger, WandbLogger
 
 from nestlm import stages
-from nestlm.cache import StageFolder, file_identity, files_identity, stage_key, write_json
+from nestlm.cache import StageFolder, file_identity, files_identity, locked, stage_key, write_json
 from nestlm.context import LATENCY_TABLE, Context
 from nestlm.data.source.base import fingerprint
 from nestlm.dry_run import describe
@@ -107,6 +107,12 @@ def run(settings: Settings, *, config: dict[str, Any]) -> FinishedRun | None:
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"run_dir: cannot make {run_dir} ({error.strerror}); wanted a folder to write to") from error
+    with locked(run_dir, str(run_dir)):  # the same command twice at the same time
+        return work_in(run_dir, settings, config=config)
+
+
+def work_in(run_dir: Path, settings: Settings, *, config: dict[str, Any]) -> FinishedRun:
+    """Walk the stages and write the run's folder, alone in it."""
     cache = Path(settings.cache_dir or "cache") if settings.cache == "on" else run_dir / "stages"
     logger = settings.logger(save_dir=run_dir / "logs", name=run_dir.name)
     logger.log_hyperparams(config)

@@ -1,5 +1,6 @@
 """What a user can misspell, mistype or ask too much of: one or two lines, exit code 2, nothing loaded."""
 
+import subprocess
 import sys
 
 import pytest
@@ -72,6 +73,10 @@ MISTAKES = {
     "absent weights": (["model.weights=/does/not/exist"], ["model.weights", "/does/not/exist", "config.json"]),
     "size without weights": (["model=llama2_7b"], ["model.weights=FOLDER", "model.init=random"]),
     "wrong init": (["model.init=zeros"], ["model.init", "'zeros'", "random"]),
+    "launcher": (["launcher=jobib"], ["launcher", "'joblib'", "submitit_local"]),
+    "sweep of no options": (["-m", "router=glob(zzz*)", "seed=0,1"], ["router=glob(zzz*)", "no job", "knapsack"]),
+    "sweep of no values": (["-m", "seed=range(0,0)"], ["seed=range(0,0)", "no job"]),
+    "sweep of an absent group": (["-m", "+experiment/nope=glob(*)"], ["experiment/nope=glob(*)", "no job"]),
     "surrogate's target": (["router.signal.target=gapp"], ["router.signal.target", "'gapp'", "gap, loss"]),
 }  # fmt: skip
 
@@ -96,6 +101,54 @@ def test_the_traceback_is_there_on_demand(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["train.py", "budget=7", "traceback=true"])
     with pytest.raises(ValueError, match="at most"):
         run()
+
+
+def test_a_sweep_that_a_file_names_is_checked_too(monkeypatch, capsys, tmp_path):
+    """A value on the command line goes before the file's."""
+    (tmp_path / "swept").mkdir()
+    (tmp_path / "swept/none.yaml").write_text(
+        "# @package _global_\nhydra: {sweeper: {params: {router: glob(zzz*)}}}\n", encoding="utf-8"
+    )
+    monkeypatch.chdir(tmp_path)
+    arguments = ["train.py", "-m", "--config-dir", str(tmp_path), "+swept=none", "dry_run=true"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as exit_:
+        run()
+    assert exit_.value.code == 2
+    assert "error: router=glob(zzz*)" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", [*arguments, "router=uniform"])
+    run()
+    assert "search space" in capsys.readouterr().out
+
+
+def test_a_cluster_that_is_not_there_is_named(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(sys, "argv", ["train.py", "-m", "launcher=submitit", "seed=0,1"])
+    with pytest.raises(SystemExit) as exit_:
+        run()
+    assert exit_.value.code == 2
+    printed = capsys.readouterr().err
+    assert "no srun" in printed
+    assert "launcher=submitit_local" in printed
+
+
+@pytest.mark.parametrize("launcher", ["joblib", "submitit", "submitit_local"])
+def test_a_launcher_without_its_package_is_one_line(launcher, tmp_path):
+    """In a process of its own, where Hydra finds no plug-ins."""
+    hidden = "import sys; sys.modules['hydra_plugins'] = None; from nestlm.compose import run; run()"
+    command = [sys.executable, "-c", hidden, f"launcher={launcher}"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("error: launcher: ")
+    assert line.endswith("pip install 'nestlm[launchers]'")
+
+
+@pytest.mark.parametrize("launcher", ["joblib", "submitit", "submitit_local"])
+def test_a_launcher_changes_no_setting(launcher):
+    """So that neither cache keys nor the run's folder depend on it."""
+    assert compose([f"launcher={launcher}"]) == compose([])
 
 
 @pytest.mark.parametrize("name", ["llama2_7b", "llama2_13b", "llama3_8b", "small", "tiny"])
