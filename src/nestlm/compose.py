@@ -28,6 +28,7 @@ from nestlm.dotted import flat_items
 from nestlm.errors import EXIT_USER_ERROR, ConfigError, NestlmError
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
+SETTINGS = "nestlm.settings.Settings"
 INSTANTIATE_KEYS = {"_target_", "_partial_"}
 
 
@@ -59,6 +60,19 @@ def profile(overrides: list[str], *, out: Path) -> None:
         from nestlm import pipeline
 
         pipeline.profile(settings, out=out)
+
+
+def verify(folder: Path, *, out: Path | None, tolerance: float) -> bool:
+    """Do a finished run again; returns whether its results are the same."""
+    with plain_errors():
+        from nestlm import verification
+
+        config, commit = verification.read(folder)
+        try:
+            check_node({"_target_": SETTINGS, **config}, "")
+        except ConfigError as error:
+            raise ConfigError(f"{folder} is of another version of nestlm, commit {commit}: {error}") from None
+        return verification.verify(folder, build(config), config=config, out=out, tolerance=tolerance)
 
 
 @contextmanager
@@ -96,7 +110,7 @@ def build(plain: dict[str, Any]) -> Any:
     Raises:
         ConfigError: a name that its target does not take, or a value of the wrong type.
     """
-    target = {"_target_": "nestlm.settings.Settings", **plain}
+    target = {"_target_": SETTINGS, **plain}
     check_node(target, "")
     try:
         return instantiate(target, _convert_="all")

@@ -16,6 +16,13 @@ from nestlm.report.tables import Row, read_csv
 PROVENANCE = "provenance.json"  # written last but the pictures: its folder is a finished run
 
 
+def read_provenance(folder: Path) -> dict[str, Any]:
+    """Where the numbers of a run come from. Raises DataError for a folder that is no finished run."""
+    if not (folder / PROVENANCE).is_file():
+        raise DataError(f"{folder} is no finished run; wanted the folder that a run printed at its end")
+    return json.loads((folder / PROVENANCE).read_text())
+
+
 @dataclass(frozen=True)
 class Run:
     """What a run left behind.
@@ -44,8 +51,7 @@ class Run:
         Raises:
             DataError: the folder is no finished run.
         """
-        if not (folder / PROVENANCE).is_file():
-            raise DataError(f"{folder} is no finished run; wanted the folder that a run printed at its end")
+        provenance = read_provenance(folder)
         results = read_csv(folder / "results.csv")
         seconds = {row["what"]: row["seconds"] for row in read_csv(folder / "timings.csv")}
         for row in results:
@@ -57,7 +63,7 @@ class Run:
             results,
             json.loads((folder / "metrics.json").read_text()),
             [json.loads(path.read_text()) for path in sorted((folder / "specs").glob("*.json"))],
-            json.loads((folder / PROVENANCE).read_text()),
+            provenance,
         )
 
     @property
