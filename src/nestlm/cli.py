@@ -77,8 +77,8 @@ def verify(
 ) -> None:
     """Do a run again, with its own config, latency table and number of threads, and compare the results.
 
-    Nothing comes from the cache. Exit code 0: the same results.csv and specs, bit for bit; 1: another; 2: the run
-    cannot be done again.
+    Nothing comes from the cache. Exits with 0 if results.csv and specs/ are the same bytes, with 1 if they are not,
+    and with 2 if the run cannot be done again.
 
     Example: nestlm verify runs/default/surrogate-static-seed0-1a2b3c4d
     """
