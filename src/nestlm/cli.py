@@ -10,6 +10,8 @@ import typer
 
 from nestlm.errors import EXIT_USER_ERROR, NestlmError
 
+EXIT_DIFFERENT = 1
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -61,6 +63,29 @@ def profile(
     from nestlm.compose import profile as measure
 
     measure(overrides or [], out=out)
+
+
+@app.command()
+def verify(
+    run: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Where the second run works and stays; default: a temporary folder.")
+    ] = None,
+    tolerance: Annotated[
+        float, typer.Option(min=0.0, help="By how much numbers may differ, such as on another machine.")
+    ] = 0.0,
+) -> None:
+    """Do a run again, with its own config, latency table and number of threads, and compare the results.
+
+    Nothing comes from the cache. Exits with 0 if results.csv and specs/ are the same bytes, with 1 if they are not,
+    and with 2 if the run cannot be done again.
+
+    Example: nestlm verify runs/default/surrogate-static-seed0-1a2b3c4d
+    """
+    from nestlm.compose import verify as is_same
+
+    if not is_same(run, out=out, tolerance=tolerance):
+        raise typer.Exit(EXIT_DIFFERENT)
 
 
 def main() -> None:

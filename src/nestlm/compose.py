@@ -31,6 +31,7 @@ from nestlm.gpus import own_gpu, visible_gpus
 from nestlm.sweep import JobFailed, failures, in_sweep, job_failed, shares_machine
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
+SETTINGS = "nestlm.settings.Settings"
 INSTANTIATE_KEYS = {"_target_", "_partial_"}
 PLUGGED_IN = ("joblib", "submitit_local", "submitit_slurm")  # launchers that are not Hydra's own
 USER_ERRORS = (NestlmError, HydraException, OmegaConfBaseException)
@@ -85,6 +86,19 @@ def profile(overrides: list[str], *, out: Path) -> None:
         pipeline.profile(settings, out=out)
 
 
+def verify(folder: Path, *, out: Path | None, tolerance: float) -> bool:
+    """Do a finished run again; returns whether its results are the same."""
+    with plain_errors():
+        from nestlm import verification
+
+        config, commit = verification.read(folder)
+        try:
+            check_node({"_target_": SETTINGS, **config}, "")
+        except ConfigError as error:
+            raise ConfigError(f"{folder} is of another version of nestlm, commit {commit}: {error}") from None
+        return verification.verify(folder, build(config), config=config, out=out, tolerance=tolerance)
+
+
 @contextmanager
 def plain_errors() -> Iterator[None]:
     """Print a user's error and exit; a bug keeps its traceback, and `traceback=true` shows it for all."""
@@ -120,7 +134,7 @@ def build(plain: dict[str, Any]) -> Any:
     Raises:
         ConfigError: a name that its target does not take, or a value of the wrong type.
     """
-    target = {"_target_": "nestlm.settings.Settings", **plain}
+    target = {"_target_": SETTINGS, **plain}
     check_node(target, "")
     try:
         return instantiate(target, _convert_="all")

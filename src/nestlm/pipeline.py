@@ -101,6 +101,13 @@ def run(settings: Settings, *, config: dict[str, Any]) -> FinishedRun | None:
     if settings.dry_run:
         describe(settings)
         return None
+    finished = fill_run_folder(settings, config=config)
+    render(finished.folder)
+    return finished
+
+
+def fill_run_folder(settings: Settings, *, config: dict[str, Any]) -> FinishedRun:
+    """Walk the stages of settings that are checked, and write all but the pages and pictures of the run's folder."""
     check_trainer(settings)
     run_dir = run_folder(settings, config=config)
     try:
@@ -125,7 +132,6 @@ def work_in(run_dir: Path, settings: Settings, *, config: dict[str, Any]) -> Fin
         logger.finalize("finished")
         if isinstance(logger, WandbLogger):
             logger.experiment.finish()  # it would stay open, and the next job of a sweep would log into it
-    render(run_dir)
     return FinishedRun(run_dir, pareto_gap)
 
 

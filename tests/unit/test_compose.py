@@ -4,9 +4,11 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 
 from nestlm.compose import build, compose, run
-from plugins import NANO
+from nestlm.verification import read
+from plugins import NANO, options
 
 # overrides, and what the message has to say
 MISTAKES = {
@@ -179,6 +181,34 @@ def test_every_option_of_every_group_composes():
         else:
             extra = ["++data.path=."] if group == "data" else []
             assert build(compose([f"{group}={option}", *extra])) is not None
+
+
+CHOICES = {
+    "several limits": ["budget=[[0.6,8GiB],60%,3.4e9params,0.7memory,0.5]", "label='1e3'", "elastic.lr=1e-9"],
+    "time": ["cost=latency", "budget=12ms"],
+    "time beside another": ["+cost@costs.latency=latency", "budget=[[0.9,1ms]]"],
+    **{f"{group}={name}": [f"{group}={name}"] for group in ("router", "logger", "sampler") for name in options(group)},
+    **{f"dynamic {name}": [f"router={name}", "router.policy=dynamic"] for name in ("surrogate", "gumbel", "value")},
+    "per prompt": ["router=value", "router.granularity=prompt", "router.prompt_tokens=8"],
+    "a folder of text": ["data=text", "data.path=."],
+}
+
+
+@pytest.mark.parametrize("overrides", CHOICES.values(), ids=CHOICES)
+def test_the_config_that_a_run_leaves_is_read_again(overrides, tmp_path):
+    """As `nestlm verify` does; types count, so texts are compared."""
+    plain = compose([*NANO, *overrides])
+    write_config(tmp_path, plain)
+    again, _ = read(tmp_path)
+    assert repr(again) == repr(plain)
+    assert build(again).budgets == build(plain).budgets
+
+
+def write_config(folder, plain):
+    (folder / "config.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
+    (folder / "provenance.json").write_text('{"commit": null}')
+    for name in ("results.csv", "timings.csv"):
+        (folder / name).touch()
 
 
 def test_seed_zero_is_a_seed():

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from nestlm.profiling import cpu_name
+
 PACKAGES = ("nestlm", "torch", "lightning", "hydra-core", "omegaconf", "torchmetrics", "tokenizers", "numpy", "scipy")
 
 
@@ -31,19 +33,25 @@ def package_version(name: str) -> str | None:
         return None
 
 
-def provenance(
-    *, seed: int, data_fingerprint: str, tokenizer_hash: str, tokens: dict[str, float | None], seconds: float
-) -> dict[str, Any]:
-    """What someone needs to get the same numbers again."""
+def environment() -> dict[str, Any]:
+    """Code, packages and machine, as they are now."""
     status = git("status", "--porcelain")
     return {
         "commit": git("rev-parse", "HEAD"),
         "dirty": None if status is None else bool(status),
         "python": sys.version.split()[0],
         "packages": {name: package_version(name) for name in PACKAGES},
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name(),
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
+    }
+
+
+def provenance(
+    *, seed: int, data_fingerprint: str, tokenizer_hash: str, tokens: dict[str, float | None], seconds: float
+) -> dict[str, Any]:
+    """What someone needs to get the same numbers again."""
+    return environment() | {
         "command": sys.argv,
         "seed": seed,
         "data_fingerprint": data_fingerprint,

@@ -16,6 +16,13 @@ from nestlm.report.tables import Row, read_csv
 PROVENANCE = "provenance.json"  # written last but the pictures: its folder is a finished run
 
 
+def read_provenance(folder: Path) -> dict[str, Any]:
+    """Where the numbers of a run come from. Raises DataError for a folder that is no finished run."""
+    if not (folder / PROVENANCE).is_file():
+        raise DataError(f"{folder} is no finished run; wanted the folder that a run printed at its end")
+    return json.loads((folder / PROVENANCE).read_text())
+
+
 @dataclass(frozen=True)
 class Run:
     """What a run left behind.
@@ -46,8 +53,7 @@ class Run:
         Raises:
             DataError: the folder is no finished run.
         """
-        if not (folder / PROVENANCE).is_file():
-            raise DataError(f"{folder} is no finished run; wanted the folder that a run printed at its end")
+        provenance = read_provenance(folder)
         results = read_csv(folder / "results.csv")
         timings = read_csv(folder / "timings.csv")
         seconds = {row["what"]: row["seconds"] for row in timings}
@@ -61,7 +67,7 @@ class Run:
             results,
             metrics,
             [json.loads(path.read_text()) for path in sorted((folder / "specs").glob("*.json"))],
-            json.loads((folder / PROVENANCE).read_text()),
+            provenance,
             {row["what"]: row["cached"] for row in timings if row["what"] in metrics},
         )
 
