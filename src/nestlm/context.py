@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from nestlm.cache import write_json
+from nestlm.callbacks.throughput import StageThroughput
 from nestlm.cost.table import PriceList
 from nestlm.data.module import PackedTokens
 from nestlm.evaluation import Scores, evaluate
@@ -21,6 +22,7 @@ from nestlm.module import NestedLM
 from nestlm.nn.decoder import Decoder
 from nestlm.nn.policy import Policy
 from nestlm.objective.base import Objective, Parts
+from nestlm.passes import flops_per_token
 from nestlm.progress import track
 from nestlm.router.base import Router
 from nestlm.router.trial import Trial
@@ -92,6 +94,7 @@ class Context:
     ) -> dict[str, Any]:
         """Run a training stage; reports its steps and tokens."""
         data = self.data(stream=stage, num_steps=steps)
+        tokens_per_step = data.settings.batch_size * data.settings.sequence_length
         resumed = 0
         if steps:
             module = NestedLM(
@@ -110,9 +113,15 @@ class Context:
                 trainer_factory=self.settings.trainer,
                 logger=self.logger,
                 checkpoint_seconds=self.settings.checkpoint_seconds,
+                callbacks=[
+                    StageThroughput(
+                        stage,
+                        tokens_per_step=tokens_per_step,
+                        flops_per_token=lambda: flops_per_token(stage, self.settings),
+                    )
+                ],
             )
-        tokens = steps * data.settings.batch_size * data.settings.sequence_length
-        return {"steps": steps, "tokens": tokens, "resumed_at_step": resumed}
+        return {"steps": steps, "tokens": steps * tokens_per_step, "resumed_at_step": resumed}
 
     def score(
         self, decoder: Decoder, policies: dict[str, Policy], *, prices: dict[str, PriceList] | None = None
