@@ -6,7 +6,8 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from nestlm.errors import ConfigError
 from nestlm.profiling import device_name
 from nestlm.profiling import profile as measure
 from nestlm.progress import console
+from nestlm.report import wandb_run
 from nestlm.report.console import output
 from nestlm.report.render import render
 from nestlm.report.run_folder import FinishedStage, write_run_folder
@@ -108,19 +110,35 @@ def run(settings: Settings, *, config: dict[str, Any]) -> FinishedRun | None:
     except OSError as error:
         raise ConfigError(f"run_dir: cannot make {run_dir} ({error.strerror}); wanted a folder to write to") from error
     cache = Path(settings.cache_dir or "cache") if settings.cache == "on" else run_dir / "stages"
-    logger = settings.logger(save_dir=run_dir / "logs", name=run_dir.name)
-    logger.log_hyperparams(config)
-    try:
+    with open_logger(settings, run_dir, config=config) as logger:
         finished = run_stages(settings, config=config, cache=cache, logger=logger)
         metrics = write_run_folder(run_dir, config=config, finished=finished, router=settings.router.label)
-        pareto_gap = metrics["evaluate"]["pareto_gap"]
-        logger.log_metrics(result_metrics(finished[-1].result["rows"]) | {"val/pareto_gap": pareto_gap})
-    finally:
-        logger.finalize("finished")
+        logger.log_metrics(result_metrics(finished[-1].result["rows"], metrics))
+        render(run_dir)
         if isinstance(logger, WandbLogger):
-            logger.experiment.finish()  # it would stay open, and the next job of a sweep would log into it
-    render(run_dir)
-    return FinishedRun(run_dir, pareto_gap)
+            wandb_run.publish(logger, run_dir)
+    return FinishedRun(run_dir, metrics["evaluate"]["pareto_gap"])
+
+
+@contextmanager
+def open_logger(settings: Settings, run_dir: Path, *, config: dict[str, Any]) -> Iterator[Logger]:
+    """The configured logger, which is told the config, and whether the run failed.
+
+    Raises:
+        ConfigError: wandb refuses to begin a run.
+    """
+    logger = settings.logger(save_dir=run_dir / "logs", name=run_dir.name)
+    if isinstance(logger, WandbLogger):
+        wandb_run.start(logger)
+    logger.log_hyperparams(config)
+    failed = True
+    try:
+        yield logger
+        failed = False
+    finally:
+        logger.finalize("failed" if failed else "success")
+        if isinstance(logger, WandbLogger):
+            wandb_run.finish(logger, failed=failed)
 
 
 def profile(settings: Settings, *, out: Path) -> None:
@@ -228,13 +246,17 @@ def outside_inputs(stage: str, settings: Settings) -> str:
     return ""
 
 
-def result_metrics(rows: list[dict[str, Any]]) -> dict[str, float]:
+def result_metrics(rows: list[dict[str, Any]], metrics: dict[str, dict[str, Any]]) -> dict[str, float]:
     """The results as a logger takes them: one number a name."""
-    return {
+    logged = {
         f"evaluate/{row['router']}/{row['budget']}/{name}": row[name]
         for row in rows
         for name in ("achieved", "val_loss", "accuracy")
     }
+    correlation = metrics["router"].get("rank_correlation")
+    if correlation is not None:
+        logged["router/rank_correlation"] = correlation
+    return logged | {"val/pareto_gap": metrics["evaluate"]["pareto_gap"]}
 
 
 def run_folder(settings: Settings, *, config: dict[str, Any]) -> Path:
