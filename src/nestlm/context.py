@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch.loggers import Logger
@@ -66,12 +68,16 @@ class Context:
 
     def trial(self, decoder: Decoder) -> Trial:
         """Calibration text for a router to try things on."""
+        return self.on_calibration_text(decoder.eval(), num_sequences=self.settings.router.num_sequences)
+
+    def on_calibration_text(self, decoder: Decoder, *, num_sequences: int) -> Trial:
+        """The model and a few sequences of calibration text, on its device. Draws nothing from torch's generator."""
         device = self.device()
-        loader = self.data(stream="calibration").heldout_dataloader(
-            "calibration", num_rows=self.settings.router.num_sequences
-        )
+        loader = self.data(stream="calibration").heldout_dataloader("calibration", num_rows=num_sequences)
         precision = make_trainer(self.settings.trainer).precision_plugin.forward_context
-        return Trial(decoder.to(device).eval(), [move_data_to_device(batch, device) for batch in loader], precision)
+        with torch.random.fork_rng(devices=[]):  # a loader draws a seed for workers, also where it has none
+            batches = [move_data_to_device(batch, device) for batch in loader]
+        return Trial(decoder.to(device), batches, precision)
 
     def save(self, module: nn.Module, name: str) -> None:
         """Leave weights behind."""
@@ -90,9 +96,16 @@ class Context:
         )
 
     def train(
-        self, stage: str, parts: Parts, *, objective: Objective, trained: dict[str, tuple[nn.Module, float]], steps: int
+        self,
+        stage: str,
+        parts: Parts,
+        *,
+        objective: Objective,
+        trained: dict[str, tuple[nn.Module, float]],
+        steps: int,
+        callbacks: Sequence[L.Callback] = (),
     ) -> dict[str, Any]:
-        """Run a training stage; reports its steps and tokens."""
+        """Run a training stage; reports its steps and tokens. Callbacks may look, and change nothing."""
         data = self.data(stream=stage, num_steps=steps)
         tokens_per_step = data.settings.batch_size * data.settings.sequence_length
         resumed = 0
@@ -118,7 +131,8 @@ class Context:
                         stage,
                         tokens_per_step=tokens_per_step,
                         flops_per_token=lambda: flops_per_token(stage, self.settings),
-                    )
+                    ),
+                    *callbacks,
                 ],
             )
         return {"steps": steps, "tokens": steps * tokens_per_step, "resumed_at_step": resumed}
