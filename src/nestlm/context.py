@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch.loggers import Logger
@@ -14,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from nestlm.cache import write_json
+from nestlm.callbacks.throughput import StageThroughput
 from nestlm.cost.table import PriceList
 from nestlm.data.module import PackedTokens
 from nestlm.evaluation import Scores, evaluate
@@ -21,6 +24,7 @@ from nestlm.module import NestedLM
 from nestlm.nn.decoder import Decoder
 from nestlm.nn.policy import Policy
 from nestlm.objective.base import Objective, Parts
+from nestlm.passes import flops_per_token
 from nestlm.progress import track
 from nestlm.router.base import Router
 from nestlm.router.trial import Trial
@@ -64,12 +68,16 @@ class Context:
 
     def trial(self, decoder: Decoder) -> Trial:
         """Calibration text for a router to try things on."""
+        return self.on_calibration_text(decoder.eval(), num_sequences=self.settings.router.num_sequences)
+
+    def on_calibration_text(self, decoder: Decoder, *, num_sequences: int) -> Trial:
+        """The model and a few sequences of calibration text, on its device. Draws nothing from torch's generator."""
         device = self.device()
-        loader = self.data(stream="calibration").heldout_dataloader(
-            "calibration", num_rows=self.settings.router.num_sequences
-        )
+        loader = self.data(stream="calibration").heldout_dataloader("calibration", num_rows=num_sequences)
         precision = make_trainer(self.settings.trainer).precision_plugin.forward_context
-        return Trial(decoder.to(device).eval(), [move_data_to_device(batch, device) for batch in loader], precision)
+        with torch.random.fork_rng(devices=[]):  # a loader draws a seed for workers, also where it has none
+            batches = [move_data_to_device(batch, device) for batch in loader]
+        return Trial(decoder.to(device), batches, precision)
 
     def save(self, module: nn.Module, name: str) -> None:
         """Leave weights behind."""
@@ -88,10 +96,18 @@ class Context:
         )
 
     def train(
-        self, stage: str, parts: Parts, *, objective: Objective, trained: dict[str, tuple[nn.Module, float]], steps: int
+        self,
+        stage: str,
+        parts: Parts,
+        *,
+        objective: Objective,
+        trained: dict[str, tuple[nn.Module, float]],
+        steps: int,
+        callbacks: Sequence[L.Callback] = (),
     ) -> dict[str, Any]:
-        """Run a training stage; reports its steps and tokens."""
+        """Run a training stage; reports its steps and tokens. Callbacks may look, and change nothing."""
         data = self.data(stream=stage, num_steps=steps)
+        tokens_per_step = data.settings.batch_size * data.settings.sequence_length
         resumed = 0
         if steps:
             module = NestedLM(
@@ -110,9 +126,16 @@ class Context:
                 trainer_factory=self.settings.trainer,
                 logger=self.logger,
                 checkpoint_seconds=self.settings.checkpoint_seconds,
+                callbacks=[
+                    StageThroughput(
+                        stage,
+                        tokens_per_step=tokens_per_step,
+                        flops_per_token=lambda: flops_per_token(stage, self.settings),
+                    ),
+                    *callbacks,
+                ],
             )
-        tokens = steps * data.settings.batch_size * data.settings.sequence_length
-        return {"steps": steps, "tokens": tokens, "resumed_at_step": resumed}
+        return {"steps": steps, "tokens": steps * tokens_per_step, "resumed_at_step": resumed}
 
     def score(
         self, decoder: Decoder, policies: dict[str, Policy], *, prices: dict[str, PriceList] | None = None

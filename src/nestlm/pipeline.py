@@ -6,7 +6,8 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from nestlm.errors import ConfigError
 from nestlm.profiling import device_name
 from nestlm.profiling import profile as measure
 from nestlm.progress import console
+from nestlm.report import wandb_run
 from nestlm.report.console import output
 from nestlm.report.render import render
 from nestlm.report.run_folder import FinishedStage, write_run_folder
@@ -101,13 +103,11 @@ def run(settings: Settings, *, config: dict[str, Any]) -> FinishedRun | None:
     if settings.dry_run:
         describe(settings)
         return None
-    finished = fill_run_folder(settings, config=config)
-    render(finished.folder)
-    return finished
+    return fill_run_folder(settings, config=config)
 
 
-def fill_run_folder(settings: Settings, *, config: dict[str, Any]) -> FinishedRun:
-    """Walk the stages of settings that are checked, and write all but the pages and pictures of the run's folder."""
+def fill_run_folder(settings: Settings, *, config: dict[str, Any], shown: bool = True) -> FinishedRun:
+    """Walk the stages of settings that are checked; `shown` also draws pictures, writes the page, prints the table."""
     check_trainer(settings)
     run_dir = run_folder(settings, config=config)
     try:
@@ -115,24 +115,42 @@ def fill_run_folder(settings: Settings, *, config: dict[str, Any]) -> FinishedRu
     except OSError as error:
         raise ConfigError(f"run_dir: cannot make {run_dir} ({error.strerror}); wanted a folder to write to") from error
     with locked(run_dir, str(run_dir)):  # the same command twice at the same time
-        return work_in(run_dir, settings, config=config)
+        return work_in(run_dir, settings, config=config, shown=shown)
 
 
-def work_in(run_dir: Path, settings: Settings, *, config: dict[str, Any]) -> FinishedRun:
+def work_in(run_dir: Path, settings: Settings, *, config: dict[str, Any], shown: bool) -> FinishedRun:
     """Walk the stages and write the run's folder, alone in it."""
     cache = Path(settings.cache_dir or "cache") if settings.cache == "on" else run_dir / "stages"
-    logger = settings.logger(save_dir=run_dir / "logs", name=run_dir.name)
-    logger.log_hyperparams(config)
-    try:
+    with open_logger(settings, run_dir, config=config) as logger:
         finished = run_stages(settings, config=config, cache=cache, logger=logger)
         metrics = write_run_folder(run_dir, config=config, finished=finished, router=settings.router.label)
-        pareto_gap = metrics["evaluate"]["pareto_gap"]
-        logger.log_metrics(result_metrics(finished[-1].result["rows"]) | {"val/pareto_gap": pareto_gap})
+        logger.log_metrics(result_metrics(finished[-1].result["rows"], metrics))
+        if shown:
+            render(run_dir)
+        if shown and isinstance(logger, WandbLogger):
+            wandb_run.publish(logger, run_dir)
+    return FinishedRun(run_dir, metrics["evaluate"]["pareto_gap"])
+
+
+@contextmanager
+def open_logger(settings: Settings, run_dir: Path, *, config: dict[str, Any]) -> Iterator[Logger]:
+    """The configured logger, which is told the config, and whether the run failed.
+
+    Raises:
+        ConfigError: wandb refuses to begin a run.
+    """
+    logger = settings.logger(save_dir=run_dir / "logs", name=run_dir.name)
+    if isinstance(logger, WandbLogger):
+        wandb_run.start(logger)
+    logger.log_hyperparams(config)
+    failed = True
+    try:
+        yield logger
+        failed = False
     finally:
-        logger.finalize("finished")
+        logger.finalize("failed" if failed else "success")
         if isinstance(logger, WandbLogger):
-            logger.experiment.finish()  # it would stay open, and the next job of a sweep would log into it
-    return FinishedRun(run_dir, pareto_gap)
+            wandb_run.finish(logger, failed=failed)
 
 
 def profile(settings: Settings, *, out: Path) -> None:
@@ -240,13 +258,17 @@ def outside_inputs(stage: str, settings: Settings) -> str:
     return ""
 
 
-def result_metrics(rows: list[dict[str, Any]]) -> dict[str, float]:
+def result_metrics(rows: list[dict[str, Any]], metrics: dict[str, dict[str, Any]]) -> dict[str, float]:
     """The results as a logger takes them: one number a name."""
-    return {
+    logged = {
         f"evaluate/{row['router']}/{row['budget']}/{name}": row[name]
         for row in rows
         for name in ("achieved", "val_loss", "accuracy")
     }
+    correlation = metrics["router"].get("rank_correlation")
+    if correlation is not None:
+        logged["router/rank_correlation"] = correlation
+    return logged | {"val/pareto_gap": metrics["evaluate"]["pareto_gap"]}
 
 
 def run_folder(settings: Settings, *, config: dict[str, Any]) -> Path:

@@ -166,6 +166,7 @@ class Settings:
     cache: Literal["on", "off"]
     checkpoint_seconds: float
     activation_checkpointing: bool
+    elastic_probe_steps: int
     dry_run: bool
     traceback: bool
 
@@ -279,7 +280,7 @@ DERIVED = {
     "make_elastic_values": {"axes", "model", "elastic", "sampler", "seed"},
     "make_signal": {"axes", "model", "cost", "costs", "router", "data"},
 }
-HARMLESS = {"checkpoint_seconds", "activation_checkpointing"}
+HARMLESS = {"checkpoint_seconds", "activation_checkpointing", "elastic_probe_steps"}
 
 
 # Arguments of Lightning's Trainer that would cut a stage short, or step otherwise than the stages do.
@@ -339,6 +340,8 @@ def check(settings: Settings) -> None:
         raise ConfigError(f"optim.optimizer: {error}") from error
     if settings.checkpoint_seconds <= 0:
         raise ConfigError(f"checkpoint_seconds: got {settings.checkpoint_seconds}, wanted a positive time")
+    if settings.elastic_probe_steps < 0:
+        raise ConfigError(f"elastic_probe_steps: got {settings.elastic_probe_steps}, wanted 0 (never) or more")
     for name in ("run_dir", "cache_dir"):
         path = getattr(settings, name)
         if path is not None and Path(path).is_file():

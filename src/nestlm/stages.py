@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from nestlm.cache import write_json
+from nestlm.callbacks.probe import Probe
 from nestlm.context import LATENCY_TABLE, MODEL, RECORD, ROUTER, Context
 from nestlm.cost.table import PriceList
 from nestlm.data.batch import Batch
@@ -21,11 +22,13 @@ from nestlm.data.packed import PackedRows
 from nestlm.data.prepare import SPLITS, Manifest, prepare
 from nestlm.elastic.weights import sort_units
 from nestlm.evaluation import Scores, Spending, forward_seconds
+from nestlm.nn.decoder import Decoder
 from nestlm.nn.policy import fixed, full
 from nestlm.objective.base import Parts
 from nestlm.objective.elastic import Elastic
 from nestlm.objective.joint import Joint
 from nestlm.objective.pretrain import Pretrain
+from nestlm.passes import flops_table
 from nestlm.profiling import profile as measure
 from nestlm.progress import track
 from nestlm.ranking.base import order
@@ -35,6 +38,7 @@ from nestlm.router.uniform import UniformRouter
 from nestlm.spec import Budget
 
 Result = dict[str, Any]
+PROBED_SEQUENCES = 16  # of calibration text
 TIMED_ROWS = 4  # of the batch on which answers are timed
 
 
@@ -130,11 +134,28 @@ def elastic(context: Context) -> Result:
         objective=objective,
         trained=trained,
         steps=settings.elastic.steps,
+        callbacks=probes(context, decoder),
     )
     context.save(decoder, MODEL)
     save_file(objective.record(), context.folder / RECORD)
     scores = context.score(decoder, {"full": full, "smallest": fixed(space.smallest())})
     return result | {name: score.loss for name, score in scores.items()}
+
+
+def probes(context: Context, decoder: Decoder) -> list[Probe]:
+    """What looks at elastic training, where that is asked for: at sub-networks of the same level at every site."""
+    settings = context.settings
+    if not settings.elastic_probe_steps or not settings.elastic.steps:
+        return []
+    space, flops = settings.space(), flops_table(settings, per_token=False)
+    top = max(space.max_choices - 1, 1)
+    specs = [
+        space.spec({site: round(level / top * (len(widths) - 1)) for site, widths in space.choices.items()})
+        for level in range(top + 1)
+    ]
+    policies = {f"at_{flops.share(spec):.2f}": fixed(spec) for spec in specs}
+    trial = context.on_calibration_text(decoder, num_sequences=PROBED_SEQUENCES)
+    return [Probe("elastic", trial=trial, policies=policies, every=settings.elastic_probe_steps)]
 
 
 def train_router(context: Context) -> Result:

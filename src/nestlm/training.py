@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import lightning as L
@@ -58,6 +58,7 @@ def fit(
     trainer_factory: Callable[..., L.Trainer],
     logger: Logger,
     checkpoint_seconds: float,
+    callbacks: Sequence[L.Callback] = (),
 ) -> int:
     """Train to the end of the stage; returns the step that it went on from (0: from the start)."""
     settings = data.settings
@@ -67,7 +68,7 @@ def fit(
     )
     trainer = make_trainer(
         trainer_factory,
-        callbacks=[saving, progress],
+        callbacks=[*callbacks, saving, progress],
         logger=logger,
         log_every_n_steps=min(10, module.num_steps),
     )

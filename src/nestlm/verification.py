@@ -67,7 +67,7 @@ def verify(folder: Path, settings: Settings, *, config: dict[str, Any], out: Pat
         now = environment() | {"data_fingerprint": fingerprint(settings.data.source.documents())}
         for line in [*changed_origins(then, now), *missing_cores(then["threads"])]:
             console.print(f"unlike the run: {line}", highlight=False, markup=False)
-        fill_run_folder(settings, config=config)
+        fill_run_folder(settings, config=config, shown=False)
         return judge(folder, place, tolerance=tolerance)
 
 

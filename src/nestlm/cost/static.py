@@ -94,18 +94,22 @@ class Flops:
     def static_table(self, space: SearchSpace, *, axes: tuple[Axis, ...], config: DecoderConfig) -> CostTable:
         """The prices where all tokens take the same choice."""
         shapes = parameter_shapes(config)
-        # Norms and the look-up of an embedding are no matrix products; the head is one, also where it is tied.
-        weights = sum(math.prod(shape) for name, shape in shapes.items() if len(shape) == 2 and "embed" not in name)
-        if config.tie_embeddings:
-            weights += config.vocab_size * config.hidden_size
-        total = 2 * weights + sum(self.attention_scores(block, config=config) for block in config.blocks)
 
         def price(axis: Axis, layer: int, width: int) -> float:
             products = 2 * cut_parameters(axis, layer, width, shapes=shapes, config=config)
             resized = axis.resize(config.blocks[layer], width)
             return products + self.attention_scores(resized, config=config) * axis.mixes_tokens
 
-        return size_table("flops", "FLOPs a token", total, price, space=space, axes=axes)
+        return size_table("flops", "FLOPs a token", self.whole(config), price, space=space, axes=axes)
+
+    def whole(self, config: DecoderConfig) -> int:
+        """FLOPs of the full model."""
+        # Norms and the look-up of an embedding are no matrix products; the head is one, also where it is tied.
+        shapes = parameter_shapes(config)
+        weights = sum(math.prod(shape) for name, shape in shapes.items() if len(shape) == 2 and "embed" not in name)
+        if config.tie_embeddings:
+            weights += config.vocab_size * config.hidden_size
+        return 2 * weights + sum(self.attention_scores(block, config=config) for block in config.blocks)
 
     def attention_scores(self, block: BlockConfig, *, config: DecoderConfig) -> int:
         """Scores and their weighted sum: two products over the whole row, without a discount for causality."""
