@@ -14,7 +14,7 @@ import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
@@ -28,7 +28,10 @@ from omegaconf.errors import OmegaConfBaseException
 from nestlm.dotted import flat_items
 from nestlm.errors import EXIT_USER_ERROR, ConfigError, NestlmError
 from nestlm.gpus import own_gpu, visible_gpus
-from nestlm.sweep import JobFailed, failures, in_sweep, job_failed, shares_machine
+from nestlm.sweep import JobFailed, failures, in_sweep, job_failed, link_run, shares_machine
+
+if TYPE_CHECKING:  # heavy to import
+    from nestlm.pipeline import FinishedRun
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 SETTINGS = "nestlm.settings.Settings"
@@ -55,25 +58,29 @@ def run_job(config: DictConfig) -> float | None:
     """One job, which may be one of a sweep and in a process of its own; returns what a sweeper minimises."""
     if not in_sweep():
         with plain_errors():
-            return run_config(config)
+            finished = run_config(config)
+            return None if finished is None else finished.pareto_gap
     try:
-        return run_config(config)
+        finished = run_config(config)
     except Exception as error:
         known = isinstance(error, USER_ERRORS)
         if not known or config.get("traceback") is True:
             traceback.print_exc()
         raise job_failed(explain(error) if known else f"{type(error).__name__}: {error}") from error
+    if finished is None:
+        return None
+    link_run(finished.folder)
+    return finished.pareto_gap
 
 
-def run_config(config: DictConfig) -> float | None:
+def run_config(config: DictConfig) -> FinishedRun | None:
     """Check, build, run. The heavy imports wait for the composed config."""
     plain = to_plain(config)
     on_gpu = plain["trainer"].get("accelerator") in ("gpu", "cuda", "auto")
     with own_gpu(visible_gpus() if on_gpu and shares_machine() else []):
         from nestlm import pipeline
 
-        finished = pipeline.run(build(plain), config=plain)
-    return None if finished is None else finished.pareto_gap
+        return pipeline.run(build(plain), config=plain)
 
 
 def profile(overrides: list[str], *, out: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -41,6 +42,15 @@ def in_sweep() -> bool:
 def shares_machine() -> bool:
     """Whether other jobs of the same sweep run at the same time on this machine."""
     return in_sweep() and HydraConfig.get().runtime.choices["hydra/launcher"] in ONE_MACHINE
+
+
+def link_run(folder: Path) -> None:
+    """Leave a link to the run's folder in the sweep's, under the job's number: so a sweep's folder holds its runs."""
+    hydra = HydraConfig.get()
+    link = Path(hydra.sweep.dir) / str(hydra.job.num)
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.unlink(missing_ok=True)  # of a job that is queued again
+    link.symlink_to(os.path.relpath(folder, link.parent), target_is_directory=True)
 
 
 def job_failed(message: str) -> JobFailed:

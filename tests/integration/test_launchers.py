@@ -6,7 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from nestlm.cli import app
+from nestlm.report.runs import find_runs
 from plugins import NANO, stages_that_ran
 
 TRAIN = Path(__file__).parents[2] / "train.py"
@@ -86,3 +89,16 @@ def test_jobs_at_the_same_time_run_each_stage_once(launcher, tmp_path):
     assert sorted(name for run in runs for name in stages_that_ran(run)) == sorted(
         ["data", *2 * once_a_seed, *4 * ["evaluate"]]
     )
+    (folder,) = tmp_path.glob("runs/default/multirun/*")
+    assert {run.folder.resolve() for run in find_runs([folder])} == set(runs), "the sweep's folder leads to its runs"
+
+
+def test_a_group_of_ablations_is_one_command_and_one_table(tmp_path):
+    done = sweep(tmp_path, "+experiment/ablation/teacher=glob(*)", "seed=0,1")
+    assert done.returncode == 0, done.stderr
+    result = CliRunner().invoke(app, ["report", str(tmp_path / "runs/ablation/teacher"), "--force"])
+    assert result.exit_code == 0, result.output
+    rows = [line.split(" | ") for line in result.output.splitlines() if line.endswith(" | 2 |")]
+    assert [row[0] for row in rows] == ["| frozen", "| in-place", "| none (text only)"]
+    assert all("±" in row[1] for row in rows)
+    assert "42 stages of 6 runs, 13 of them from the cache" in result.output

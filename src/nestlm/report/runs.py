@@ -83,15 +83,16 @@ class Run:
 
 
 def find_runs(places: Iterable[Path]) -> list[Run]:
-    """All finished runs in or below some folders, each once, in the order of their paths.
+    """All finished runs in or below some folders, or linked from them as a sweep's are, each once, sorted by path.
 
     Raises:
         DataError: a folder that does not exist, or holds no finished run.
     """
-    folders: set[Path] = set()
+    folders: dict[Path, Path] = {}  # by what a link leads to
     for place in places:
-        found = {path.parent for path in place.rglob(PROVENANCE)}
+        found = {path.parent for pattern in (f"**/{PROVENANCE}", f"*/{PROVENANCE}") for path in place.glob(pattern)}
         if not found:
             raise DataError(f"{place}: holds no finished run; wanted a run's folder, or one with runs in it")
-        folders |= found
-    return [Run.read(folder) for folder in sorted(folders)]
+        for folder in sorted(found):
+            folders.setdefault(folder.resolve(), folder)
+    return [Run.read(folder) for folder in sorted(folders.values())]
