@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import claims
-from nestlm.report.runs import Run, find_runs
+from nestlm.report.runs import find_runs
 
 GROUPS = {
     "baseline": "One nested model, and models of a single size",
@@ -69,8 +69,8 @@ def seconds() -> float:
     return float(CLOCK.read_text()) if CLOCK.is_file() else 0.0
 
 
-def main() -> None:
-    """Run, then write."""
+def run() -> None:
+    """All sweeps, one after the other."""
     RUNS.mkdir(parents=True, exist_ok=True)
     for group in GROUPS:
         started = time.monotonic()
@@ -78,7 +78,11 @@ def main() -> None:
         subprocess.run([sys.executable, *sweep(group), f"cache_dir={CACHE}"], check=True, env=environment)
         CLOCK.write_text(str(seconds() + time.monotonic() - started))
         print(f"{group}: {seconds() / 60:.0f} min since the start", flush=True)
-    runs: list[Run] = find_runs([RUNS / group for group in GROUPS])
+
+
+def write() -> None:
+    """The pages, from the runs and the cache."""
+    runs = find_runs([RUNS / group for group in GROUPS])
     asked, ran = sum(len(run.stages) for run in runs), len(list(CACHE.glob("*/stage.json")))
     head = HEAD.format(
         commits=", ".join(sorted({str(run.provenance["commit"])[:8] for run in runs})),
@@ -95,4 +99,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run()
+    write()

@@ -19,6 +19,7 @@ from nestlm.report.runs import find_runs
 from nestlm.report.tables import markdown_table
 
 TEACHER = "the teacher"
+UNDECIDED = "undecided at this scale"
 AT = 0.005  # "at" a loss is within this share of it
 NARROW = ("0.78", "0.67", "0.56", "0.45")  # budgets that ask for less than the full model
 
@@ -28,6 +29,8 @@ class Contrast(NamedTuple):
 
     Attributes:
         slack: how far above it may lie, as a share of `than`'s loss; 0 where it has to be better.
+        budgets: those that are averaged.
+        adaptive: whether the row only counts where its router decides for each token.
     """
 
     group: str
@@ -35,34 +38,39 @@ class Contrast(NamedTuple):
     than: str
     slack: float = 0.0
     budgets: tuple[str, ...] = NARROW
+    adaptive: bool = False
 
 
+NESTED, NESTED_UNIFORM = "one elastic run, knapsack", "one elastic run, uniform"
 CLAIMS: Mapping[str, tuple[Contrast, ...]] = {
     "Sorting helps": (Contrast("ranking", "activation", "none"), Contrast("ranking", "activation", "random")),
     "One run serves all budgets, at or below sizes pruned and distilled one by one on its tokens": (
-        Contrast("baseline", "one elastic run, knapsack", "pruned and distilled one by one", AT),
-        Contrast("baseline", "one elastic run, uniform", "pruned and distilled one by one", AT),
+        Contrast("baseline", NESTED_UNIFORM, "pruned and distilled one by one", AT),
+        Contrast("baseline", NESTED, "pruned and distilled one by one", AT),
     ),
-    "The full model keeps its quality": (Contrast("baseline", "one elastic run, knapsack", TEACHER, AT, ("1",)),),
+    "The full model keeps its quality": (
+        Contrast("baseline", NESTED, TEACHER, AT, ("1",)),
+        Contrast("baseline", NESTED, "from scratch", AT, ("1",)),  # as many tokens as teacher and elastic training
+    ),
     "Sub-networks are at or below the same size from scratch": (
-        Contrast("baseline", "one elastic run, knapsack", "from scratch", AT),
-        Contrast("baseline", "one elastic run, uniform", "from scratch", AT),
+        Contrast("baseline", NESTED_UNIFORM, "from scratch", AT),
+        Contrast("baseline", NESTED, "from scratch", AT),
     ),
-    "A learned router is better than uniform": (
-        Contrast("router", "surrogate, static", "uniform"),
-        Contrast("router", "surrogate, dynamic", "uniform"),
-    ),
+    "A learned router is better than uniform": (Contrast("router", "surrogate, static", "uniform"),),
     "A surrogate is better than end-to-end gradients": (
-        Contrast("router", "surrogate, static", "gumbel, static"),
-        Contrast("router", "surrogate, dynamic", "gumbel, dynamic"),
+        Contrast("signal", "surrogate", "gumbel"),
+        Contrast("signal", "surrogate, cold start", "gumbel"),
     ),
     "Input-adaptive is better than static": (
-        Contrast("policy", "surrogate, dynamic", "surrogate, static"),
-        Contrast("policy", "value, dynamic", "value, static"),
+        Contrast("policy", "surrogate, dynamic", "surrogate, static", adaptive=True),
+        Contrast("policy", "value, dynamic", "value, static", adaptive=True),
+        Contrast("policy", "surrogate, dynamic", "knapsack, static", adaptive=True),
+        Contrast("policy", "value, dynamic", "knapsack, static", adaptive=True),
     ),
     "Joint tuning helps": (
         Contrast("joint", "joint tuning", "no joint tuning"),
-        Contrast("joint", "joint tuning", "no joint tuning, its tokens in elastic training"),
+        Contrast("joint", "joint tuning", "its tokens in elastic training"),
+        Contrast("joint", "joint tuning", "its FLOPs in elastic training"),
     ),
     "7.63 % of the tokens are enough: twice as many gain little": (
         Contrast("tokens", "7.63 %", "15.26 % (twice the paper's share)", AT),
@@ -72,11 +80,19 @@ CLAIMS: Mapping[str, tuple[Contrast, ...]] = {
 
 @dataclass(frozen=True)
 class Finding:
-    """What a contrast came to: differences of losses by budget over seeds, their means, and the allowed slack."""
+    """What a contrast came to.
+
+    Attributes:
+        by_budget: differences of losses over seeds.
+        mean: their means over budgets, likewise.
+        slack: how far above 0 they may lie.
+        decided: of an adaptive row, how many of its answers decide for each token; None of others.
+    """
 
     by_budget: Mapping[str, Cell]
     mean: Cell
     slack: float
+    decided: int | None = None
 
     @property
     def margin(self) -> float:
@@ -88,12 +104,14 @@ class Finding:
 
     @property
     def verdict(self) -> str:
-        """Whether the whole interval lies on one side of what is allowed."""
+        """Whether the whole interval lies on one side of what is allowed, and there is something to judge."""
+        if self.decided == 0:
+            return UNDECIDED
         if self.mean.mean + self.margin < self.slack:
             return "holds"
         if self.mean.mean - self.margin > self.slack:
             return "does not hold"
-        return "undecided at this scale"
+        return UNDECIDED
 
 
 def examine(contrast: Contrast, tables: Mapping[str, Comparison]) -> Finding:
@@ -108,8 +126,13 @@ def examine(contrast: Contrast, tables: Mapping[str, Comparison]) -> Finding:
     }
     seeds = by_budget[contrast.budgets[0]].by_seed
     mean = Cell({seed: statistics.fmean(cell.by_seed[seed] for cell in by_budget.values()) for seed in seeds})
-    losses = [loss for known in reference.values() for loss in known.values()]
-    return Finding(by_budget, mean, contrast.slack * statistics.fmean(losses))
+    slack = contrast.slack * statistics.fmean(loss for known in reference.values() for loss in known.values())
+    return Finding(by_budget, mean, slack, decisions(row, contrast.budgets) if contrast.adaptive else None)
+
+
+def decisions(row: Line, budgets: tuple[str, ...]) -> int:
+    """Answers of a dynamic router that have a plan; the others are one sub-network for all tokens."""
+    return sum("plan" in spec for run in row.runs for spec in run.specs if spec["budget"] in budgets)
 
 
 def line_of(table: Comparison, label: str) -> Line:
@@ -133,27 +156,42 @@ def page(folder: Path) -> str:
     """The whole page."""
     groups = dict.fromkeys(contrast.group for contrasts in CLAIMS.values() for contrast in contrasts)
     tables = {group: compare(find_runs([folder / group])) for group in groups}
-    rows, details = [], []
-    for claim, contrasts in CLAIMS.items():
-        for contrast in contrasts:
-            finding = examine(contrast, tables)
-            allowed = f"{finding.slack:+.4f}" if contrast.slack else "0"
-            interval = f"{finding.mean.mean - finding.margin:+.4f} to {finding.mean.mean + finding.margin:+.4f}"
-            pair = f"{contrast.group}: {contrast.row} less {contrast.than}"
-            rows.append([claim, pair, signed(finding.mean), interval, allowed, finding.verdict])
-            cells = [signed(finding.by_budget[b]) if b in finding.by_budget else "" for b in ("1", *NARROW)]
-            details.append([pair, *cells])
-    seeds = sorted(set().union(*(table.seeds for table in tables.values())))
-    commits = {
-        str(run.provenance["commit"])[:8] for table in tables.values() for line in table.lines for run in line.runs
-    }
+    findings = [
+        (claim, contrast, examine(contrast, tables)) for claim, contrasts in CLAIMS.items() for contrast in contrasts
+    ]
+    runs = [run for table in tables.values() for line in table.lines for run in line.runs]
     return PAGE.format(
-        claims=markdown_table(("claim", "measured as", "mean over budgets", "95 %", "holds below", "verdict"), rows),
-        details=markdown_table(("difference of losses", "1", *NARROW), details),
-        seeds=", ".join(map(str, seeds)),
-        commits=", ".join(sorted(commits)),
+        claims=markdown_table(
+            ("claim", "measured as", "mean over budgets", "95 % interval", "allowed", "verdict"),
+            [[claim, called(contrast), *judged(finding)] for claim, contrast, finding in findings],
+        ),
+        details=markdown_table(
+            ("difference of losses", "1", *NARROW, "answers that decide"),
+            [[called(contrast), *detailed(contrast, finding)] for _, contrast, finding in findings],
+        ),
+        seeds=", ".join(map(str, sorted({run.seed for run in runs}))),
+        commits=", ".join(sorted({str(run.provenance["commit"])[:8] for run in runs})),
         share=f"{AT:.1%}",
     )
+
+
+def called(contrast: Contrast) -> str:
+    """A contrast in words."""
+    return f"{contrast.group}: {contrast.row} less {contrast.than}"
+
+
+def judged(finding: Finding) -> list[str]:
+    """What a claim's row says of a finding."""
+    mean, margin = finding.mean.mean, finding.margin
+    allowed = f"below {finding.slack:+.4f}" if finding.slack else "below 0"
+    return [signed(finding.mean), f"{mean - margin:+.4f} to {mean + margin:+.4f}", allowed, finding.verdict]
+
+
+def detailed(contrast: Contrast, finding: Finding) -> list[str]:
+    """The same budget by budget."""
+    cells = [signed(finding.by_budget[name]) if name in finding.by_budget else "" for name in ("1", *NARROW)]
+    answers = len(contrast.budgets) * len(finding.mean.by_seed)
+    return [*cells, "" if finding.decided is None else f"{finding.decided} of {answers}"]
 
 
 PAGE = """# The paper's claims, at the scale of a laptop
@@ -166,11 +204,13 @@ A figure is a difference of validation losses, nats a token, mean ± standard de
 seed has a teacher of its own, so rows are subtracted seed by seed. Of several budgets it is the mean
 over those below the full model. A claim holds where the 95 % interval of that mean (Student's t over
 seeds) lies below what is allowed: 0 where a row has to be better, {share} of the loss where it has to
-be at the other. It does not hold where the interval lies above.
+be at the other. It does not hold where the interval lies above. What a row of the ablations sees and
+spends stands [there](ablations.md).
 
 {claims}
 
-By budget, a share of the full model's FLOPs:
+By budget, a share of the full model's FLOPs. A dynamic router that finds nothing to gain by deciding for
+each token answers with one sub-network; where it never decides, nothing adaptive was measured:
 
 {details}
 """

@@ -1,4 +1,7 @@
-"""From a Hydra config to settings: names and types are checked before anything is built. Only this file knows Hydra."""
+"""From a Hydra config to settings: names and types are checked before anything is built.
+
+Only this file and `sweep.py` know Hydra.
+"""
 
 from __future__ import annotations
 

@@ -14,18 +14,18 @@ BACKWARD = 3.0  # a forward and backward pass costs three forward passes
 
 
 def forward_passes(stage: str, settings: Settings | View) -> float:
-    """Forward passes of the full model that a token of a training stage costs, a frozen teacher's included.
+    """Forward passes of the full model that a token of a training stage costs, a teacher's included.
 
     Budgets are drawn evenly between the smallest and the full model, and a sampler's draws are averaged. Routers'
     networks and what activation checkpointing computes again are not counted.
     """
-    teacher = 1.0 if stage in ("elastic", "joint") and settings.teacher.needs_teacher else 0.0
     if stage == "pretrain":
         return BACKWARD
     if stage == "elastic":
-        return BACKWARD * drawn_share(settings) + teacher
+        return elastic_passes(settings)
     if stage == "joint":
-        return BACKWARD * (1 + settings.joint.budgets_per_step * mean_share(settings)) + teacher
+        routed = settings.joint.budgets_per_step * mean_share(settings)
+        return BACKWARD * (1 + routed) + settings.teacher.extra_passes(runs_full=True)
     signal = settings.make_signal(settings.make_router())
     return 0.0 if signal is None else signal.forward_passes(mean_share(settings))
 
@@ -42,18 +42,17 @@ def mean_share(settings: Settings | View) -> float:
     return (1.0 + flops.share(flops.space.smallest())) / 2
 
 
-def drawn_share(settings: Settings | View) -> float:
-    """The same of all that the sampler draws in a step, a mean over steps."""
+def elastic_passes(settings: Settings | View) -> float:
+    """The same of a step of elastic training, a mean over what the sampler draws."""
     flops, of_tokens = (flops_table(settings, per_token=flag) for flag in (False, True))
     shape = (settings.data.batch_size, settings.data.sequence_length)
-    drawn = [
-        sum(
-            share_of(item, flops, of_tokens=of_tokens)
-            for item in settings.sampler.draw(flops.space, seed=settings.seed, step=step, batch=shape)
-        )
-        for step in range(SAMPLED_STEPS)
-    ]
-    return sum(drawn) / len(drawn)
+    passes = 0.0
+    for step in range(SAMPLED_STEPS):
+        drawn = settings.sampler.draw(flops.space, seed=settings.seed, step=step, batch=shape)
+        runs_full = any(not isinstance(item, Mixture) and item == flops.space.full() for item in drawn)
+        passes += BACKWARD * sum(share_of(item, flops, of_tokens=of_tokens) for item in drawn)
+        passes += settings.teacher.extra_passes(runs_full=runs_full)
+    return passes / SAMPLED_STEPS
 
 
 def flops_table(settings: Settings | View, *, per_token: bool) -> CostTable:

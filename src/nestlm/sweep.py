@@ -16,6 +16,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from nestlm.errors import EXIT_USER_ERROR, ConfigError
+from nestlm.progress import console
 
 ONE_MACHINE = ("joblib", "submitit_local")  # launchers whose jobs run side by side on one machine
 
@@ -49,8 +50,12 @@ def link_run(folder: Path) -> None:
     hydra = HydraConfig.get()
     link = Path(hydra.sweep.dir) / str(hydra.job.num)
     link.parent.mkdir(parents=True, exist_ok=True)
-    link.unlink(missing_ok=True)  # of a job that is queued again
-    link.symlink_to(os.path.relpath(folder, link.parent), target_is_directory=True)
+    new = link.with_name(f".{link.name}.{os.getpid()}")
+    try:
+        new.symlink_to(os.path.relpath(folder, link.parent), target_is_directory=True)
+        new.replace(link)  # of a job that was queued again
+    except OSError as error:  # a file system without links: the run is finished all the same
+        console.print(f"{link} does not lead to {folder}: {error.strerror}", markup=False)
 
 
 def job_failed(message: str) -> JobFailed:

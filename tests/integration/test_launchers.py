@@ -45,7 +45,7 @@ def test_a_bug_in_a_job_is_a_failure_with_its_traceback(launcher, tmp_path):
     (error,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
     assert error.startswith("error: job 1 (")
     assert "NotADirectoryError" in error
-    logs = [path.read_text() for path in tmp_path.glob("runs/default/multirun/*/.submitit/**/*.err")]
+    logs = [path.read_text() for path in tmp_path.glob("runs/multirun/*/.submitit/**/*.err")]
     assert any("Traceback" in text for text in [done.stderr, *logs])
     assert len(list(tmp_path.glob("runs/default/*/results.csv"))) == 1
 
@@ -73,7 +73,7 @@ def test_each_job_on_a_machine_has_a_gpu_of_its_own(launcher, tmp_path):
     name, *more = launcher
     done = sweep(tmp_path, f"launcher={name}", *more, "trainer.accelerator=auto", "seed=0,1", env=gpu)
     assert done.returncode == 0, done.stderr
-    logs = [path.read_text() for path in tmp_path.glob("runs/default/multirun/*/.submitit/**/*.err")]
+    logs = [path.read_text() for path in tmp_path.glob("runs/multirun/*/.submitit/**/*.err")]
     waiting = sum("waiting for a free GPU of 0" in text for text in [done.stderr, *logs])
     assert waiting == (0 if name == "serial" else 1)
 
@@ -89,7 +89,7 @@ def test_jobs_at_the_same_time_run_each_stage_once(launcher, tmp_path):
     assert sorted(name for run in runs for name in stages_that_ran(run)) == sorted(
         ["data", *2 * once_a_seed, *4 * ["evaluate"]]
     )
-    (folder,) = tmp_path.glob("runs/default/multirun/*")
+    (folder,) = tmp_path.glob("runs/multirun/*")
     assert {run.folder.resolve() for run in find_runs([folder])} == set(runs), "the sweep's folder leads to its runs"
 
 

@@ -30,7 +30,7 @@ def test_optuna_minimises_the_gap_and_keeps_its_study(tmp_path):
         lr = yaml.safe_load((path.parent / "config.yaml").read_text())["elastic"]["lr"]
         found[lr] = json.loads(path.read_text())["evaluate"]["pareto_gap"]
     assert len(found) == 4
-    last = max(tmp_path.glob("runs/default/multirun/*/optimization_results.yaml"))  # folders are named by their times
+    last = max(tmp_path.glob("runs/multirun/*/optimization_results.yaml"))  # folders are named by their times
     best = yaml.safe_load(last.read_text())
     assert best["best_value"] == min(found.values())
     assert best["best_params"]["elastic.lr"] == min(found, key=lambda lr: found[lr])

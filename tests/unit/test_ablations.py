@@ -4,10 +4,12 @@ from collections import Counter
 
 import pytest
 
+import ablations
 from claims import AT, CLAIMS, NARROW, TEACHER, Contrast, Finding, examine
 from nestlm.compose import CONF, build, compose
 from nestlm.report.comparison import Cell, compare
-from nestlm.settings import check
+from nestlm.settings import Settings, check
+from nestlm.spec import Budget
 from runs import run
 
 ABLATION = CONF / "experiment" / "ablation"
@@ -17,7 +19,7 @@ GROUPS = {
     if folder.name != "shared"
 }
 ROWS = [(group, row) for group, rows in GROUPS.items() for row in rows]
-SIZES = ("100", "80", "70", "60", "50")
+SIZES = ("100", "78", "67", "56", "45")
 
 
 def row_of(group: str, row: str) -> dict:
@@ -46,21 +48,64 @@ def test_rows_of_a_group_can_stand_in_one_table(group):
 
 
 def test_baselines_have_the_sizes_and_tokens_that_they_are_held_against():
-    nested = row_of("baseline", "nested")
-    for size in SIZES:
-        scratch = row_of("baseline", f"scratch_{size}")
-        settings = build(scratch)
-        (budget,) = settings.budgets
-        spec = settings.make_router().find(budget, trial=None).spec  # type: ignore[arg-type]
-        assert spec == settings.space().smallest(), "the size that is trained is the size that is scored"
-        assert int(size) / 100 - 0.012 < settings.prices().main.share(spec) <= int(size) / 100
-        assert scratch["elastic"]["steps"] == nested["pretrain"]["steps"] + nested["elastic"]["steps"]
-    pruned = [row_of("baseline", f"pruned_{size}") for size in SIZES[1:]]
-    total = sum(config["elastic"]["steps"] for config in pruned)
-    assert abs(total - nested["elastic"]["steps"]) < len(pruned)
-    assert nested["elastic"]["steps"] / nested["pretrain"]["steps"] == pytest.approx(0.0763, abs=1e-4)
-    for row, config in zip(SIZES[1:], pruned, strict=True):
-        assert config["axes"] == row_of("baseline", f"scratch_{row}")["axes"]
+    nested = build(row_of("baseline", "nested_uniform"))
+    assert [str(budget) for budget in nested.budgets] == ["1", *NARROW]
+    for size, budget in zip(SIZES, nested.budgets, strict=True):
+        widths = chosen(nested, budget)
+        for kind in ("scratch", "pruned"):
+            if (kind, size) == ("pruned", "100"):
+                continue
+            single = build(row_of("baseline", f"{kind}_{size}"))
+            assert single.budgets == (budget,)
+            assert chosen(single, budget) == widths, "the nested model's sub-network has the same size"
+            assert single.space().smallest().by_axis() == widths, "the size that is trained is the size that is scored"
+        if size != "100":
+            share = nested.prices().main.share(nested.make_router().find(budget, trial=None).spec)
+            assert 0 < float(str(budget)) - share < 0.01, "who may choose freely spends hardly more"
+    tokens = {kind: row_of("baseline", f"{kind}_78")["elastic"]["steps"] for kind in ("scratch", "pruned")}
+    assert tokens["scratch"] == nested.pretrain.steps + nested.elastic.steps
+    assert abs(4 * tokens["pruned"] - nested.elastic.steps) <= 2
+    assert nested.elastic.steps / nested.pretrain.steps == pytest.approx(0.0763, abs=1e-4)
+
+
+def chosen(settings: Settings, budget: Budget) -> dict[str, list[int]]:
+    """The widths of the sub-network that equal fractions give for a budget."""
+    spec = settings.make_router().find(budget, trial=None).spec
+    assert spec is not None
+    return spec.by_axis()
+
+
+# What the rows of a group may differ in from what all rows share, besides what they are called.
+MAY_DIFFER = {
+    "axes": {"axes", "budget"},
+    "ranking": {"ranking"},
+    "teacher": {"teacher"},
+    "sampler": {"sampler"},
+    "router": {"router"},
+    "signal": {"router"},
+    "policy": {"router"},
+    "surrogate": {"router"},
+    "joint": {"router", "joint", "elastic"},
+    "tokens": {"elastic"},
+}
+# An option that the row's name begins with, and the section whose option it is.
+NAMED = {"ranking": "ranking", "sampler": "sampler", "router": "router", "signal": "router", "policy": "router"}
+
+
+@pytest.mark.parametrize(("group", "row"), [each for each in ROWS if each[0] != "baseline"], ids="/".join)
+def test_a_row_changes_what_its_group_is_about(group, row):
+    config, base = row_of(group, row), row_of("baseline", "nested")
+    differing = {name for name in config if config[name] != base[name]}
+    assert differing <= MAY_DIFFER[group] | {"label", "experiment_name"}
+    if group in NAMED:
+        option = row.split("_")[0]
+        expected = compose([f"{NAMED[group]}={option}"])[NAMED[group]]
+        for key in {"_target_", "name"} & set(expected):
+            assert config[NAMED[group]][key] == expected[key]
+
+
+def test_every_group_is_run():
+    assert set(ablations.GROUPS) == set(GROUPS)
 
 
 def test_every_claim_names_rows_that_exist():
@@ -84,6 +129,20 @@ def test_every_claim_names_rows_that_exist():
 def test_verdicts(differences, slack, verdict):
     mean = Cell(dict(enumerate(differences)))
     assert Finding({}, mean, slack).verdict == verdict
+
+
+def test_an_adaptive_row_that_never_decides_shows_nothing():
+    runs = [
+        run(name, seed, dict.fromkeys(NARROW, loss))
+        for seed in (0, 1, 2)
+        for name, loss in (("value", 2.0), ("knapsack", 3.0))
+    ]
+    contrast = Contrast("policy", "value", "knapsack", adaptive=True)
+    assert examine(contrast, {"policy": compare(runs)}).verdict == "undecided at this scale"
+    for spec in runs[0].specs:
+        spec["plan"] = {"price": 1.0}
+    finding = examine(contrast, {"policy": compare(runs)})
+    assert (finding.decided, finding.verdict) == (len(NARROW), "holds")
 
 
 def test_rows_are_subtracted_seed_by_seed():

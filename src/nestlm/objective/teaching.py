@@ -24,6 +24,11 @@ class Teaching(ABC):
 
     needs_teacher: ClassVar[bool] = False
 
+    def extra_passes(self, *, runs_full: bool) -> float:
+        """Forward passes of the whole model that a step takes besides its policies, one of which may run it whole."""
+        del runs_full
+        return 1.0 if self.needs_teacher else 0.0
+
     @abstractmethod
     def lessons(self, parts: Parts, batch: Batch, *, policies: tuple[tuple[Policy, bool], ...]) -> Iterator[Lesson]:
         """One lesson a policy, in order.
@@ -95,6 +100,9 @@ class InPlace(Teaching):
 
     def __post_init__(self) -> None:
         check_share(self.ce_share)
+
+    def extra_passes(self, *, runs_full: bool) -> float:
+        return 0.0 if runs_full else 1.0
 
     def lessons(self, parts: Parts, batch: Batch, *, policies: tuple[tuple[Policy, bool], ...]) -> Iterator[Lesson]:
         targets: SoftTargets | None = None

@@ -66,6 +66,8 @@ def summary_lines(metrics: dict[str, dict[str, Any]]) -> list[str]:
     ]
     if elastic["smallest_recovered"] is not None:
         lines[-1] += f", which recovers {elastic['smallest_recovered']:.0%}"
+    if teacher["tokens"] == 0:
+        lines.append("the teacher is untrained: what is held against it says nothing")
     if teacher["tokens"]:
         shares = ", ".join(
             f"{stage} {metrics[stage]['tokens']:,} ({metrics[stage]['token_share']:.2%})"

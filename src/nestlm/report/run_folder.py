@@ -80,7 +80,9 @@ def stage_metrics(results: dict[str, dict[str, Any]], *, router: str) -> dict[st
     teacher, rank, elastic = (metrics[name] for name in ("pretrain", "rank", "elastic"))
     lost = rank["smallest_sliced"] - teacher["val_loss"]
     elastic["full_over_teacher"] = elastic["full"] / teacher["val_loss"] - 1.0
-    elastic["smallest_recovered"] = (rank["smallest_sliced"] - elastic["smallest"]) / lost if lost else None
+    elastic["smallest_recovered"] = None
+    if lost and teacher["tokens"] != 0:
+        elastic["smallest_recovered"] = (rank["smallest_sliced"] - elastic["smallest"]) / lost
     for stage in ("elastic", "router", "joint"):
         metrics[stage]["token_share"] = metrics[stage]["tokens"] / teacher["tokens"] if teacher["tokens"] else None
     gaps = [row["val_loss"] - teacher["val_loss"] for row in results["evaluate"]["rows"] if row["router"] == router]
