@@ -19,6 +19,7 @@ from nestlm.report.runs import find_runs
 GROUPS = {
     "baseline": "One nested model, and models of a single size",
     "tokens": "Tokens of elastic training, as a share of the teacher's",
+    "rate": "Elastic training's learning rate, and what it does to the full model alone",
     "sampler": "Samplers",
     "ranking": "Rankings",
     "teacher": "Teachers",
@@ -41,7 +42,7 @@ shared CPU cores. They asked for {asked} stages, of which {ran} ran: the cache s
 What all rows share stands in `conf/experiment/ablation/shared/base.yaml`, what a row changes in its own
 file. Budgets are just above what equal fractions in all layers cost, so that `uniform` and the single
 sizes spend as much as the others (0.777, 0.664, 0.555 and 0.442). Rows of a group see as many tokens in
-elastic training, but in `tokens` and `joint`, and but for what a row's file says. That is not as many FLOPs: a step
+elastic training, but in `tokens` and `joint`. That is not as many FLOPs: a step
 of the samplers `uniform` and `homogeneous` is 3 passes, of `sandwich` k + 2, of the others 1
 ([at equal FLOPs](samplers.md)); a single size's step is cheaper than a nested one's. Routers take the
 steps that suit each (80 to 300, as found on `model=tiny`), signals 200. Models from scratch have

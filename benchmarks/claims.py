@@ -51,6 +51,7 @@ CLAIMS: Mapping[str, tuple[Contrast, ...]] = {
     "The full model keeps its quality": (
         Contrast("baseline", NESTED, TEACHER, AT, ("1",)),
         Contrast("baseline", NESTED, "from scratch", AT, ("1",)),  # as many tokens as teacher and elastic training
+        Contrast("rate", "nested, 1e-3", "the full model alone, 1e-3", AT, ("1",)),
     ),
     "Sub-networks are at or below the same size from scratch": (
         Contrast("baseline", NESTED_UNIFORM, "from scratch", AT),

@@ -87,6 +87,7 @@ MAY_DIFFER = {
     "surrogate": {"router"},
     "joint": {"router", "joint", "elastic"},
     "tokens": {"elastic"},
+    "rate": {"elastic", "sampler"},
 }
 # An option that the row's name begins with, and the section whose option it is.
 NAMED = {"ranking": "ranking", "sampler": "sampler", "router": "router", "signal": "router", "policy": "router"}
