@@ -52,7 +52,8 @@ found on `model=tiny`), signals 200. Models from scratch have pretraining's lear
 On a GPU, one seed of a larger model (not run yet: no GPU was at hand):
 
 ```bash
-python train.py -m +experiment/ablation/router='glob(*)' model=small data.sequence_length=1024 trainer=gpu launcher=joblib
+python train.py -m +experiment/ablation/router='glob(*)' model=small data.sequence_length=1024 \\
+    trainer=gpu launcher=joblib
 ```
 """
 
