@@ -206,7 +206,7 @@ seed has a teacher of its own, so rows are subtracted seed by seed. Of several b
 over those below the full model. A claim holds where the 95 % interval of that mean (Student's t over
 seeds) lies below what is allowed: 0 where a row has to be better, {share} of the loss where it has to
 be at the other. It does not hold where the interval lies above. What a row of the ablations sees and
-spends stands [there](ablations.md).
+spends stands [there](ablations.md); where a claim does not hold, [reasons were looked for](failed-claims.md).
 
 {claims}
 
