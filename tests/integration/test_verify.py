@@ -110,7 +110,7 @@ SPOILED = {
 
 @pytest.mark.parametrize(("spoil", "expected"), SPOILED.values(), ids=SPOILED)
 def test_a_run_that_cannot_be_done_again_is_refused_in_a_line(run, tmp_path, spoil, expected):
-    folder = run("budget=0.8", "router=uniform", "cost=latency", "cost.repeats=1")
+    folder = run("budget=1.0", "router=uniform", "cost=latency", "cost.repeats=1")
     spoil(folder)
     result = verify(folder, "--out", "again")
     assert (result.exit_code, result.stdout) == (2, "")
