@@ -20,5 +20,5 @@ def run(name: str, seed: int, losses: dict[str, float], **provenance) -> Run:
         for budget in losses
     ]
     config = {"label": None, "seed": seed, "router": {"name": name, "network": {"seed": seed}}, "steps": 3}
-    metrics = {"pretrain": {"val_loss": 3.0}, "evaluate": {"pareto_gap": 0.1}}
+    metrics = {"pretrain": {"val_loss": 3.0, "tokens": 10}, "evaluate": {"pareto_gap": 0.1}}
     return Run(Path(f"{name}-{seed}"), config, rows, metrics, specs, known | provenance, {"pretrain": True})

@@ -116,3 +116,10 @@ def test_the_page_needs_nothing_else(runs):
     assert page.count("data:image/png") == 2
     assert 'class=" best">3.1000 ± 0.1414' in page
     assert page.count("train.py seed=") == len(runs)
+
+
+def test_nothing_is_held_against_an_untrained_teacher(runs):
+    assert to_html(compare(runs), title="t").count("+0.1000") == len(runs)
+    for each in runs:
+        each.metrics["pretrain"]["tokens"] = 0
+    assert "+0.1000" not in to_html(compare(runs), title="t")

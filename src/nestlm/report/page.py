@@ -58,7 +58,7 @@ def run_row(run: Run) -> dict[str, Any]:
         "text": str(known["data_fingerprint"])[:10],
         "tokenizer": str(known["tokenizer"])[:10],
         "teacher": f"{run.metrics['pretrain']['val_loss']:.4f}",
-        "gap": f"{run.metrics['evaluate']['pareto_gap']:+.4f}",
+        "gap": f"{run.metrics['evaluate']['pareto_gap']:+.4f}" if run.metrics["pretrain"]["tokens"] != 0 else "",
         "machine": f"{known['device']}, {known['threads']} threads",
         "seconds": f"{known['wall_seconds']:.0f}",
         "command": " ".join(known["command"]),
