@@ -121,10 +121,7 @@ def examine(contrast: Contrast, tables: Mapping[str, Comparison]) -> Finding:
     reference = {
         budget: losses_of(tables[contrast.group], contrast.than, budget, row=row) for budget in contrast.budgets
     }
-    by_budget = {
-        budget: Cell({seed: loss - reference[budget][seed] for seed, loss in row.cells[budget].by_seed.items()})
-        for budget in contrast.budgets
-    }
+    by_budget = {budget: row.cells[budget].less(reference[budget]) for budget in contrast.budgets}
     seeds = by_budget[contrast.budgets[0]].by_seed
     mean = Cell({seed: statistics.fmean(cell.by_seed[seed] for cell in by_budget.values()) for seed in seeds})
     slack = contrast.slack * statistics.fmean(loss for known in reference.values() for loss in known.values())
@@ -146,11 +143,6 @@ def losses_of(table: Comparison, label: str, budget: str, *, row: Line) -> Mappi
     if label == TEACHER:
         return {run.seed: run.metrics["pretrain"]["val_loss"] for run in row.runs}
     return line_of(table, label).cells[budget].by_seed
-
-
-def signed(cell: Cell) -> str:
-    """A difference and its spread."""
-    return f"{cell.mean:+.4f}" + ("" if cell.deviation is None else f" ± {cell.deviation:.4f}")
 
 
 def page(folder: Path) -> str:
@@ -185,12 +177,12 @@ def judged(finding: Finding) -> list[str]:
     """What a claim's row says of a finding."""
     mean, margin = finding.mean.mean, finding.margin
     allowed = f"below {finding.slack:+.4f}" if finding.slack else "below 0"
-    return [signed(finding.mean), f"{mean - margin:+.4f} to {mean + margin:+.4f}", allowed, finding.verdict]
+    return [finding.mean.signed, f"{mean - margin:+.4f} to {mean + margin:+.4f}", allowed, finding.verdict]
 
 
 def detailed(contrast: Contrast, finding: Finding) -> list[str]:
     """The same budget by budget."""
-    cells = [signed(finding.by_budget[name]) if name in finding.by_budget else "" for name in ("1", *NARROW)]
+    cells = [finding.by_budget[name].signed if name in finding.by_budget else "" for name in ("1", *NARROW)]
     answers = len(contrast.budgets) * len(finding.mean.by_seed)
     return [*cells, "" if finding.decided is None else f"{finding.decided} of {answers}"]
 

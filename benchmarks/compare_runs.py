@@ -68,10 +68,7 @@ def difference(line: Line, base: Line, budget: str) -> str:
     """One budget of one row."""
     if budget not in line.cells or budget not in base.cells:
         return ""
-    known = base.cells[budget].by_seed
-    cell = Cell({seed: loss - known[seed] for seed, loss in line.cells[budget].by_seed.items() if seed in known})
-    spread = "" if cell.deviation is None else f" ± {cell.deviation:.4f}"
-    return f"{cell.mean:+.4f}{spread}"
+    return line.cells[budget].less(base.cells[budget].by_seed).signed
 
 
 if __name__ == "__main__":

@@ -127,8 +127,8 @@ def work_in(run_dir: Path, settings: Settings, *, config: dict[str, Any], shown:
         logger.log_metrics(result_metrics(finished[-1].result["rows"], metrics))
         if shown:
             render(run_dir)
-        if shown and isinstance(logger, WandbLogger):
-            wandb_run.publish(logger, run_dir)
+            if isinstance(logger, WandbLogger):
+                wandb_run.publish(logger, run_dir)
     return FinishedRun(run_dir, metrics["evaluate"]["pareto_gap"])
 
 

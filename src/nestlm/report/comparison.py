@@ -66,6 +66,15 @@ class Cell:
         """Sample standard deviation over seeds; None of one seed."""
         return statistics.stdev(self.by_seed.values()) if len(self.by_seed) > 1 else None
 
+    def less(self, other: Mapping[int, float]) -> Cell:
+        """What is left when another's numbers are subtracted seed by seed, of the seeds that both have."""
+        return Cell({seed: number - other[seed] for seed, number in self.by_seed.items() if seed in other})
+
+    @property
+    def signed(self) -> str:
+        """A difference and its spread, as people read it."""
+        return f"{self.mean:+.4f}" + ("" if self.deviation is None else f" ± {self.deviation:.4f}")
+
 
 @dataclass(frozen=True)
 class Line:
