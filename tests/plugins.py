@@ -33,9 +33,17 @@ def options(group: str) -> list[str]:
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
+def needed(group: str, option: str) -> list[str]:
+    """What an option cannot be composed without."""
+    if group == "data":
+        return ["++data.path=."]
+    return ["model.weights=."] if (group, option) == ("model", "pretrained") else []
+
+
 def build(group: str, option: str) -> Any:
     """The object of a group's option, with the settings of a small run around it."""
-    node = compose([*NANO, f"{group}={option}"] if group != "data" else [f"data={option}", "++data.path=."])[group]
+    small = [] if group == "data" else NANO
+    node = compose([*small, f"{group}={option}", *needed(group, option)])[group]
     check_node(node, group)
     return instantiate(node, _convert_="all")
 

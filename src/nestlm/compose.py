@@ -38,6 +38,7 @@ if TYPE_CHECKING:  # heavy to import
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 SETTINGS = "nestlm.settings.Settings"
+PRETRAINED = "nestlm.model.pretrained.pretrained"
 INSTANTIATE_KEYS = {"_target_", "_partial_"}
 PLUGGED_IN = ("joblib", "submitit_local", "submitit_slurm")  # launchers that are not Hydra's own
 USER_ERRORS = (NestlmError, HydraException, OmegaConfBaseException)
@@ -78,7 +79,7 @@ def run_job(config: DictConfig) -> float | None:
 
 def run_config(config: DictConfig) -> FinishedRun | None:
     """Check, build, run. The heavy imports wait for the composed config."""
-    plain = to_plain(config)
+    plain = with_sizes(to_plain(config))
     on_gpu = plain["trainer"].get("accelerator") in ("gpu", "cuda", "auto")
     with own_gpu(visible_gpus() if on_gpu and shares_machine() else []):
         from nestlm import pipeline
@@ -90,7 +91,7 @@ def profile(overrides: list[str], *, out: Path) -> None:
     """Measure the latency table of a command line's model, print it, and write it to a file."""
     with plain_errors():
         counted = [] if any(override.startswith("cost=") for override in overrides) else ["cost=latency"]
-        settings = build(compose([*counted, *overrides]))
+        settings = build(with_sizes(compose([*counted, *overrides])))
         from nestlm import pipeline
 
         pipeline.profile(settings, out=out)
@@ -136,6 +137,17 @@ def to_plain(config: DictConfig) -> dict[str, Any]:
     plain = OmegaConf.to_container(config, resolve=True)
     assert isinstance(plain, dict), "a config file is a mapping"
     return typing.cast("dict[str, Any]", plain)
+
+
+def with_sizes(plain: dict[str, Any]) -> dict[str, Any]:
+    """The config with the model's sizes, where only its weights say them, so that cache keys and runs hold them."""
+    node = plain["model"]
+    check_node(node, "model")
+    if node["_target_"] != PRETRAINED:
+        return plain
+    from nestlm.model.pretrained import as_node, pretrained
+
+    return plain | {"model": as_node(pretrained(**{name: value for name, value in node.items() if name != "_target_"}))}
 
 
 def build(plain: dict[str, Any]) -> Any:

@@ -25,3 +25,7 @@ class CheckpointError(NestlmError):
 
 class DivergenceError(NestlmError):
     """Training that has left the finite numbers."""
+
+
+class ExportError(NestlmError):
+    """A model that a format cannot hold, or a place that it cannot be written to."""

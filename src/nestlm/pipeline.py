@@ -250,7 +250,7 @@ def outside_inputs(stage: str, settings: Settings) -> str:
         tokenizer_hash = file_identity(tokenizer) if tokenizer and tokenizer.is_file() else ""
         return fingerprint(settings.data.source.documents()) + tokenizer_hash
     if stage == "pretrain" and settings.model.weights is not None:
-        return files_identity(Path(settings.model.weights))
+        return files_identity(settings.model.folder)
     if stage == "profile" and settings.latency is not None:
         if settings.latency.table is not None:
             return file_identity(Path(settings.latency.table))

@@ -5,7 +5,7 @@ from random import Random
 import pytest
 import torch
 
-from models import decoder_config, random_decoder
+from models import DECODERS, random_decoder
 from nestlm.axes.base import Axis, search_space
 from nestlm.data.batch import Batch
 from nestlm.elastic.weights import cuts_by_site, extract, sort_units
@@ -26,9 +26,9 @@ def axes(request: pytest.FixtureRequest) -> tuple[Axis, ...]:
     return tuple(build("axes", request.param).values())
 
 
-@pytest.fixture(params=[8, 4], ids=["mha", "gqa"])
+@pytest.fixture(params=DECODERS)
 def decoder(request: pytest.FixtureRequest) -> Decoder:
-    return random_decoder(decoder_config(num_heads=8, num_kv_groups=request.param, mlp_width=32))
+    return random_decoder(DECODERS[request.param])
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Many specs in one batch: each sequence equals its own run, each token its masked self, forward and backward."""
 
+from copy import deepcopy
 from itertools import pairwise
 from random import Random
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import decoder_config, random_decoder
+from models import DECODERS, random_decoder
 from nestlm.axes.base import Axis, search_space
 from nestlm.nn.decoder import Decoder
 from nestlm.nn.kv_cache import KVCache
@@ -25,9 +26,9 @@ def axes(request: pytest.FixtureRequest) -> tuple[Axis, ...]:
     return tuple(build("axes", request.param).values())
 
 
-@pytest.fixture(params=[8, 4], ids=["mha", "gqa"])
+@pytest.fixture(params=DECODERS)
 def decoder(request: pytest.FixtureRequest) -> Decoder:
-    return random_decoder(decoder_config(num_heads=8, num_kv_groups=request.param, mlp_width=32))
+    return random_decoder(DECODERS[request.param])
 
 
 @pytest.fixture
@@ -198,8 +199,18 @@ def test_padding_on_the_left_changes_no_logits(decoder, tokens_BL):
 
 @torch.no_grad()
 def test_width_zero_skips_a_site(decoder, space, tokens_BL):
-    """As if the site's output were multiplied by 0."""
+    """As if the site's output, its bias included, were multiplied by 0: for all rows, or for some."""
+    base = decoder(tokens_BL).logits_BLV
     for site in space.sites:
+        whole = space.choices[site][-1]
+        silenced = deepcopy(decoder)
+        block = silenced.blocks[site.layer]
+        output = block.mlp.down if site.axis == "mlp_width" else block.attn.o
+        if output.bias is not None:
+            output.bias.zero_()
+        silent = silenced(tokens_BL, constant({site: Decision(None, torch.zeros(1, 1, whole))})).logits_BLV
         skipped = decoder(tokens_BL, constant({site: Decision(0)})).logits_BLV
-        silent = Decision(None, torch.zeros(1, 1, space.choices[site][-1]))
-        torch.testing.assert_close(skipped, decoder(tokens_BL, constant({site: silent})).logits_BLV, **TOLERANCE)
+        torch.testing.assert_close(skipped, silent, **TOLERANCE)
+        index_B = torch.tensor([0, 1, 1, 0, 1])
+        some = decoder(tokens_BL, constant({site: Decision(Mixed((0, whole), index_B))})).logits_BLV
+        torch.testing.assert_close(some, torch.where(index_B[:, None, None] == 0, silent, base), **TOLERANCE)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import AXES, decoder_config, random_decoder
+from models import AXES, KINDS, decoder_config, random_decoder
 from nestlm.axes.base import search_space
 from nestlm.cost.memory import Memory
 from nestlm.cost.static import Flops
@@ -22,7 +22,7 @@ from nestlm.nn.policy import fixed
 from nestlm.ranking.base import order
 from nestlm.sampler.base import Mixture, Sampler, generator, independent
 from nestlm.spec import SubnetSpec
-from plugins import build, classes, compose, options, targets
+from plugins import build, classes, compose, needed, options, targets
 
 CONFIG = decoder_config(num_kv_groups=2)
 SPACE = search_space(AXES, CONFIG)
@@ -49,7 +49,7 @@ def test_every_plugin_has_a_config(group):
     """A class that no config names cannot be used, and no test here would see it."""
     shipped = set()
     for option in options(group):
-        shipped |= targets(compose([f"{group}={option}", *(["++data.path=."] if group == "data" else [])])[group])
+        shipped |= targets(compose([f"{group}={option}", *needed(group, option)])[group])
     found = {
         name
         for name in classes(PACKAGES[group])
@@ -127,9 +127,10 @@ def test_cost_is_additive_and_prices_distributions_alike(option):
         assert np.all(np.diff(row) > 0), "wider is dearer"
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tie", [True, False])
-def test_sizes_are_those_of_the_extracted_model(tie):
-    config = decoder_config(num_kv_groups=2, tie=tie)
+def test_sizes_are_those_of_the_extracted_model(tie, kind):
+    config = decoder_config(num_kv_groups=2, tie=tie, **KINDS[kind])
     decoder = random_decoder(config)
     stored, active = (
         build("cost", name).tabulate(SPACE, axes=AXES, config=config) for name in ("params", "active_params")
@@ -142,13 +143,15 @@ def test_sizes_are_those_of_the_extracted_model(tie):
         assert active.cost(spec) == numel - (0 if tie else small.embed.weight[1:].numel())
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("weights", "cache"), [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.float16)])
-def test_memory_is_that_of_the_extracted_model_and_its_cache(weights, cache):
+def test_memory_is_that_of_the_extracted_model_and_its_cache(weights, cache, kind):
+    config = decoder_config(num_kv_groups=2, **KINDS[kind])
     cost = Memory(
         batch_size=3, context_length=20, bytes_per_element=weights.itemsize, cache_bytes_per_element=cache.itemsize
     )
-    table = cost.tabulate(SPACE, axes=AXES, config=CONFIG)
-    decoder = random_decoder(CONFIG)
+    table = cost.tabulate(SPACE, axes=AXES, config=config)
+    decoder = random_decoder(config)
     for spec in SPECS:
         small = extract(decoder, spec, axes=AXES).to(weights)
         computed: list[torch.Tensor] = []
@@ -160,13 +163,14 @@ def test_memory_is_that_of_the_extracted_model_and_its_cache(weights, cache):
                     lambda module, inputs, output, to=computed: to.append(output.to(cache))
                 )
         small(tokens_BL)
-        assert len(computed) == 2 * len(CONFIG.blocks)
+        assert len(computed) == 2 * len(config.blocks)
         assert table.cost(spec) == held + sum(tensor.nbytes for tensor in computed)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("groups", [2, 4])
-def test_flops_of_a_choice_per_token_leave_k_and_v_whole(groups):
-    config = decoder_config(num_kv_groups=groups)
+def test_flops_of_a_choice_per_token_leave_k_and_v_whole(groups, kind):
+    config = decoder_config(num_kv_groups=groups, **KINDS[kind])
     space = search_space(AXES, config)
     static, per_token = (
         Flops(context_length=20).tabulate(space, axes=AXES, config=config, per_token=flag) for flag in (False, True)
@@ -189,9 +193,10 @@ def test_what_is_stored_has_no_price_per_token(option):
         build("cost", option).tabulate(SPACE, axes=AXES, config=CONFIG, per_token=True)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tie", [True, False])
-def test_flops_are_those_that_torch_counts(tie):
-    config = decoder_config(num_kv_groups=4, tie=tie)
+def test_flops_are_those_that_torch_counts(tie, kind):
+    config = decoder_config(num_kv_groups=4, tie=tie, **KINDS[kind])
     space = search_space(AXES, config)
     table = Flops(context_length=20).tabulate(space, axes=AXES, config=config)
     decoder = random_decoder(config)

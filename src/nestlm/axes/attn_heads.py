@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from nestlm.axes.base import Axis, Cut
-from nestlm.nn.config import BlockConfig
+from nestlm.nn.config import BlockConfig, DecoderConfig
 from nestlm.spec import ATTN_HEADS
 
 
@@ -20,17 +20,21 @@ class AttnHeads(Axis):
     def units(self, block: BlockConfig) -> int:
         return block.num_kv_groups
 
-    def cuts(self, block: BlockConfig, *, head_dim: int) -> tuple[Cut, ...]:
-        query_rows = block.heads_per_group * head_dim
-        return (
-            Cut("attn.q.weight", 0, query_rows),
-            Cut("attn.k.weight", 0, head_dim, serves_later_tokens=True),
-            Cut("attn.v.weight", 0, head_dim, serves_later_tokens=True),
-            Cut("attn.o.weight", 1, query_rows),
-        )
+    def cuts(self, block: BlockConfig, *, config: DecoderConfig) -> tuple[Cut, ...]:
+        query_rows = block.heads_per_group * config.head_dim
+        projected = [
+            cut
+            for kind in (("weight", "bias") if config.qkv_bias else ("weight",))
+            for cut in (
+                Cut(f"attn.q.{kind}", 0, query_rows),
+                Cut(f"attn.k.{kind}", 0, config.head_dim, serves_later_tokens=True),
+                Cut(f"attn.v.{kind}", 0, config.head_dim, serves_later_tokens=True),
+            )
+        ]
+        return (*projected, Cut("attn.o.weight", 1, query_rows))
 
     def resize(self, block: BlockConfig, width: int) -> BlockConfig:
         return replace(block, num_heads=width * block.heads_per_group, num_kv_groups=width)
 
-    def observed(self, block: BlockConfig, *, head_dim: int) -> tuple[str, tuple[int, int]]:
-        return "attn.o", (block.heads_per_group, head_dim)
+    def observed(self, block: BlockConfig, *, config: DecoderConfig) -> tuple[str, tuple[int, int]]:
+        return "attn.o", (block.heads_per_group, config.head_dim)

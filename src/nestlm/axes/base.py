@@ -44,15 +44,15 @@ class Axis(ABC):
         """Number of units in a block."""
 
     @abstractmethod
-    def cuts(self, block: BlockConfig, *, head_dim: int) -> tuple[Cut, ...]:
-        """The parameters that a choice cuts."""
+    def cuts(self, block: BlockConfig, *, config: DecoderConfig) -> tuple[Cut, ...]:
+        """The parameters that a choice cuts, biases included where the decoder has them."""
 
     @abstractmethod
     def resize(self, block: BlockConfig, width: int) -> BlockConfig:
         """The sizes of the block with `width` units left."""
 
     @abstractmethod
-    def observed(self, block: BlockConfig, *, head_dim: int) -> tuple[str, tuple[int, int]]:
+    def observed(self, block: BlockConfig, *, config: DecoderConfig) -> tuple[str, tuple[int, int]]:
         """Module of the block whose input shows the units at work, and the shape (parts, entries) of one unit.
 
         Importance is the L2 norm over entries, summed over parts and tokens.

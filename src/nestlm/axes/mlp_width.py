@@ -6,24 +6,27 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from nestlm.axes.base import Axis, Cut
-from nestlm.nn.config import BlockConfig
+from nestlm.nn.config import BlockConfig, DecoderConfig
 from nestlm.spec import MLP_WIDTH
 
 
 @dataclass(frozen=True)
 class MLPWidth(Axis):
-    """Unit: one neuron, with its row of gate and up and its column of down."""
+    """Unit: one neuron, with its row of gate (where there is one) and up and its column of down."""
 
     name: ClassVar[str] = MLP_WIDTH
 
     def units(self, block: BlockConfig) -> int:
         return block.mlp_width
 
-    def cuts(self, block: BlockConfig, *, head_dim: int) -> tuple[Cut, ...]:
-        return Cut("mlp.gate.weight", 0, 1), Cut("mlp.up.weight", 0, 1), Cut("mlp.down.weight", 1, 1)
+    def cuts(self, block: BlockConfig, *, config: DecoderConfig) -> tuple[Cut, ...]:
+        projections = ("gate", "up") if config.gated_mlp else ("up",)
+        kinds = ("weight", "bias") if config.mlp_bias else ("weight",)
+        projected = [Cut(f"mlp.{name}.{kind}", 0, 1) for name in projections for kind in kinds]
+        return (*projected, Cut("mlp.down.weight", 1, 1))
 
     def resize(self, block: BlockConfig, width: int) -> BlockConfig:
         return replace(block, mlp_width=width)
 
-    def observed(self, block: BlockConfig, *, head_dim: int) -> tuple[str, tuple[int, int]]:
+    def observed(self, block: BlockConfig, *, config: DecoderConfig) -> tuple[str, tuple[int, int]]:
         return "mlp.down", (1, 1)

@@ -49,8 +49,10 @@ class Memory:
 
         def price(axis: Axis, layer: int, width: int) -> float:
             elements = cut_parameters(axis, layer, width, shapes=shapes, config=config)
-            cuts = axis.cuts(config.blocks[layer], head_dim=config.head_dim)
-            cached = sum(cut.rows * width for cut in cuts if cut.serves_later_tokens)
+            cuts = axis.cuts(config.blocks[layer], config=config)
+            cached = sum(
+                cut.rows * width for cut in cuts if cut.serves_later_tokens and cut.parameter.endswith("weight")
+            )
             return self.bytes_per_element * elements + bytes_per_row * cached
 
         total = self.bytes_per_element * weights + bytes_per_row * rows

@@ -14,7 +14,7 @@ from nestlm.cost.table import CostTable, TokenTable
 from nestlm.errors import BudgetError
 from nestlm.nn.config import BlockConfig, DecoderConfig
 from nestlm.nn.decoder import Decoder
-from nestlm.spec import SearchSpace
+from nestlm.spec import SearchSpace, Site
 
 
 @dataclass(frozen=True)
@@ -66,17 +66,16 @@ class Flops:
             return static
         by_name = {axis.name: axis for axis in axes}
         shapes = parameter_shapes(config)
+
+        def later(site: Site, width: int) -> int:
+            axis = by_name[site.axis]
+            return 2 * cut_parameters(axis, site.layer, width, shapes=shapes, config=config, later=True, matrices=True)
+
         # what later tokens need stays whole: K and V
-        whole_KV = [
-            2 * cut_parameters(by_name[site.axis], site.layer, widths[-1], shapes=shapes, config=config, later=True)
-            for site, widths in space.choices.items()
-        ]
+        whole_KV = [later(site, widths[-1]) for site, widths in space.choices.items()]
         prices = []
         for (site, widths), row in zip(space.choices.items(), static.prices, strict=True):
-            cut = [
-                2 * cut_parameters(by_name[site.axis], site.layer, width, shapes=shapes, config=config, later=True)
-                for width in widths
-            ]
+            cut = [later(site, width) for width in widths]
             prices.append(tuple(price - saved for price, saved in zip(row, cut, strict=True)))
         return TokenTable(
             static.name,
@@ -96,7 +95,7 @@ class Flops:
         shapes = parameter_shapes(config)
 
         def price(axis: Axis, layer: int, width: int) -> float:
-            products = 2 * cut_parameters(axis, layer, width, shapes=shapes, config=config)
+            products = 2 * cut_parameters(axis, layer, width, shapes=shapes, config=config, matrices=True)
             resized = axis.resize(config.blocks[layer], width)
             return products + self.attention_scores(resized, config=config) * axis.mixes_tokens
 
@@ -130,12 +129,16 @@ def cut_parameters(
     shapes: dict[str, torch.Size],
     config: DecoderConfig,
     later: bool = False,
+    matrices: bool = False,
 ) -> int:
-    """Parameters that `width` units of a site own; with `later`, only those that serve later tokens."""
+    """Parameters that `width` units of a site own.
+
+    With `later`, only those that serve later tokens; with `matrices`, no biases.
+    """
     total = 0
-    for cut in axis.cuts(config.blocks[layer], head_dim=config.head_dim):
-        if cut.serves_later_tokens or not later:
-            shape = shapes[f"blocks.{layer}.{cut.parameter}"]
+    for cut in axis.cuts(config.blocks[layer], config=config):
+        shape = shapes[f"blocks.{layer}.{cut.parameter}"]
+        if (cut.serves_later_tokens or not later) and (len(shape) == 2 or not matrices):
             total += math.prod(shape) // shape[cut.dim] * cut.rows * width
     return total
 

@@ -18,7 +18,7 @@ def cuts_by_site(axes: tuple[Axis, ...], config: DecoderConfig) -> Iterator[tupl
     """Every (site, cut, full parameter name) of a model."""
     for axis in axes:
         for layer, block in enumerate(config.blocks):
-            for cut in axis.cuts(block, head_dim=config.head_dim):
+            for cut in axis.cuts(block, config=config):
                 yield Site(axis.name, layer), cut, f"blocks.{layer}.{cut.parameter}"
 
 

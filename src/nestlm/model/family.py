@@ -1,70 +1,271 @@
-"""What a model family is: sizes, and weights that come from elsewhere."""
+"""What a model family is: sizes, read from a config.json of Hugging Face or from YAML, and the names of its weights."""
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal, Self
 
 from nestlm.errors import CheckpointError, ConfigError
-from nestlm.nn.config import DecoderConfig
+from nestlm.model import hub
+from nestlm.model.checkpoint import read_config, read_tensors
+from nestlm.model.rotary import read_rotary, write_rotary
+from nestlm.nn.config import BlockConfig, DecoderConfig
 from nestlm.nn.decoder import Decoder
+from nestlm.nn.rope import RopeScaling
+
+# Features of a config.json that none of our families has; absent, null, false, 0 and empty mean "not used".
+UNSUPPORTED = {
+    "num_local_experts": "a mixture of experts",
+    "num_experts": "a mixture of experts",
+    "n_routed_experts": "a mixture of experts",
+    "quantization_config": "quantized weights",
+}
+
+
+# Names of modules, ours to theirs: all families that transformers derives from Llama share them.
+BLOCK_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn.q": "self_attn.q_proj",
+    "attn.k": "self_attn.k_proj",
+    "attn.v": "self_attn.v_proj",
+    "attn.o": "self_attn.o_proj",
+    "attn.q_norm": "self_attn.q_norm",
+    "attn.k_norm": "self_attn.k_norm",
+    "mlp_norm": "post_attention_layernorm",
+    "mlp.gate": "mlp.gate_proj",
+    "mlp.up": "mlp.up_proj",
+    "mlp.down": "mlp.down_proj",
+}
+OUTER_NAMES = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family(ABC):
-    """A named size of a family.
+    """A named size of a family: its fields are what YAML and `config.json` say.
 
     Attributes:
-        weights: folder of a Hugging Face checkpoint; None where there is none.
+        weights: a Hugging Face checkpoint: a folder, or a hub's OWNER/NAME or OWNER/NAME@REVISION; None where there is
+            none.
         init: `random` where the model may be trained from scratch.
         pretraining_tokens: tokens that given weights were trained on, where known.
+        context_length: longest rows that the model takes, L.
+        rope_scaling: how rotary positions are stretched; None: not at all.
+        tie_embeddings: whether the head is the embedding.
     """
+
+    model_type: ClassVar[str]  # in config.json
+    architecture: ClassVar[str]  # the class in transformers
+    activation: ClassVar[Literal["silu", "relu2"]]  # of the MLP
+    norm_eps_key: ClassVar[str]
+    default_norm_eps: ClassVar[float]
 
     weights: str | None
     init: str | None
     pretraining_tokens: float | None
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_groups: int
+    head_dim: int
+    mlp_width: int
+    context_length: int
+    rope_theta: float
+    rope_scaling: RopeScaling | None
+    norm_eps: float
+    tie_embeddings: bool
 
+    @classmethod
     @abstractmethod
-    def decoder_config(self) -> DecoderConfig:
-        """Sizes of the decoder."""
-
-    @abstractmethod
-    def check_config(self, config: dict[str, Any]) -> None:
-        """Raise CheckpointError when the config.json of `weights` is another size, or computes something else."""
-
-    @abstractmethod
-    def load_weights(self, decoder: Decoder) -> None:
-        """Fill a decoder from `weights`.
+    def read_own(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields that only this family has, from a config.json.
 
         Raises:
-            CheckpointError: missing, damaged, left-over or wrongly shaped tensors.
+            CheckpointError: it has what the family's decoder does not compute.
         """
+
+    @abstractmethod
+    def write_own(self) -> dict[str, Any]:
+        """The keys of a config.json that `read_own` reads."""
+
+    @abstractmethod
+    def features(self) -> dict[str, Any]:
+        """What the family's layers compute, fields of `DecoderConfig`."""
+
+    @classmethod
+    def read(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Our fields from a config.json.
+
+        Raises:
+            CheckpointError: it lacks a size, or has what the family's decoder does not compute.
+        """
+        wanted(config, "hidden_act", cls.activation)
+        theta, scaling = read_rotary(config)
+        hidden_size, heads = needed(config, "hidden_size"), needed(config, "num_attention_heads")
+        return {
+            "vocab_size": needed(config, "vocab_size"),
+            "hidden_size": hidden_size,
+            "num_layers": needed(config, "num_hidden_layers"),
+            "num_heads": heads,
+            "num_kv_groups": config.get("num_key_value_heads") or heads,
+            "head_dim": config.get("head_dim") or hidden_size // heads,
+            "mlp_width": needed(config, "intermediate_size"),
+            "context_length": needed(config, "max_position_embeddings"),
+            "rope_theta": theta,
+            "rope_scaling": scaling,
+            "norm_eps": config.get(cls.norm_eps_key, cls.default_norm_eps),
+            "tie_embeddings": config.get("tie_word_embeddings", False),
+            **cls.read_own(config),
+        }
+
+    def write(self) -> dict[str, Any]:
+        """The config.json of this size: what `read` reads, and transformers opens."""
+        sizes = {
+            "architectures": [self.architecture],
+            "model_type": self.model_type,
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_heads,
+            "num_key_value_heads": self.num_kv_groups,
+            "head_dim": self.head_dim,
+            "intermediate_size": self.mlp_width,
+            "hidden_act": self.activation,
+            "max_position_embeddings": self.context_length,
+            "rope_parameters": write_rotary(self.rope_theta, self.rope_scaling),
+            self.norm_eps_key: self.norm_eps,
+            "tie_word_embeddings": self.tie_embeddings,
+        }
+        return sizes | self.write_own()
+
+    def decoder_config(self) -> DecoderConfig:
+        """Sizes of the decoder."""
+        block = BlockConfig(self.num_heads, self.num_kv_groups, self.mlp_width)
+        return DecoderConfig(
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_size,
+            head_dim=self.head_dim,
+            context_length=self.context_length,
+            blocks=(block,) * max(0, self.num_layers),
+            rope_theta=self.rope_theta,
+            rope_scaling=self.rope_scaling,
+            norm_eps=self.norm_eps,
+            tie_embeddings=self.tie_embeddings,
+            activation=self.activation,
+            **self.features(),
+        )
+
+    def __post_init__(self) -> None:
+        if self.init not in (None, "random"):
+            raise ConfigError(f"model.init: got {self.init!r}, wanted 'random' or null")
+        self.decoder_config()
+        for name, known in self.read(self.write()).items():  # what the family has no word for is not its own
+            if getattr(self, name) != known:
+                raise ConfigError(f"model.{name}: got {getattr(self, name)}, but {self.model_type} has {known} only")
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the weights, all files in it."""
+        assert self.weights is not None, "there is no folder"
+        return hub.all_files(self.weights)
 
     @property
     def tokenizer_file(self) -> Path | None:
         """The tokenizer that belongs to the weights."""
-        return None if self.weights is None else Path(self.weights) / "tokenizer.json"
+        return None if self.weights is None else hub.small_files(self.weights) / "tokenizer.json"
 
     def check_weights(self, *, dry_run: bool) -> None:
         """Raise when weights don't suit, or there are neither weights nor leave to train from scratch."""
-        if self.init not in (None, "random"):
-            raise ConfigError(f"model.init: got {self.init!r}, wanted 'random' or null")
         if self.weights is not None:
-            path = Path(self.weights) / "config.json"
-            if not path.is_file():
-                raise CheckpointError(
-                    f"model.weights: {self.weights} holds no config.json; wanted a Hugging Face checkpoint folder"
-                )
-            try:
-                config = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise CheckpointError(f"model.weights: {path} is no JSON ({error}); fetch it again") from error
-            self.check_config(config)
+            self.check_config(read_config(hub.small_files(self.weights)))
         elif self.init is None and not dry_run:
             raise ConfigError(
                 "model.weights: this size has none; give a folder with model.weights=FOLDER, "
                 "or train from scratch with model.init=random"
             )
+
+    def check_config(self, config: Mapping[str, Any]) -> None:
+        """Raise CheckpointError when the config.json of `weights` is another size, or computes something else."""
+        if config.get("model_type") != self.model_type:
+            raise CheckpointError(
+                f"model.weights: model_type is {config.get('model_type')!r} in config.json, the chosen size is of "
+                f"{self.model_type!r}; try model=pretrained"
+            )
+        check_features(config, context_length=self.context_length)
+        for name, theirs in self.read(config).items():
+            ours = getattr(self, name)
+            if name == "context_length":
+                if theirs < ours:
+                    raise CheckpointError(f"model.{name}: got {ours}, wanted at most the checkpoint's {theirs}")
+            elif theirs != ours:
+                raise CheckpointError(
+                    f"model.{name}: config.json of model.weights says {theirs}, the chosen size says {ours}; "
+                    "model=pretrained takes the folder's sizes"
+                )
+
+    def load_weights(self, decoder: Decoder) -> None:
+        """Fill a decoder from `weights`, one tensor at a time.
+
+        Raises:
+            CheckpointError: missing, damaged, left-over or wrongly shaped tensors.
+        """
+        names = self.hf_names(decoder)
+        known = {"lm_head.weight"} if self.tie_embeddings else set[str]()  # some files repeat the tied head
+        read_tensors(self.folder, dict(decoder.named_parameters()), names=names, ignored=known)
+
+    @staticmethod
+    def hf_names(decoder: Decoder) -> dict[str, str]:
+        """Hugging Face name of every parameter: theirs to ours."""
+        names = {}
+        for ours in dict(decoder.named_parameters()):
+            module, _, kind = ours.rpartition(".")
+            if module.startswith("blocks."):
+                _, layer, module = module.split(".", 2)
+                names[f"model.layers.{layer}.{BLOCK_NAMES[module]}.{kind}"] = ours
+            else:
+                names[f"{OUTER_NAMES[module]}.{kind}"] = ours
+        return names
+
+    @classmethod
+    def of_folder(cls, weights: str, config: Mapping[str, Any], **changes: Any) -> Self:
+        """The size that a config.json names. Raises CheckpointError where it names none."""
+        known = cls.read(config) | {name: value for name, value in changes.items() if value is not None}
+        check_features(config, context_length=known["context_length"])
+        rest = {field.name: None for field in fields(cls) if field.name not in known}
+        values: dict[str, Any] = {**rest, **known, "weights": weights}
+        return cls(**values)
+
+
+def check_features(config: Mapping[str, Any], *, context_length: int) -> None:
+    """Raise CheckpointError, naming it, where a config.json has a feature that no family computes."""
+    for name, what in UNSUPPORTED.items():
+        if config.get(name):
+            raise CheckpointError(f"model.weights: {name} is {config[name]} in config.json: {what} is not supported")
+    # Mistral's window has no switch; the others say whether it is used, and in which layers.
+    kinds = set(config.get("layer_types") or ())
+    used = config.get("use_sliding_window", True) and (not kinds or "sliding_attention" in kinds)
+    window = config.get("sliding_window") if used else None
+    if window is not None and window < context_length:
+        raise CheckpointError(
+            f"model.weights: a sliding window of {window} tokens is not supported; rows of at most {window} do not use "
+            f"it: set model.context_length={window}"
+        )
+    others = sorted(kinds - {"full_attention", "sliding_attention"})
+    if others:
+        raise CheckpointError(f"model.weights: layers of type {others[0]} are not supported")
+
+
+def needed(config: Mapping[str, Any], name: str) -> Any:
+    """A key that a config.json must have. Raises CheckpointError."""
+    if config.get(name) is None:
+        raise CheckpointError(f"model.weights: config.json lacks {name}; wanted a Hugging Face checkpoint folder")
+    return config[name]
+
+
+def wanted(config: Mapping[str, Any], name: str, value: Any) -> None:
+    """Raise CheckpointError unless a key of a config.json, where it is there, has the one value that is computed."""
+    if config.get(name, value) != value:
+        raise CheckpointError(f"model.weights: {name} is {config[name]!r} in config.json, wanted {value!r}")

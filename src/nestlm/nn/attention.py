@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nestlm.nn.config import BlockConfig
+from nestlm.nn.config import BlockConfig, DecoderConfig
 from nestlm.nn.kv_cache import LayerCache
 from nestlm.nn.linear import PrefixLinear
 from nestlm.nn.policy import Decision, Mixed
@@ -48,15 +48,18 @@ class Sight:
 class GroupedQueryAttention(nn.Module):
     """Causal self-attention over the first `width` of G KV groups, each with all its query heads."""
 
-    def __init__(self, hidden_size: int, *, head_dim: int, block: BlockConfig) -> None:
+    def __init__(self, config: DecoderConfig, *, block: BlockConfig) -> None:
         super().__init__()
+        size, head_dim = config.hidden_size, config.head_dim
         self.head_dim = head_dim
         self.num_groups = block.num_kv_groups
         self.heads_per_group = block.heads_per_group
-        self.q = PrefixLinear(hidden_size, block.num_heads * head_dim, bias=False)
-        self.k = PrefixLinear(hidden_size, block.num_kv_groups * head_dim, bias=False)
-        self.v = PrefixLinear(hidden_size, block.num_kv_groups * head_dim, bias=False)
-        self.o = PrefixLinear(block.num_heads * head_dim, hidden_size, bias=False)
+        self.q = PrefixLinear(size, block.num_heads * head_dim, bias=config.qkv_bias)
+        self.k = PrefixLinear(size, block.num_kv_groups * head_dim, bias=config.qkv_bias)
+        self.v = PrefixLinear(size, block.num_kv_groups * head_dim, bias=config.qkv_bias)
+        self.o = PrefixLinear(block.num_heads * head_dim, size, bias=config.output_bias)
+        self.q_norm = nn.RMSNorm(head_dim, eps=config.norm_eps) if config.qk_norm else None
+        self.k_norm = nn.RMSNorm(head_dim, eps=config.norm_eps) if config.qk_norm else None
 
     def forward(
         self, hidden_BLD: Tensor, decision: Decision, *, sight: Sight, cache: LayerCache | None = None
@@ -68,8 +71,8 @@ class GroupedQueryAttention(nn.Module):
             return run(hidden_BLD, width, decision.gate, sight=sight, cache=cache)
         groups = self.num_groups if width is None else width
         heads = groups * self.heads_per_group
-        q_BHLE = rotate(self.heads(self.q(hidden_BLD, outputs=heads * self.head_dim)), sight.rotary)
-        k_BGLE = rotate(self.heads(self.k(hidden_BLD, outputs=groups * self.head_dim)), sight.rotary)
+        q_BHLE = turn(self.heads(self.q(hidden_BLD, outputs=heads * self.head_dim)), self.q_norm, sight.rotary)
+        k_BGLE = turn(self.heads(self.k(hidden_BLD, outputs=groups * self.head_dim)), self.k_norm, sight.rotary)
         v_BGLE = self.heads(self.v(hidden_BLD, outputs=groups * self.head_dim))
         if cache is not None:
             k_BGLE, v_BGLE = cache.extend(k_BGLE, v_BGLE, groups=slice(groups))
@@ -101,23 +104,23 @@ class GroupedQueryAttention(nn.Module):
         if not stairs.live():
             return torch.zeros_like(hidden_BLD)
         query_rows = self.heads_per_group * self.head_dim
-        q_weights = stairs.split(self.q.weight, dim=0, rows=query_rows)
-        k_weights = stairs.split(self.k.weight, dim=0, rows=self.head_dim)
-        v_weights = stairs.split(self.v.weight, dim=0, rows=self.head_dim)
-        o_weights = stairs.split(self.o.weight, dim=1, rows=query_rows)
+        q_bands = stairs.split_outputs(self.q, rows=query_rows)
+        k_bands = stairs.split_outputs(self.k, rows=self.head_dim)
+        v_bands = stairs.split_outputs(self.v, rows=self.head_dim)
+        o_bands = stairs.split_inputs(self.o, rows=query_rows)
         ends = list(accumulate(stairs.bands))
         parts = []
         for band, part in zip(stairs.live(), stairs.down(hidden_BLD), strict=True):
             chosen = stairs.order[: len(part)]
-            q = rotate(self.heads(F.linear(part, q_weights[band])), sight.rotary)
-            k = rotate(self.heads(F.linear(part, k_weights[band])), sight.rotary)
-            v = self.heads(F.linear(part, v_weights[band]))
+            q = turn(self.heads(F.linear(part, *q_bands[band])), self.q_norm, sight.rotary)
+            k = turn(self.heads(F.linear(part, *k_bands[band])), self.k_norm, sight.rotary)
+            v = self.heads(F.linear(part, *v_bands[band]))
             if cache is not None:
                 k, v = cache.extend(k, v, groups=slice(ends[band] - stairs.bands[band], ends[band]), rows=chosen)
             heads_BLHE = self.attend(q, k, v, sight=sight.rows(chosen)).transpose(1, 2)
             if gate is not None:
                 heads_BLHE = heads_BLHE * gate[chosen, band].view(-1, 1, 1, 1)
-            parts.append(F.linear(heads_BLHE.flatten(2), o_weights[band]))
+            parts.append(F.linear(heads_BLHE.flatten(2), *o_bands[band]))
         return stairs.up(parts)
 
     def forward_tokens(
@@ -129,7 +132,7 @@ class GroupedQueryAttention(nn.Module):
         the sequence with most of them.
         """
         length = hidden_BLD.shape[1]
-        k_BGLE = rotate(self.heads(self.k(hidden_BLD)), sight.rotary)
+        k_BGLE = turn(self.heads(self.k(hidden_BLD)), self.k_norm, sight.rotary)
         v_BGLE = self.heads(self.v(hidden_BLD))
         if cache is not None:
             k_BGLE, v_BGLE = cache.extend(k_BGLE, v_BGLE, groups=slice(None))
@@ -137,24 +140,24 @@ class GroupedQueryAttention(nn.Module):
         if not stairs.live():
             return torch.zeros_like(hidden_BLD)
         query_rows = self.heads_per_group * self.head_dim
-        q_weights = stairs.split(self.q.weight, dim=0, rows=query_rows)
-        o_weights = stairs.split(self.o.weight, dim=1, rows=query_rows)
+        q_bands = stairs.split_outputs(self.q, rows=query_rows)
+        o_bands = stairs.split_inputs(self.o, rows=query_rows)
         gates = None if gate is None else gate.flatten(0, 1)[stairs.order]
         ends = list(accumulate(stairs.bands))
         parts = []
         for band, part in zip(stairs.live(), stairs.down(hidden_BLD.flatten(0, 1)), strict=True):
             tokens = stairs.order[: len(part)]
             groups = slice(ends[band] - stairs.bands[band], ends[band])
-            q_nHE = F.linear(part, q_weights[band]).unflatten(-1, (-1, self.head_dim))
+            q_nHE = F.linear(part, *q_bands[band]).unflatten(-1, (-1, self.head_dim))
             cos, sin = (table[tokens % length].unsqueeze(1) for table in sight.rotary)
             seat, seats = take_seats(width.index >= band, tokens)
             heads = self.attend_seated(
-                rotate(q_nHE, (cos, sin)), k_BGLE[:, groups], v_BGLE[:, groups],
+                turn(q_nHE, self.q_norm, (cos, sin)), k_BGLE[:, groups], v_BGLE[:, groups],
                 tokens=tokens, seat=seat, seats=seats, length=length, sight=sight,
             )  # fmt: skip
             if gates is not None:
                 heads = heads * gates[: len(part), band].view(-1, 1, 1)
-            parts.append(F.linear(heads.flatten(1), o_weights[band]))
+            parts.append(F.linear(heads.flatten(1), *o_bands[band]))
         return stairs.up(parts).view_as(hidden_BLD)
 
     def attend_seated(
@@ -182,6 +185,11 @@ class GroupedQueryAttention(nn.Module):
             seen = Sight(sight.rotary, mask[row, position].unsqueeze(1), causal=False)
         out_BHSE = self.attend(seated.view(batch, seats, heads, head_dim).transpose(1, 2), k_BGLE, v_BGLE, sight=seen)
         return out_BHSE.transpose(1, 2).reshape(batch * seats, heads, head_dim)[seat]
+
+
+def turn(heads: Tensor, norm: nn.Module | None, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Queries or keys with their positions, after their norm where the model has one: (..., E) to (..., E)."""
+    return rotate(heads if norm is None else norm(heads), rotary)
 
 
 def take_seats(reached_BL: Tensor, tokens: Tensor) -> tuple[Tensor, int]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from nestlm.errors import ConfigError
+from nestlm.nn.rope import RopeScaling
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,19 @@ class BlockConfig:
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Sizes of a decoder: V, D, E, the longest context L, and its blocks."""
+    """Sizes of a decoder (V, D, E, the longest context L, its blocks), and what its layers compute.
+
+    Attributes:
+        rotary_dim: entries of a head that rotary positions turn; None: all E.
+        rope_scaling: how the frequencies of rotary positions are stretched; None: not at all.
+        norm: of the residual stream: `rms`, or `layer_norm_1p`, whose stored weight is the factor less 1.
+        qk_norm: whether queries and keys are normalised over E before they are turned.
+        qkv_bias: whether the projections to queries, keys and values add a bias.
+        output_bias: whether attention's projection back does.
+        mlp_bias: whether the MLP's projections do.
+        activation: of the MLP; `relu2` is the squared ReLU.
+        gated_mlp: whether a second projection, the one that is activated, multiplies the first.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -33,6 +47,15 @@ class DecoderConfig:
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-5
     tie_embeddings: bool = True
+    rotary_dim: int | None = None
+    rope_scaling: RopeScaling | None = None
+    norm: Literal["rms", "layer_norm_1p"] = "rms"
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    activation: Literal["silu", "relu2"] = "silu"
+    gated_mlp: bool = True
 
     def __post_init__(self) -> None:
         sizes = {
@@ -58,3 +81,7 @@ class DecoderConfig:
                 raise ConfigError(f"model.{name}: got {value}, wanted a positive number")
         if self.head_dim % 2:
             raise ConfigError(f"model.head_dim: got {self.head_dim}, wanted an even size (rotary embedding)")
+        if self.rotary_dim is not None and (self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim):
+            raise ConfigError(
+                f"model.rotary_dim: got {self.rotary_dim}, wanted an even size up to head_dim={self.head_dim}"
+            )

@@ -1,4 +1,4 @@
-"""A Llama-shaped decoder whose every block obeys the widths that a policy hands it."""
+"""A pre-norm decoder whose every block obeys the widths that a policy hands it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from nestlm.errors import ConfigError
 from nestlm.nn.attention import GroupedQueryAttention, Sight
 from nestlm.nn.config import BlockConfig, DecoderConfig
 from nestlm.nn.kv_cache import KVCache, LayerCache
-from nestlm.nn.mlp import GatedMLP
+from nestlm.nn.mlp import MLP
+from nestlm.nn.norm import LayerNorm1P, make_norm
 from nestlm.nn.policy import Decision, Policy, Stream, full
 from nestlm.nn.rope import rotary_table
 from nestlm.spec import ATTN_HEADS, MLP_WIDTH, Site
@@ -33,10 +34,10 @@ class Block(nn.Module):
     def __init__(self, config: DecoderConfig, *, block: BlockConfig, layer: int) -> None:
         super().__init__()
         self.heads_site, self.mlp_site = Site(ATTN_HEADS, layer), Site(MLP_WIDTH, layer)
-        self.attn_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.attn = GroupedQueryAttention(config.hidden_size, head_dim=config.head_dim, block=block)
-        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.mlp = GatedMLP(config.hidden_size, mlp_width=block.mlp_width)
+        self.attn_norm = make_norm(config)
+        self.attn = GroupedQueryAttention(config, block=block)
+        self.mlp_norm = make_norm(config)
+        self.mlp = MLP(config, mlp_width=block.mlp_width)
 
     def forward(
         self, hidden_BLD: Tensor, policy: Policy, *, sight: Sight, stream: Stream, cache: LayerCache | None
@@ -64,7 +65,7 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(
             Block(config, block=block, layer=layer) for layer, block in enumerate(config.blocks)
         )
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.norm = make_norm(config)
         self.head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(
@@ -119,7 +120,13 @@ class Decoder(nn.Module):
         length = hidden_BLD.shape[1]
         wide = torch.float64 if hidden_BLD.dtype == torch.float64 else torch.float32
         positions_L = torch.arange(start, start + length, device=hidden_BLD.device)
-        rotary = rotary_table(positions_L, head_dim=self.config.head_dim, theta=self.config.rope_theta, dtype=wide)
+        rotary = rotary_table(
+            positions_L,
+            dim=self.config.rotary_dim or self.config.head_dim,
+            theta=self.config.rope_theta,
+            scaling=self.config.rope_scaling,
+            dtype=wide,
+        )
         if documents_BL is not None:
             return Sight(rotary, document_mask(documents_BL, num_queries=length), causal=True)
         if start == 0 or length == 1:
@@ -130,15 +137,18 @@ class Decoder(nn.Module):
     def init_weights(self, *, seed: int) -> None:
         """Fill the weights: normal with variance 2/(5D) (Nguyen and Salazar, arXiv 1910.05895).
 
-        Projections into the residual stream are scaled down by sqrt(2N) (GPT-2); norms start at 1.
+        Projections into the residual stream are scaled down by sqrt(2N) (GPT-2); norms start at 1, biases at 0.
         """
         generator = torch.Generator(device="cpu").manual_seed(seed)
         std = (0.4 / self.config.hidden_size) ** 0.5
         residual_std = std / (2 * len(self.blocks)) ** 0.5
+        for module in self.modules():
+            if isinstance(module, nn.RMSNorm | LayerNorm1P):
+                module.reset_parameters()
         for name, parameter in self.named_parameters():
-            if "norm" in name:
-                nn.init.ones_(parameter)
-            else:
+            if name.endswith(".bias"):
+                nn.init.zeros_(parameter)
+            elif "norm" not in name:
                 scale = residual_std if name.endswith(("attn.o.weight", "mlp.down.weight")) else std
                 with torch.no_grad():
                     parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)

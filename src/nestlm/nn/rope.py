@@ -2,22 +2,112 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
 import torch
 from torch import Tensor
 
 
+@runtime_checkable
+class RopeScaling(Protocol):
+    """Stretches rotary positions, so that a model takes a longer context than it was trained on."""
+
+    @property
+    def attention_factor(self) -> float:
+        """Factor of cosines and sines."""
+        ...
+
+    def stretch(self, frequencies: Tensor, *, theta: float) -> Tensor:
+        """New frequencies, radians a token, (E/2,), from the unscaled ones."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearScaling:
+    """All positions divided by one factor (Chen et al., arXiv 2306.15595)."""
+
+    factor: float
+    attention_factor = 1.0
+
+    def stretch(self, frequencies: Tensor, *, theta: float) -> Tensor:
+        """Divide all."""
+        del theta
+        return frequencies / self.factor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Llama3Scaling:
+    """Slow frequencies divided, fast ones kept, a ramp between them (Llama 3.1 and later)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+    attention_factor = 1.0
+
+    def stretch(self, frequencies: Tensor, *, theta: float) -> Tensor:
+        """By the number of turns that a frequency makes within the original context."""
+        del theta
+        turns = self.original_max_position_embeddings * frequencies / (2 * math.pi)
+        kept = ((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)).clamp(0, 1)
+        return kept * frequencies + (1 - kept) * frequencies / self.factor
+
+
+@dataclass(frozen=True, kw_only=True)
+class YarnScaling:
+    """YaRN (Peng et al., arXiv 2309.00071): a ramp over dimensions, and a factor of the attention logits."""
+
+    factor: float
+    original_max_position_embeddings: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+
+    @property
+    def attention_factor(self) -> float:
+        """Of cosines and sines: the root of the logits' factor."""
+        return 0.1 * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
+
+    def stretch(self, frequencies: Tensor, *, theta: float) -> Tensor:
+        """Dimensions that turn `beta_fast` times within the original context are kept, `beta_slow` times divided."""
+        dim = 2 * len(frequencies)
+
+        def dimension(turns: float) -> float:
+            return dim * math.log(self.original_max_position_embeddings / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+        first, last = max(math.floor(dimension(self.beta_fast)), 0), min(math.ceil(dimension(self.beta_slow)), dim - 1)
+        steps = torch.arange(len(frequencies), dtype=frequencies.dtype, device=frequencies.device)
+        divided = ((steps - first) / max(last - first, 1e-3)).clamp(0, 1)
+        return divided * frequencies / self.factor + (1 - divided) * frequencies
+
+
 def rotary_table(
-    positions_L: Tensor, *, head_dim: int, theta: float, dtype: torch.dtype = torch.float32
+    positions_L: Tensor,
+    *,
+    dim: int,
+    theta: float,
+    scaling: RopeScaling | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of positions, each of shape (L, E), computed in float32 or wider."""
-    exponents = torch.arange(0, head_dim, 2, dtype=dtype, device=positions_L.device) / head_dim
+    """Cosines and sines of positions, each of shape (L, dim), computed in float32 or wider."""
+    exponents = torch.arange(0, dim, 2, dtype=dtype, device=positions_L.device) / dim
     frequencies = 1.0 / theta**exponents
-    angles_LE = torch.outer(positions_L.to(dtype), frequencies).repeat(1, 2)
-    return angles_LE.cos(), angles_LE.sin()
+    if scaling is not None:
+        frequencies = scaling.stretch(frequencies, theta=theta)
+    angles = torch.outer(positions_L.to(dtype), frequencies).repeat(1, 2)
+    factor = 1.0 if scaling is None else scaling.attention_factor
+    return angles.cos() * factor, angles.sin() * factor
 
 
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn each pair (i, i + E/2) of the last dimension by its position's angle; the table broadcasts to x (..., E)."""
+    """Turn each pair (i, i + dim/2) of the last dimension by its position's angle; entries from `dim` on stay.
+
+    The table broadcasts to x, (..., E), but for its own last dimension, dim.
+    """
     cos, sin = (part.to(x.dtype) for part in table)
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    dim = cos.shape[-1]
+    turned, kept = (x, None) if dim == x.shape[-1] else (x[..., :dim], x[..., dim:])
+    first, second = turned.chunk(2, dim=-1)
+    turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
+    return turned if kept is None else torch.cat((turned, kept), dim=-1)

@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import Function
 
 
@@ -50,6 +50,20 @@ class Staircase:
         sizes = [units * rows for units in self.bands]
         rest = weight.shape[dim] - sum(sizes)
         return list(weight.split([*sizes, rest] if rest else sizes, dim))[: len(sizes)]
+
+    def split_outputs(self, linear: nn.Linear, *, rows: int = 1) -> list[tuple[Tensor, Tensor | None]]:
+        """Weight and bias of each band of a map to the units."""
+        weights = self.split(linear.weight, dim=0, rows=rows)
+        biases = [None] * len(weights) if linear.bias is None else self.split(linear.bias, dim=0, rows=rows)
+        return list(zip(weights, biases, strict=True))
+
+    def split_inputs(self, linear: nn.Linear, *, rows: int = 1) -> list[tuple[Tensor, Tensor | None]]:
+        """Weight and bias of each band of a map from the units. The bias is that of the first live band.
+
+        Every row that runs at all reaches that one, and gets the bias once.
+        """
+        first, weights = self.live()[0], self.split(linear.weight, dim=1, rows=rows)
+        return [(weight, linear.bias if band == first else None) for band, weight in enumerate(weights)]
 
     def down(self, rows: Tensor) -> list[Tensor]:
         """The rows that reach each live band, sorted: (n, ...) to one (count, ...) a live band."""

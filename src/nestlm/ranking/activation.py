@@ -41,7 +41,7 @@ class Activation:
             for layer, block in enumerate(config.blocks):
                 site, units = Site(axis.name, layer), axis.units(block)
                 sums[site] = torch.zeros(units)
-                module_name, unit_shape = axis.observed(block, head_dim=config.head_dim)
+                module_name, unit_shape = axis.observed(block, config=config)
 
                 def record(
                     module: nn.Module,

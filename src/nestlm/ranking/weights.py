@@ -29,8 +29,8 @@ class Magnitude:
         squares: dict[Site, Tensor] = {}
         parameters = dict(decoder.named_parameters())
         for site, cut, name in cuts_by_site(axes, decoder.config):
-            rows = parameters[name].detach().float().cpu().movedim(cut.dim, 0).flatten(1)
-            per_unit = rows.pow(2).sum(1).unflatten(0, (-1, cut.rows)).sum(1)
+            rows = parameters[name].detach().float().cpu().movedim(cut.dim, 0)
+            per_unit = rows.pow(2).reshape(len(rows), -1).sum(1).unflatten(0, (-1, cut.rows)).sum(1)
             squares[site] = squares.get(site, torch.zeros_like(per_unit)) + per_unit
         return {site: total.sqrt() for site, total in squares.items()}
 

@@ -1,0 +1,58 @@
+"""`model=pretrained`: family and sizes from the folder of the weights."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from nestlm import model
+from nestlm.errors import CheckpointError
+from nestlm.model import hub
+from nestlm.model.checkpoint import read_config
+from nestlm.model.family import Family
+
+
+def pretrained(*, weights: str, context_length: int | None, pretraining_tokens: float | None) -> Family:
+    """The model that a checkpoint holds.
+
+    Args:
+        weights: a folder, or a hub's OWNER/NAME or OWNER/NAME@REVISION.
+        context_length: longest rows, at most the checkpoint's; None: the checkpoint's.
+        pretraining_tokens: that the weights were trained on, where known.
+
+    Raises:
+        CheckpointError: no checkpoint, or none of a family that we have.
+    """
+    config = read_config(hub.small_files(weights))
+    known = families()
+    kind = config.get("model_type")
+    if kind not in known:
+        raise CheckpointError(
+            f"model.weights: model_type is {kind!r} in config.json, wanted one of {', '.join(sorted(known))}"
+        )
+    return known[kind].of_folder(weights, config, context_length=context_length, pretraining_tokens=pretraining_tokens)
+
+
+def families() -> dict[str, type[Family]]:
+    """Every family, by the `model_type` of its config.json: each folder beside this file holds one."""
+    found: dict[str, type[Family]] = {}
+    for info in pkgutil.iter_modules(model.__path__):
+        if info.ispkg:
+            module = importlib.import_module(f"{model.__name__}.{info.name}.{info.name}")
+            for value in vars(module).values():
+                if isinstance(value, type) and issubclass(value, Family) and value.__module__ == module.__name__:
+                    found[value.model_type] = value
+    return found
+
+
+def as_node(value: Any) -> Any:
+    """A dataclass as a config names it: its class and its fields."""
+    if not is_dataclass(value) or isinstance(value, type):
+        return value
+    kind = type(value)
+    return {
+        "_target_": f"{kind.__module__}.{kind.__qualname__}",
+        **{field.name: as_node(getattr(value, field.name)) for field in fields(value)},
+    }

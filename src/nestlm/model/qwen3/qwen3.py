@@ -1,0 +1,27 @@
+"""The Qwen3 family: Llama with queries and keys that are normalised."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from nestlm.model.family import needed
+from nestlm.model.llama.llama import Llama
+
+
+@dataclass(frozen=True, kw_only=True)
+class Qwen3(Llama):
+    """Llama's decoder and Llama's names, and two norms over a head's entries a block."""
+
+    model_type: ClassVar[str] = "qwen3"
+    architecture: ClassVar[str] = "Qwen3ForCausalLM"
+
+    @classmethod
+    def read_own(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        for name in ("num_key_value_heads", "head_dim"):  # absent, they would mean 32 and 128 here
+            needed(config, name)
+        return super().read_own(config) | {"qk_norm": True, "mlp_bias": False}
+
+    def write_own(self) -> dict[str, Any]:
+        return {"attention_bias": self.qkv_bias, "use_sliding_window": False}

@@ -1,0 +1,66 @@
+"""Rotary positions as a config.json writes them, flat as older files do or under `rope_parameters`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from typing import Any
+
+from nestlm.errors import CheckpointError
+from nestlm.nn.rope import LinearScaling, Llama3Scaling, RopeScaling, YarnScaling
+
+SCALINGS: dict[str, type[LinearScaling | Llama3Scaling | YarnScaling]] = {
+    "linear": LinearScaling,
+    "llama3": Llama3Scaling,
+    "yarn": YarnScaling,
+}
+ORIGINAL = "original_max_position_embeddings"
+PARTIAL = "partial_rotary_factor"
+
+
+def read_rotary_share(config: Mapping[str, Any], default: float) -> float:
+    """The share of a head's entries that is turned."""
+    return (config.get("rope_parameters") or {}).get(PARTIAL, config.get(PARTIAL, default))
+
+
+def read_rotary(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
+    """Base theta and scaling.
+
+    Raises:
+        CheckpointError: a scaling that is not computed, or one with settings that are not.
+    """
+    keys = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    theta = keys.pop("rope_theta", config.get("rope_theta", 10_000.0))
+    keys.pop(PARTIAL, None)
+    old_kind = keys.pop("type", "default")
+    kind = keys.pop("rope_type", old_kind)
+    if kind == "default":
+        return theta, None
+    if kind not in SCALINGS:
+        raise CheckpointError(
+            f"model.weights: scales rotary positions by {kind!r}, which is not supported; wanted one of "
+            f"{', '.join(SCALINGS)}, or none"
+        )
+    known = {field.name for field in fields(SCALINGS[kind])}
+    if ORIGINAL in known:
+        keys.setdefault(ORIGINAL, config.get("max_position_embeddings"))
+    unknown = sorted(set(keys) - known)
+    if unknown:
+        raise CheckpointError(
+            f"model.weights: the {kind} scaling of rotary positions has {unknown[0]!r}, not supported"
+        )
+    try:
+        return theta, SCALINGS[kind](**keys)
+    except TypeError as error:
+        raise CheckpointError(
+            f"model.weights: the {kind} scaling of rotary positions is incomplete ({error})"
+        ) from error
+
+
+def write_rotary(theta: float, scaling: RopeScaling | None) -> dict[str, Any]:
+    """The `rope_parameters` that `read_rotary` reads."""
+    if scaling is None:
+        return {"rope_theta": theta, "rope_type": "default"}
+    assert isinstance(scaling, LinearScaling | Llama3Scaling | YarnScaling), "of SCALINGS"
+    kind = next(name for name, each in SCALINGS.items() if isinstance(scaling, each))
+    return {"rope_theta": theta, "rope_type": kind, **asdict(scaling)}

@@ -1,0 +1,293 @@
+"""Every family against the reference library on tiny random weights, and what is refused."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import parity
+from nestlm.compose import CONF, build, compose, with_sizes
+from nestlm.errors import CheckpointError, ConfigError, ExportError
+from nestlm.export.hf import export
+from nestlm.model import hub
+from nestlm.model.checkpoint import CHECKSUMS, check_sums
+from nestlm.model.pretrained import families, pretrained
+from nestlm.nn.config import BlockConfig
+from nestlm.nn.decoder import Decoder
+
+transformers = pytest.importorskip("transformers")
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A Llama checkpoint."""
+    path = tmp_path / "weights"
+    parity.checkpoint("Llama 3", path)
+    return path
+
+
+def load(folder, **changes):
+    return pretrained(weights=str(folder), **({"context_length": None, "pretraining_tokens": None} | changes))
+
+
+def edit(folder: Path, **changes) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+@pytest.mark.parametrize("case", parity.CASES)
+def test_logits_equal_transformers_and_the_round_trip_is_bit_equal(case, tmp_path):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    parity.checkpoint(case, folder)
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    family, decoder = parity.imported(folder)
+    family.check_weights(dry_run=False)
+    difference, spread = parity.largest_difference(decoder, parity.opened(folder))
+    assert difference < 1e-5
+    assert spread > 0.1, "the comparison means something"
+    export(decoder, family, out, shard_size="30KB")
+    assert parity.differing(folder, out) == []
+    assert (out / "tokenizer.json").is_file()
+    assert (out / "generation_config.json").is_file()
+    assert parity.largest_difference(decoder, parity.opened(out))[0] < 1e-5
+
+
+def test_every_family_is_compared():
+    assert {kind.model_type for kind, _ in parity.CASES.values()} == set(families())
+
+
+@pytest.mark.parametrize("case", ["Qwen3, biases", "GPT-3 (Nemotron), biases", "Llama 3.1 (scaled positions)"])
+def test_gradients_equal_transformers(case, tmp_path):
+    parity.checkpoint(case, tmp_path)
+    family, decoder = parity.imported(tmp_path)
+    theirs = parity.opened(tmp_path)
+    tokens_BL = torch.randint(0, parity.VOCABULARY, (3, 64), generator=torch.Generator().manual_seed(0))
+    decoder(tokens_BL).logits_BLV.square().mean().backward()
+    theirs(tokens_BL).logits.square().mean().backward()
+    grads = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    ours = dict(decoder.named_parameters())
+    for name, own in family.hf_names(decoder).items():
+        torch.testing.assert_close(ours[own].grad, grads[name], rtol=1e-3, atol=1e-5)
+
+
+def test_a_random_start_is_that_of_each_family():
+    """Norms start at factor 1, biases at 0; nothing is left unset."""
+    for name in ("tiny", "gpt3_2b"):
+        changes = ["hidden_size=32", "num_layers=2", "num_heads=4", "num_kv_groups=4", "head_dim=8", "mlp_width=48"]
+        model = build(compose([f"model={name}", *(f"model.{change}" for change in changes)])).model
+        decoder = Decoder(model.decoder_config())
+        for parameter in decoder.parameters():
+            parameter.data.fill_(torch.nan)
+        decoder.init_weights(seed=0)
+        assert all(torch.isfinite(parameter).all() for parameter in decoder.parameters())
+        hidden = torch.randn(2, 32)
+        assert float(decoder.norm(hidden).detach().square().mean()) == pytest.approx(1.0, rel=1e-2)
+
+
+@pytest.mark.parametrize("option", sorted(path.stem for path in (CONF / "model").glob("*.yaml")))
+def test_shipped_sizes_say_in_a_config_json_what_they_are(option, tmp_path):
+    if option == "pretrained":
+        pytest.skip("has no size of its own")
+    model = build(compose([f"model={option}"])).model
+    (tmp_path / "config.json").write_text(json.dumps(model.write()))
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert type(model).read(config.to_dict()) == type(model).read(model.write())
+    assert config.architectures[0] == model.architecture
+    with torch.device("meta"):
+        theirs = transformers.AutoModelForCausalLM.from_config(config)
+        ours = Decoder(model.decoder_config())
+    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
+    assert set(model.hf_names(ours)) == {name for name, _ in theirs.named_parameters()}
+
+
+def test_old_files_say_the_same_in_other_words(folder):
+    """Before transformers 5: flat theta and scaling, no head width."""
+    for scaling in ({"type": "linear", "factor": 2.0}, {"rope_type": "linear", "type": "linear", "factor": 2.0}):
+        new = load(folder)
+        config = json.loads((folder / "config.json").read_text())
+        del config["rope_parameters"], config["head_dim"]
+        old = type(new).read(config | {"rope_theta": 500_000.0, "rope_scaling": None})
+        assert old == type(new).read(new.write())
+        scaled = type(new).read(config | {"rope_theta": 500_000.0, "rope_scaling": scaling})
+        assert scaled["rope_scaling"].factor == 2.0
+
+
+def test_a_named_size_that_disagrees_is_refused(folder):
+    def check(*changes):
+        build(compose([f"model.weights={folder}", *changes])).model.check_weights(dry_run=False)
+
+    config = load(folder).write()
+    sizes = {
+        "vocab_size": "vocab_size", "hidden_size": "hidden_size", "num_layers": "num_hidden_layers",
+        "num_heads": "num_attention_heads", "num_kv_groups": "num_key_value_heads", "head_dim": "head_dim",
+        "mlp_width": "intermediate_size", "context_length": "max_position_embeddings", "norm_eps": "rms_norm_eps",
+    }  # fmt: skip
+    same = [f"model.{ours}={config[theirs]}" for ours, theirs in sizes.items()]
+    same += ["model.rope_theta=500000.0", "model.tie_embeddings=false"]
+    check(*same)
+    for name in ("num_layers", "mlp_width", "vocab_size"):
+        with pytest.raises(CheckpointError, match=rf"model\.{name}: .*says {config[sizes[name]]}.*says 8;.*pretrained"):
+            check(*same, f"model.{name}=8")
+    with pytest.raises(CheckpointError, match="at most the checkpoint's 64"):
+        check(*same, "model.context_length=65")
+    with pytest.raises(CheckpointError, match=r"model_type is 'llama'.*'nemotron'"):
+        check("model=gpt3_2b")
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"model_type": "mixtral"}, "'mixtral'.*wanted one of llama, mistral"),
+        ({"num_local_experts": 8}, "num_local_experts is 8.*mixture of experts"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config.*quantized"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'.*'silu'"),
+        ({"sliding_window": 32}, r"sliding window of 32.*model\.context_length=32"),
+        ({"layer_types": ["linear_attention"] * 3}, "linear_attention"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic'"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "mscale": 1.0}}, "'mscale'"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "incomplete"),
+        ({"partial_rotary_factor": 0.5, "rope_parameters": None}, "partial_rotary_factor is 0.5"),
+        ({"num_hidden_layers": None}, "lacks num_hidden_layers"),
+        ({"vocab_size": 300}, "embed_tokens.*has shape"),
+    ],
+)
+def test_what_is_not_computed_is_named(folder, changes, named):
+    edit(folder, **changes)
+    with pytest.raises(CheckpointError, match=named):
+        parity.imported(folder)
+
+
+def test_a_window_that_rows_do_not_reach_is_no_obstacle(folder):
+    edit(folder, model_type="mistral", sliding_window=32)
+    with pytest.raises(CheckpointError, match="context_length=32"):
+        load(folder)
+    assert load(folder, context_length=32).context_length == 32
+    edit(folder, sliding_window=32, use_sliding_window=False)
+    assert load(folder).context_length == 64
+
+
+def test_tensors_that_do_not_fit_are_named(folder):
+    from safetensors.torch import load_file, save_file
+
+    family = load(folder)
+    decoder = Decoder(family.decoder_config())
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    tensors = load_file(shard)
+    name = next(name for name in tensors if name.endswith("proj.weight"))
+
+    def refused(match, **changed):
+        save_file(tensors | {key.replace("__", "."): value for key, value in changed.items()}, shard)
+        with pytest.raises(CheckpointError, match=match):
+            family.load_weights(decoder)
+
+    refused(r"has extra\.weight, which this family or size lacks", extra__weight=torch.zeros(2))
+    refused("has shape", **{name: tensors[name][:-1].contiguous()})
+    refused(r"holds torch\.int8", **{name: tensors[name].to(torch.int8)})
+    refused("not finite", **{name: tensors[name] * torch.inf})
+    other = load_file(sorted(folder.glob("*.safetensors"))[0])
+    twice, value = next(iter(other.items()))
+    refused("is in .* and in", **{twice: value})
+    inv_freq = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    save_file(tensors | inv_freq, shard)
+    family.load_weights(decoder)  # what old checkpoints hold besides
+    save_file({key: value for key, value in tensors.items() if key != name}, shard)
+    with pytest.raises(CheckpointError, match=f"lacks {name}"):
+        family.load_weights(decoder)
+
+
+def damage(folder: Path, dice: random.Random) -> str:
+    """Change one thing in a folder; returns what."""
+    path = dice.choice(sorted(path for path in folder.iterdir() if path.stat().st_size))
+    content = bytearray(path.read_bytes())
+    kind = dice.choice(["flip", "cut", "remove", "swap"])
+    if kind == "flip":
+        content[dice.randrange(len(content))] ^= 1 << dice.randrange(8)
+        path.write_bytes(content)
+    elif kind == "cut":
+        path.write_bytes(content[: dice.randrange(len(content))])
+    elif kind == "remove":
+        path.unlink()
+    else:
+        path, other = dice.sample(sorted(folder.glob("*.safetensors")), 2)
+        path.write_bytes(other.read_bytes())
+    return f"{kind} {path.name}"
+
+
+def test_a_hundred_random_damages_are_all_found(folder, tmp_path):
+    """Of a checkpoint with checksums, such as we export."""
+    family, decoder = parity.imported(folder)
+    export(decoder, family, tmp_path / "good", shard_size="30KB")
+    dice = random.Random(0)
+    kinds = set()
+    for number in range(100):
+        bad = tmp_path / f"bad{number}"
+        shutil.copytree(tmp_path / "good", bad)
+        what = damage(bad, dice)
+        kinds.add(what.split()[0])
+        if what == f"remove {CHECKSUMS}":  # then there is nothing to compare with, and the model is whole
+            continue
+        with pytest.raises(CheckpointError, match=r"model\.\w+: "):
+            parity.imported(bad)
+        shutil.rmtree(bad)
+    assert kinds == {"flip", "cut", "remove", "swap"}
+
+
+def test_pretrained_puts_the_sizes_into_the_config(folder):
+    """So that cache keys change with the folder, and a run's config.yaml says what was trained."""
+    plain = with_sizes(compose(["model=pretrained", f"model.weights={folder}", "model.context_length=48"]))
+    assert plain["model"]["_target_"] == "nestlm.model.llama.llama.Llama"
+    assert plain["model"]["mlp_width"] == 56
+    assert plain["model"]["context_length"] == 48
+    assert build(plain).model == load(folder, context_length=48)
+    scaled = folder.parent / "scaled"
+    parity.checkpoint("Llama 3.1 (scaled positions)", scaled)
+    node = with_sizes(compose(["model=pretrained", f"model.weights={scaled}"]))
+    assert node["model"]["rope_scaling"]["_target_"] == "nestlm.nn.rope.Llama3Scaling"
+    assert build(node).model == load(scaled)
+
+
+def test_a_feature_that_a_family_has_no_word_for_is_refused():
+    with pytest.raises(ConfigError, match=r"model\.qk_norm: got True, but llama has False only"):
+        build(compose(["model.qk_norm=true"]))
+    with pytest.raises(ConfigError, match=r"model\.output_bias"):
+        build(compose(["model.qkv_bias=true"]))
+
+
+def test_an_export_holds_equal_widths_only_and_overwrites_nothing(folder, tmp_path):
+    family, _ = parity.imported(folder)
+    narrow = BlockConfig(num_heads=2, num_kv_groups=1, mlp_width=28)
+    config = family.decoder_config()
+    small = Decoder(type(config)(**(vars(config) | {"blocks": (narrow,) * 3})))
+    small.init_weights(seed=0)
+    export(small, family, tmp_path / "small")
+    assert parity.largest_difference(small, parity.opened(tmp_path / "small"))[0] < 1e-5
+    with pytest.raises(ExportError, match="is there already"):
+        export(small, family, tmp_path / "small")
+    mixed = Decoder(type(config)(**(vars(config) | {"blocks": (narrow, config.blocks[0], narrow)})))
+    with pytest.raises(ExportError, match="2 different widths"):
+        export(mixed, family, tmp_path / "mixed")
+    assert not (tmp_path / "mixed").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["small", "weights"]
+    check_sums(tmp_path / "small")
+
+
+def test_a_name_on_a_hub_is_found_in_its_cache(folder, tmp_path, monkeypatch):
+    """The hub's own library, offline, on a cache laid out as it lays it out."""
+    commit, cached = "a" * 40, tmp_path / "hub/models--someone--model"
+    shutil.copytree(folder, cached / "snapshots" / commit)
+    (cached / "refs").mkdir()
+    (cached / "refs/main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    hub.fetched.cache_clear()
+    family = load("someone/model")
+    assert family.folder == cached / "snapshots" / commit
+    family.load_weights(Decoder(family.decoder_config()))
+    assert load(f"someone/model@{commit}").tokenizer_file == family.tokenizer_file
+    with pytest.raises(CheckpointError, match="no folder, and the hub gave no such repository"):
+        load("someone/other")
+    with pytest.raises(CheckpointError, match="is no folder; wanted"):
+        load(tmp_path / "absent")
+    hub.fetched.cache_clear()
