@@ -54,7 +54,9 @@ class Context:
     def decoder(self, stage: str | None = None) -> Decoder:
         """The model: not filled yet, or as a stage left it behind."""
         settings = self.settings
-        decoder = Decoder(settings.model.decoder_config(), activation_checkpointing=settings.activation_checkpointing)
+        decoder = Decoder.empty(
+            settings.model.decoder_config(), activation_checkpointing=settings.activation_checkpointing
+        )
         if stage is not None:
             decoder.load_state_dict(load_file(self.inputs[stage] / MODEL))
         return decoder

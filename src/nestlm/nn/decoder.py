@@ -68,6 +68,13 @@ class Decoder(nn.Module):
         self.norm = make_norm(config)
         self.head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
+    @classmethod
+    def empty(cls, config: DecoderConfig, *, activation_checkpointing: bool = False) -> Decoder:
+        """A decoder whose parameters hold anything: to be filled, without the time and memory of a random start."""
+        with torch.device("meta"):
+            decoder = cls(config, activation_checkpointing=activation_checkpointing)
+        return decoder.to_empty(device="cpu")
+
     def forward(
         self,
         tokens_BL: Tensor,
