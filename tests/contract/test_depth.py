@@ -13,15 +13,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from models import AXES, decoder_config, random_decoder
 from nestlm.axes.base import search_space
 from nestlm.axes.depth import Depth, with_layers
-from nestlm.cost.knapsack import cheapest_loss
+from nestlm.cost.knapsack import cheapest_loss, use_up
 from nestlm.cost.static import Flops
-from nestlm.cost.table import CostTable, PriceList, TokenTable
+from nestlm.cost.table import Bound, CostTable, PriceList, TokenTable
 from nestlm.data.batch import Batch
 from nestlm.errors import ConfigError
 from nestlm.evaluation import mean_width, spent_shares
 from nestlm.nn.decoder import Decoder
 from nestlm.nn.kv_cache import KVCache
 from nestlm.nn.policy import Decision, Mixed, Policy, constant, fixed, mixed
+from nestlm.router.calibration import Plan, Tariff, fix_sites
 from nestlm.router.search import random_spec
 from nestlm.router.trial import Trial
 from nestlm.sampler.base import independent
@@ -151,19 +152,26 @@ def test_the_knapsack_equals_brute_force(losses, share, memory):
         assert loss(found) <= min(map(loss, fitting)) + 1e-9
 
 
-def test_random_specs_use_their_budget_up():
+def test_searches_use_their_budget_up():
+    """No site that runs can grow, in random specs and where what a router leaves is used up."""
     prices = PriceList(flops(), {})
     for share in (0.4, 0.7):
         for seed in range(20):
-            spec = random_spec(prices, Budget.of_share(share), Random(seed))
-            assert prices.main.share(spec) <= share
-            indices = dict(zip(SPACE.sites, SPACE.indices(spec), strict=True))
-            wider = [
-                SPACE.spec(indices | {site: index + 1})
-                for site, index in indices.items()
-                if index + 1 < len(SPACE.choices[site]) and SPACE.runs(site, indices)
-            ]
-            assert all(prices.main.share(each) > share for each in wider)
+            random = Random(seed)
+            losses = [[random.random() for _ in widths] for widths in SPACE.choices.values()]
+            bounds = prices.bounds(Budget.of_share(share))
+            for spec in (
+                random_spec(prices, Budget.of_share(share), random),
+                use_up(SPACE.smallest(), losses, space=SPACE, bounds=bounds),
+            ):
+                assert prices.main.share(spec) <= share
+                indices = dict(zip(SPACE.sites, SPACE.indices(spec), strict=True))
+                wider = [
+                    SPACE.spec(indices | {site: index + 1})
+                    for site, index in indices.items()
+                    if index + 1 < len(SPACE.choices[site]) and SPACE.runs(site, indices)
+                ]
+                assert all(prices.main.share(each) > share for each in wider)
 
 
 # tokens
@@ -270,6 +278,21 @@ def test_every_router_skips_blocks_within_its_budget(variant: Variant):
         if answer.spec is not None:
             assert flops().share(answer.spec) <= share
             assert answer.spec in EVERY_SPEC
+
+
+def test_nothing_decides_in_a_block_that_all_tokens_skip():
+    """So that what its widths would have cost is left for others."""
+    plan = Plan(1.0, (Tariff.of(Bound(TOKENS.main, 0.8), device=torch.device("cpu")),), multiplier=1.0)
+    source = torch.Generator().manual_seed(0)
+    heard = {
+        row: 10 * torch.randn(2, LENGTH, len(widths), generator=source)
+        for row, widths in enumerate(SPACE.choices.values())
+    }
+    rows = {site: row for row, site in enumerate(SPACE.sites)}
+    assert not fix_sites(plan, heard, caution=1.0).fixed, "tokens differ in what they gain"
+    heard[rows[Site("depth", 2)]] = torch.tensor([5.0, 0.0]).expand(2, LENGTH, 2)
+    inside = (Site("depth", 2), Site("mlp_width", 2), Site("attn_heads", 2))
+    assert fix_sites(plan, heard, caution=1.0).fixed == {rows[site]: 0 for site in inside}
 
 
 @torch.no_grad()
