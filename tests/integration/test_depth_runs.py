@@ -82,6 +82,7 @@ def test_the_ranking_names_the_blocks_and_later_stages_keep_to_them(run, low, tm
         rows = {row["budget"]: row for row in rows_of(each) if row["router"] == "knapsack"}
         for path in (each / "specs").iterdir():
             spec = json.loads(path.read_text())
+            assert spec["layers"]["depth"] == skippable(each)
             assert spec["params"] == params_of(each, spec)
             assert spec["params"] == int(rows[path.stem]["params"])
 

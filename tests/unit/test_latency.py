@@ -21,6 +21,7 @@ from nestlm.cost.table import CostTable, PriceList, TokenTable
 from nestlm.errors import BudgetError, ConfigError
 from nestlm.nn.config import BlockConfig, DecoderConfig
 from nestlm.profiling import (
+    Mix,
     group_of,
     mix_designs,
     profile,
@@ -279,6 +280,19 @@ def test_the_fit_recovers_what_a_block_takes():
     constant, rows = fit_prices(reach, times, space=DEEP, alike=DEEP_ALIKE)
     assert constant == pytest.approx(4.0)
     assert np.concatenate(rows) == pytest.approx(np.concatenate(DEEP_ROWS))
+
+
+def test_tokens_that_skip_a_block_reach_nothing_in_it():
+    indices = np.array([[2, 2, 1, 0]] * 3 + [[1, 1, 0, 0]] * 3 + [[1, 0, 1, 0], [1, 1, 1, 1]])
+    reach = reached(indices, DEEP)
+    assert reach[0].tolist() == [0.5, 0.5, 0.25], "two tokens run the first block, at widths 2 and 1"
+    assert reach[1].tolist() == reach[2].tolist() == [1.0, 0.75, 0.5]
+    assert reach[3].tolist() == [0.5, 0.25, 0.0]
+    assert reach[6].tolist() == [1.0, 0.5, 0.0]
+    fixed = Mix(np.repeat(indices[:, :1], 4, axis=1), (False,) * 8).fixed_price(DEEP_ROWS, DEEP)
+    assert fixed == pytest.approx(3 * 2.0 + 3 * 1.75 + 2 * 0.4)
+    decides = Mix(np.concatenate([np.repeat(indices[:6, :1], 4, axis=1), indices[6:]]), (False,) * 6 + (True,) * 2)
+    assert decides.fixed_price(DEEP_ROWS, DEEP) == pytest.approx(2.5 * (2.0 + 1.75))
 
 
 def test_the_fit_recovers_what_deciding_to_skip_takes():
