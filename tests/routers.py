@@ -53,11 +53,11 @@ class Variant:
         spelled = [f"router={self.option}", f"router.policy={self.policy}", f"router.granularity={self.granularity}"]
         return instantiate(compose([*NANO, *spelled])["router"], _convert_="all")
 
-    def router(self) -> Router:
+    def router(self, *, static: PriceList = STATIC, tokens: PriceList = TOKENS) -> Router:
         if self.policy == "static":
-            return self.settings().network(prices=STATIC).eval()
+            return self.settings().network(prices=static).eval()
         granularity = Granularity(PROMPT if self.granularity == "prompt" else 0, LENGTH)
-        network = self.settings().network(prices=TOKENS, hidden_size=CONFIG.hidden_size, granularity=granularity)
+        network = self.settings().network(prices=tokens, hidden_size=CONFIG.hidden_size, granularity=granularity)
         # networks at their start see little of a token; these differ from token to token, so that deciding pays
         source = torch.Generator().manual_seed(7)
         with torch.no_grad():

@@ -33,6 +33,7 @@ from nestlm.training import fit, make_trainer, trainer_device
 
 MODEL, ROUTER, RECORD = "model.safetensors", "router.safetensors", "record.safetensors"
 LATENCY_TABLE = "latency_table.json"
+SKIPPABLE = "skippable"  # in the ranking's result: the blocks that may be skipped
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ from nestlm.cost.table import CostTable, PriceList, TokenTable
 from nestlm.data.batch import Batch
 from nestlm.nn.decoder import Decoder
 from nestlm.nn.loss import cross_entropy
-from nestlm.nn.policy import Decision, Mixed, Policy
+from nestlm.nn.policy import WHOLE, Decision, Mixed, Policy
 from nestlm.router.trial import Trial
-from nestlm.spec import Site
+from nestlm.spec import SearchSpace, Site
 
 WARM_UP, REPEATS = 2, 7  # forward passes that are not counted, and that are
 
@@ -94,7 +94,10 @@ class PolicyEvaluation(L.LightningModule):
         for name, table in self.prices.tables.items():
             self.spent[name].append(spent_shares(output.decisions, table, batch_size=sequences).cpu())
         for site, widths in self.prices.space.choices.items():
-            self.widths[site] += sequences * mean_width(output.decisions[site], whole=widths[-1])
+            depth = self.prices.space.skippable.get(site)
+            block = WHOLE if depth is None else output.decisions[depth]
+            ran = output.decisions[site].inside(block, whole=widths[-1])
+            self.widths[site] += sequences * mean_width(ran, whole=widths[-1])
 
     def spending(self) -> dict[str, Spending]:
         """What the sequences spent, by cost."""
@@ -119,7 +122,11 @@ def mean_width(decision: Decision, *, whole: int) -> float:
 
 
 def spent_shares(decisions: Mapping[Site, Decision], table: CostTable, *, batch_size: int) -> Tensor:
-    """Cost of what ran, as a share of the whole model, a mean over the tokens of each sequence: (B,) in float64."""
+    """Cost of what ran, as a share of the whole model, a mean over the tokens of each sequence: (B,) in float64.
+
+    What tokens that skip a block would have chosen in it costs nothing. But widths at which all tokens run alike are
+    charged to them as well, which is never too little: they may have to give keys and values.
+    """
     total = torch.full((batch_size,), table.constant / table.whole, dtype=torch.float64)
     for row, (site, widths) in enumerate(table.space.choices.items()):
         prices = table.shares[row]
@@ -128,11 +135,18 @@ def spent_shares(decisions: Mapping[Site, Decision], table: CostTable, *, batch_
             prices = (torch.tensor(table.fixed[row], dtype=torch.float64) - table.shared[row]) / table.whole
         if isinstance(width, Mixed):
             prices = prices.to(width.index.device)
-            paid = prices[width.index]
+            paid = prices[width.index * runs_block(site, decisions, table.space)]
             total = total.to(paid.device) + (paid.mean(1) if paid.ndim == 2 else paid)
         else:
             total = total + prices[widths.index(widths[-1] if width is None else width)]
     return total
+
+
+def runs_block(site: Site, decisions: Mapping[Site, Decision], space: SearchSpace) -> Tensor | int:
+    """1 where the block of a site runs, 0 where it is skipped: for all tokens, or as the index of a mixture."""
+    depth = space.skippable.get(site)
+    width = None if depth is None else decisions[depth].width
+    return width.index if isinstance(width, Mixed) else int(width != 0)
 
 
 def evaluate(

@@ -17,7 +17,7 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 
 from nestlm import stages
 from nestlm.cache import StageFolder, file_identity, files_identity, locked, stage_key, write_json
-from nestlm.context import LATENCY_TABLE, Context
+from nestlm.context import LATENCY_TABLE, SKIPPABLE, Context
 from nestlm.data.source.base import fingerprint
 from nestlm.dry_run import describe
 from nestlm.errors import ConfigError
@@ -211,6 +211,8 @@ def run_stages(settings: Settings, *, config: dict[str, Any], cache: Path, logge
             keys["profile"] = file_identity(folder.path / LATENCY_TABLE)
             settings = priced(settings, folder.path)
             check_budgets(settings)
+        if SKIPPABLE in finished[-1].result:
+            settings = settings.with_skippable(finished[-1].result[SKIPPABLE])
     return finished
 
 

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from nestlm.cost.additive import Array, fit_prices, mean_error, predict
 from nestlm.cost.latency import Latency
-from nestlm.cost.measured import Check, LatencyTable, Prices, RouterTime, Rows
+from nestlm.cost.measured import Check, LatencyTable, Prices, RouterTime
+from nestlm.cost.table import Rows
 from nestlm.evaluation import synchronize
 from nestlm.nn.config import DecoderConfig
 from nestlm.nn.decoder import Decoder
@@ -31,7 +32,7 @@ from nestlm.router.ledger import Ledger
 from nestlm.router.networks import SiteNetworks
 from nestlm.router.pacing import LEVELS, Pace, PacedSite
 from nestlm.router.per_token import features
-from nestlm.spec import SearchSpace, Site
+from nestlm.spec import DEPTH, SearchSpace, Site
 
 WARM_UP = 2  # passes of each run that are not counted
 RANDOM_RUNS = 24  # beside those that change one axis at a time
@@ -149,7 +150,7 @@ def measure_mixes(
     asking = [routed(policies[-1], space=space, bench=bench, hidden_width=width) for width in ROUTER_WIDTHS]
     times = bench.times([*policies, *asking], repeats=repeats, what="profile")
     base, fixed = static
-    known = np.array([base + run.fixed_price(fixed) for run in runs])
+    known = np.array([base + run.fixed_price(fixed, space) for run in runs])
     reach = np.stack([run.reach(space) for run in runs])
     fitted, held_out = slice(len(designs)), slice(len(designs), len(runs))
     _, rows = fit_prices(reach[fitted], times[fitted], space=space, alike=alike, known=known[fitted])
@@ -187,10 +188,10 @@ class Mix:
         """As `reached`, 0 at sites that do not decide."""
         return reached(self.indices, space) * np.array(self.decides, dtype=float)[:, None]
 
-    def fixed_price(self, rows: Rows) -> float:
-        """Static price of the sites that do not decide."""
-        sites = zip(rows, self.indices, self.decides, strict=True)
-        return sum(row[int(index[0])] for row, index, decides in sites if not decides)
+    def fixed_price(self, rows: Rows, space: SearchSpace) -> float:
+        """Static price of the sites that do not decide, by the share of the tokens that run their blocks."""
+        sites = zip(rows, self.indices, self.decides, running(self.indices, space).mean(1), strict=True)
+        return sum(share * row[int(index[0])] for row, index, decides, share in sites if not decides)
 
 
 def router_time(without: float, narrow: float, wide: float) -> RouterTime:
@@ -205,7 +206,7 @@ def router_time(without: float, narrow: float, wide: float) -> RouterTime:
 
 def spec_designs(space: SearchSpace) -> Indices:
     """Runs that tell prices apart: nothing, each choice of an axis with the others skipped and full, and more."""
-    runs = [np.full((1, len(space.sites)), SKIPPED), one_axis_at_a_time(space, narrowest=SKIPPED)]
+    runs = [lowest(space)[None], one_axis_at_a_time(space, narrowest=SKIPPED)]
     return np.concatenate([*runs, random_specs(space, count=RANDOM_RUNS, generator=np.random.default_rng(0))])
 
 
@@ -227,13 +228,18 @@ def mix_designs(space: SearchSpace, tokens: int) -> list[Mix]:
     return runs
 
 
+def lowest(space: SearchSpace) -> Indices:
+    """Nothing runs; a block is skipped by a choice of its own."""
+    return np.array([0 if site.axis == DEPTH else SKIPPED for site in space.sites])
+
+
 def one_axis_at_a_time(space: SearchSpace, *, narrowest: int) -> Indices:
     """Each choice of each axis in all layers, with the other axes at the narrowest and at the full choice."""
     full = np.array([len(widths) - 1 for widths in space.choices.values()])
     runs = []
     for axis in space.axes:
         chosen = np.array([site.axis == axis for site in space.sites])
-        for others in (np.full_like(full, narrowest), full):
+        for others in (np.maximum(narrowest, lowest(space)), full):
             for choice in range(int(full[chosen].max()) + 1):
                 runs.append(np.where(chosen, np.minimum(choice, full), others))
     return np.stack(runs)
@@ -252,8 +258,20 @@ def random_mixes(space: SearchSpace, tokens: int, *, count: int, generator: np.r
 
 
 def reached(indices: Indices, space: SearchSpace) -> Array:
-    """Share of the tokens that take each choice or a wider one: (sites, tokens) to (sites, max choices)."""
-    return (indices[:, :, None] >= np.arange(space.max_choices)).mean(1)
+    """Share of the tokens that take each choice or a wider one: (sites, tokens) to (sites, max choices).
+
+    Tokens that skip a block reach nothing in it.
+    """
+    return ((indices[:, :, None] >= np.arange(space.max_choices)) & running(indices, space)[:, :, None]).mean(1)
+
+
+def running(indices: Indices, space: SearchSpace) -> NDArray[np.bool_]:
+    """Which tokens run the block of a site, (sites, tokens)."""
+    rows = {site: row for row, site in enumerate(space.sites)}
+    runs = np.ones(indices.shape, dtype=bool)
+    for site, depth in space.skippable.items():
+        runs[rows[site]] = indices[rows[depth]] != 0
+    return runs
 
 
 def group_of(site: Site, *, config: DecoderConfig, space: SearchSpace) -> int:

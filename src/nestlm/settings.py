@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import Logger
 from torch import nn
 
 from nestlm.axes.base import Axis, search_space
+from nestlm.axes.depth import Depth
 from nestlm.cost.latency import Latency
 from nestlm.cost.table import Cost, PriceList
 from nestlm.data.module import DataSettings
@@ -207,6 +208,14 @@ class Settings:
             return latency if isinstance(cost, Latency) else cost
 
         return replace(self, cost=swap(self.cost), costs={name: swap(cost) for name, cost in self.costs.items()})
+
+    def with_skippable(self, layers: Sequence[int]) -> Settings:
+        """The same settings with the blocks that the ranking lets be skipped."""
+        axes = {
+            name: replace(axis, layers=tuple(layers)) if isinstance(axis, Depth) else axis
+            for name, axis in self.axes.items()
+        }
+        return replace(self, axes=axes)
 
     def space(self) -> SearchSpace:
         """The choices of the model."""

@@ -13,6 +13,7 @@ from nestlm.errors import BudgetError
 
 MLP_WIDTH = "mlp_width"
 ATTN_HEADS = "attn_heads"
+DEPTH = "depth"
 
 # What can be limited, and the unit that a plain number of it counts.
 KINDS = {
@@ -101,18 +102,39 @@ class SearchSpace:
             groups[site.axis] = (*groups.get(site.axis, ()), site)
         return groups
 
+    @cached_property
+    def skippable(self) -> dict[Site, Site]:
+        """By site the depth site of its block, where the block may be skipped."""
+        depth = {site.layer: site for site in self.sites if site.axis == DEPTH}
+        return {site: depth[site.layer] for site in self.sites if site.axis != DEPTH and site.layer in depth}
+
     @property
     def size(self) -> int:
-        """Number of sub-networks."""
-        return math.prod(len(widths) for widths in self.choices.values())
+        """Number of sub-networks; a skipped block has no widths."""
+        by_layer: dict[int, int] = {}
+        for site, widths in self.choices.items():
+            if site.axis != DEPTH:
+                by_layer[site.layer] = by_layer.get(site.layer, 1) * len(widths)
+        for site in self.axes.get(DEPTH, ()):
+            by_layer[site.layer] = by_layer.get(site.layer, 1) + 1
+        return math.prod(by_layer.values())
 
     @property
     def max_choices(self) -> int:
         """K of the site with the most choices."""
         return max(len(widths) for widths in self.choices.values())
 
+    def runs(self, site: Site, indices: Mapping[Site, int]) -> bool:
+        """Whether a site's choice matters: its block is not skipped."""
+        depth = self.skippable.get(site)
+        return depth is None or indices[depth] != 0
+
     def spec(self, indices: Mapping[Site, int]) -> SubnetSpec:
-        """The spec that takes, at each site, the choice of that index (-1 is the full width)."""
+        """The spec that takes, at each site, the choice of that index (-1 is the full width).
+
+        Sites of a skipped block take their smallest choice, so that a sub-network has one spec.
+        """
+        indices = {site: indices[site] if self.runs(site, indices) else 0 for site in self.sites}
         return SubnetSpec(self.sites, tuple(self.choices[site][indices[site]] for site in self.sites))
 
     def full(self) -> SubnetSpec:

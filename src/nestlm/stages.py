@@ -12,9 +12,11 @@ from lightning.fabric.utilities.apply_func import move_data_to_device
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from nestlm.axes.base import search_space
+from nestlm.axes.depth import with_layers
 from nestlm.cache import write_json
 from nestlm.callbacks.probe import Probe
-from nestlm.context import LATENCY_TABLE, MODEL, RECORD, ROUTER, Context
+from nestlm.context import LATENCY_TABLE, MODEL, RECORD, ROUTER, SKIPPABLE, Context
 from nestlm.cost.table import PriceList
 from nestlm.data.batch import Batch
 from nestlm.data.module import PackedTokens
@@ -35,7 +37,7 @@ from nestlm.ranking.base import order
 from nestlm.router.base import Answer, Router
 from nestlm.router.trial import Trial
 from nestlm.router.uniform import UniformRouter
-from nestlm.spec import Budget
+from nestlm.spec import DEPTH, Budget
 
 Result = dict[str, Any]
 PROBED_SEQUENCES = 16  # of calibration text
@@ -93,10 +95,13 @@ def pretrain(context: Context) -> Result:
 
 
 def rank(context: Context) -> Result:
-    """Sort the units of every site by importance; the full model stays the same function."""
+    """Sort the units of every site by importance, and name the blocks that may be skipped, where some may.
+
+    The full model stays the same function.
+    """
     settings = context.settings
-    decoder, smallest = context.decoder("pretrain"), settings.space().smallest()
-    unsorted = context.score(decoder, {"smallest_unsorted": fixed(smallest)})
+    decoder = context.decoder("pretrain")
+    unsorted = context.score(decoder, {"smallest_unsorted": fixed(settings.space().smallest())})
     device = context.device()
     scores = settings.ranking.scores(
         decoder.to(device), axes=settings.axis_list, batches=calibration(context, device), seed=settings.seed
@@ -104,9 +109,12 @@ def rank(context: Context) -> Result:
     save_file({str(site): score for site, score in scores.items()}, context.folder / "importance.safetensors")
     sort_units(decoder, {site: order(score) for site, score in scores.items()}, axes=settings.axis_list)
     context.save(decoder, MODEL)
-    sliced = context.score(decoder, {"smallest_sliced": fixed(smallest)})
+    axes = with_layers(settings.axis_list, scores, num_layers=len(decoder.config.blocks))
+    space = search_space(axes, decoder.config)
+    sliced = context.score(decoder, {"smallest_sliced": fixed(space.smallest())})
     used = min(settings.ranking.num_sequences, len(context.data(stream="calibration").rows("calibration")))
-    return {"sequences": used} | {name: score.loss for name, score in (unsorted | sliced).items()}
+    result = {"sequences": used} | {name: score.loss for name, score in (unsorted | sliced).items()}
+    return result | ({SKIPPABLE: [site.layer for site in space.axes[DEPTH]]} if DEPTH in space.axes else {})
 
 
 def calibration(context: Context, device: torch.device) -> Iterator[Batch]:
@@ -243,6 +251,7 @@ def evaluate(context: Context) -> Result:
         "rows": [row(context, item, scores[item.name], whole=scores["full"], prices=prices) for item in found],
         "specs": [choice(item, scores[item.name]) for item in found],
         "full_spec": prices.space.full().by_axis(),
+        "layers": {axis: [site.layer for site in sites] for axis, sites in prices.space.axes.items()},
         "find_seconds": [item.seconds for item in found],
         "full_seconds": seconds[0],
         "forward_seconds": seconds[1:],

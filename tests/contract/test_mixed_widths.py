@@ -199,15 +199,18 @@ def test_padding_on_the_left_changes_no_logits(decoder, tokens_BL):
 
 @torch.no_grad()
 def test_width_zero_skips_a_site(decoder, space, tokens_BL):
-    """As if the site's output, its bias included, were multiplied by 0: for all rows, or for some."""
+    """As if the site's output, its bias included, were multiplied by 0: for all rows, or for some.
+
+    Of a depth site that is all that the block adds.
+    """
     base = decoder(tokens_BL).logits_BLV
     for site in space.sites:
         whole = space.choices[site][-1]
         silenced = deepcopy(decoder)
         block = silenced.blocks[site.layer]
-        output = block.mlp.down if site.axis == "mlp_width" else block.attn.o
-        if output.bias is not None:
-            output.bias.zero_()
+        outputs = {"mlp_width": block.mlp.down, "attn_heads": block.attn.o}
+        if site.axis in outputs and outputs[site.axis].bias is not None:
+            outputs[site.axis].bias.zero_()
         silent = silenced(tokens_BL, constant({site: Decision(None, torch.zeros(1, 1, whole))})).logits_BLV
         skipped = decoder(tokens_BL, constant({site: Decision(0)})).logits_BLV
         torch.testing.assert_close(skipped, silent, **TOLERANCE)

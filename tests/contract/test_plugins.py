@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models import AXES, KINDS, decoder_config, random_decoder
 from nestlm.axes.base import search_space
+from nestlm.axes.depth import Depth
 from nestlm.cost.memory import Memory
 from nestlm.cost.static import Flops
 from nestlm.cost.table import PriceList
@@ -21,15 +22,23 @@ from nestlm.errors import BudgetError
 from nestlm.nn.policy import fixed
 from nestlm.ranking.base import order
 from nestlm.sampler.base import Mixture, Sampler, generator, independent
-from nestlm.spec import SubnetSpec
+from nestlm.spec import SearchSpace, SubnetSpec
 from plugins import build, classes, compose, needed, options, targets
 
 CONFIG = decoder_config(num_kv_groups=2)
+DEPTH = Depth(share=0.5, layers=(0, 2))
+PRICED = pytest.mark.parametrize("axes", [AXES, (DEPTH,), (*AXES, DEPTH)], ids=["widths", "depth", "both"])
 SPACE = search_space(AXES, CONFIG)
 TABLE = Flops(context_length=20).tabulate(SPACE, axes=AXES, config=CONFIG)
 MEMORY = Memory(batch_size=2, context_length=20, bytes_per_element=2, cache_bytes_per_element=2)
 PRICES = PriceList(TABLE, {"memory": MEMORY.tabulate(SPACE, axes=AXES, config=CONFIG)})
-SPECS = [independent(SPACE, generator(0, step, 0)) for step in range(8)] + [SPACE.full(), SPACE.smallest()]
+
+
+def specs_of(space: SearchSpace) -> list[SubnetSpec]:
+    return [*(independent(space, generator(0, step, 0)) for step in range(8)), space.full(), space.smallest()]
+
+
+SPECS = specs_of(SPACE)
 
 
 # Where a group's plug-ins live. Protocols and helpers that no config names are told apart by their base module.
@@ -127,33 +136,36 @@ def test_cost_is_additive_and_prices_distributions_alike(option):
         assert np.all(np.diff(row) > 0), "wider is dearer"
 
 
+@PRICED
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tie", [True, False])
-def test_sizes_are_those_of_the_extracted_model(tie, kind):
+def test_sizes_are_those_of_the_extracted_model(tie, kind, axes):
     config = decoder_config(num_kv_groups=2, tie=tie, **KINDS[kind])
-    decoder = random_decoder(config)
+    decoder, space = random_decoder(config), search_space(axes, config)
     stored, active = (
-        build("cost", name).tabulate(SPACE, axes=AXES, config=config) for name in ("params", "active_params")
+        build("cost", name).tabulate(space, axes=axes, config=config) for name in ("params", "active_params")
     )
-    for spec in SPECS:
-        small = extract(decoder, spec, axes=AXES)
+    for spec in specs_of(space):
+        small = extract(decoder, spec, axes=axes)
         numel = sum(parameter.numel() for parameter in small.parameters())
         assert stored.cost(spec) == numel
         # of an embedding that is no head, a token reads its own row
         assert active.cost(spec) == numel - (0 if tie else small.embed.weight[1:].numel())
 
 
+@PRICED
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("weights", "cache"), [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.float16)])
-def test_memory_is_that_of_the_extracted_model_and_its_cache(weights, cache, kind):
+def test_memory_is_that_of_the_extracted_model_and_its_cache(weights, cache, kind, axes):
     config = decoder_config(num_kv_groups=2, **KINDS[kind])
+    space = search_space(axes, config)
     cost = Memory(
         batch_size=3, context_length=20, bytes_per_element=weights.itemsize, cache_bytes_per_element=cache.itemsize
     )
-    table = cost.tabulate(SPACE, axes=AXES, config=config)
+    table = cost.tabulate(space, axes=axes, config=config)
     decoder = random_decoder(config)
-    for spec in SPECS:
-        small = extract(decoder, spec, axes=AXES).to(weights)
+    for spec in specs_of(space):
+        small = extract(decoder, spec, axes=axes).to(weights)
         computed: list[torch.Tensor] = []
         tokens_BL = torch.zeros(3, 20, dtype=torch.long)
         held = sum(parameter.nbytes for parameter in small.parameters())
@@ -163,7 +175,7 @@ def test_memory_is_that_of_the_extracted_model_and_its_cache(weights, cache, kin
                     lambda module, inputs, output, to=computed: to.append(output.to(cache))
                 )
         small(tokens_BL)
-        assert len(computed) == 2 * len(config.blocks)
+        assert len(computed) == 2 * len(small.blocks)
         assert table.cost(spec) == held + sum(tensor.nbytes for tensor in computed)
 
 
@@ -193,15 +205,16 @@ def test_what_is_stored_has_no_price_per_token(option):
         build("cost", option).tabulate(SPACE, axes=AXES, config=CONFIG, per_token=True)
 
 
+@PRICED
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tie", [True, False])
-def test_flops_are_those_that_torch_counts(tie, kind):
+def test_flops_are_those_that_torch_counts(tie, kind, axes):
     config = decoder_config(num_kv_groups=4, tie=tie, **KINDS[kind])
-    space = search_space(AXES, config)
-    table = Flops(context_length=20).tabulate(space, axes=AXES, config=config)
+    space = search_space(axes, config)
+    table = Flops(context_length=20).tabulate(space, axes=axes, config=config)
     decoder = random_decoder(config)
     tokens_BL = torch.zeros(2, 20, dtype=torch.long)
-    for spec in (space.full(), space.smallest(), independent(space, generator(0, 1, 0))):
+    for spec in (space.full(), *specs_of(space)[:4]):
         with (
             FlopCounterMode(display=False) as counter,
             torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),

@@ -9,7 +9,10 @@ import pytest
 import torch
 
 import parity
+from nestlm.axes.base import search_space
+from nestlm.axes.depth import Depth
 from nestlm.compose import CONF, build, compose, with_sizes
+from nestlm.elastic.weights import extract
 from nestlm.errors import CheckpointError, ConfigError, ExportError
 from nestlm.export.hf import export
 from nestlm.model import hub
@@ -271,6 +274,20 @@ def test_an_export_holds_equal_widths_only_and_overwrites_nothing(folder, tmp_pa
         export(mixed, family, tmp_path / "mixed")
     assert not (tmp_path / "mixed").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["small", "weights"]
+    check_sums(tmp_path / "small")
+
+
+def test_an_export_of_fewer_layers_says_how_many(folder, tmp_path):
+    """Of a model whose blocks were skipped; what its parent said of each layer falls away."""
+    edit(folder, layer_types=["full_attention"] * 3)
+    family, decoder = parity.imported(folder)
+    axes = (Depth(share=0.3, layers=(1,)),)
+    small = extract(decoder, search_space(axes, decoder.config).smallest(), axes=axes)
+    export(small, family, tmp_path / "small")
+    written = json.loads((tmp_path / "small/config.json").read_text())
+    assert written["num_hidden_layers"] == 2
+    assert "layer_types" not in written
+    assert parity.largest_difference(small, parity.opened(tmp_path / "small"))[0] < 1e-5
     check_sums(tmp_path / "small")
 
 

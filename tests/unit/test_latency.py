@@ -11,6 +11,7 @@ import torch
 from models import AXES, decoder_config
 from nestlm.axes.attn_heads import AttnHeads
 from nestlm.axes.base import search_space
+from nestlm.axes.depth import Depth
 from nestlm.axes.mlp_width import MLPWidth
 from nestlm.compose import CONF
 from nestlm.cost.additive import fit_prices, mean_error, predict
@@ -20,6 +21,7 @@ from nestlm.cost.table import CostTable, PriceList, TokenTable
 from nestlm.errors import BudgetError, ConfigError
 from nestlm.nn.config import BlockConfig, DecoderConfig
 from nestlm.profiling import (
+    Mix,
     group_of,
     mix_designs,
     profile,
@@ -109,7 +111,7 @@ def test_sites_that_decide_are_priced_apart_from_those_that_do_not():
     assert {sum(run.decides) for run in runs} == {3, 6}
     per_token = tuple(tuple(price + 0.3 for price in row) for row in ROWS)
     reach = np.stack([run.reach(SPACE) for run in runs])
-    known = np.array([4.0 + run.fixed_price(ROWS) for run in runs])
+    known = np.array([4.0 + run.fixed_price(ROWS, SPACE) for run in runs])
     times = known + predict(reach, constant=0.0, rows=per_token)
     _, rows = fit_prices(reach, times, space=SPACE, alike=ALIKE, known=known)
     for found, real in zip(rows, per_token, strict=True):
@@ -243,6 +245,110 @@ def test_a_profile_is_a_table_that_can_be_read(phase, dtype, tmp_path):
 
 def test_prices_are_written_layer_by_layer():
     assert Prices(prices=Prices.of(SPACE, ROWS)).rows(SPACE) == ROWS
+
+
+# depth
+
+DEEP_AXES = (*AXES, Depth(share=0.5, layers=(0, 1)))
+DEEP = search_space(DEEP_AXES, CONFIG)
+DEEP_ALIKE = [group_of(site, config=CONFIG, space=DEEP) for site in DEEP.sites]
+DEEP_ROWS = (*ROWS, (0.0, 0.4), (0.0, 0.4))
+DEEP_WRITTEN = {
+    "prices": {
+        "mlp_width": {"6": 0.75, "12": 1.0, "24": 2.0},
+        "attn_heads": {"1": 1.5, "2": 2.0},
+        "depth": {"0": 0.25, "1": 0.5},
+    },
+    "router": {"constant": 0.0, "per_unit": 0.0},
+}
+DEEP_TABLE = HAND_WRITTEN | {
+    "prices": {
+        "mlp_width": {"6": 0.5, "12": 1.0, "24": 2.0},
+        "attn_heads": {"1": 1.0, "2": 1.5},
+        "depth": {"0": 0.0, "1": 0.4},
+    },
+    "per_token": DEEP_WRITTEN,
+}
+
+
+def test_the_fit_recovers_what_a_block_takes():
+    """Skipped blocks take nothing, whatever is drawn for their widths."""
+    runs = spec_designs(DEEP)
+    reach = np.stack([reached(run[:, None], DEEP) for run in runs])
+    times = predict(reach, constant=4.0, rows=DEEP_ROWS)
+    assert times[0] == pytest.approx(4.0), "nothing runs"
+    constant, rows = fit_prices(reach, times, space=DEEP, alike=DEEP_ALIKE)
+    assert constant == pytest.approx(4.0)
+    assert np.concatenate(rows) == pytest.approx(np.concatenate(DEEP_ROWS))
+
+
+def test_tokens_that_skip_a_block_reach_nothing_in_it():
+    indices = np.array([[2, 2, 1, 0]] * 3 + [[1, 1, 0, 0]] * 3 + [[1, 0, 1, 0], [1, 1, 1, 1]])
+    reach = reached(indices, DEEP)
+    assert reach[0].tolist() == [0.5, 0.5, 0.25], "two tokens run the first block, at widths 2 and 1"
+    assert reach[1].tolist() == reach[2].tolist() == [1.0, 0.75, 0.5]
+    assert reach[3].tolist() == [0.5, 0.25, 0.0]
+    assert reach[6].tolist() == [1.0, 0.5, 0.0]
+    fixed = Mix(np.repeat(indices[:, :1], 4, axis=1), (False,) * 8).fixed_price(DEEP_ROWS, DEEP)
+    assert fixed == pytest.approx(3 * 2.0 + 3 * 1.75 + 2 * 0.4)
+    decides = Mix(np.concatenate([np.repeat(indices[:6, :1], 4, axis=1), indices[6:]]), (False,) * 6 + (True,) * 2)
+    assert decides.fixed_price(DEEP_ROWS, DEEP) == pytest.approx(2.5 * (2.0 + 1.75))
+
+
+def test_the_fit_recovers_what_deciding_to_skip_takes():
+    runs = mix_designs(DEEP, 40)
+    per_token = tuple(tuple(price + 0.3 for price in row) for row in DEEP_ROWS)
+    reach = np.stack([run.reach(DEEP) for run in runs])
+    known = np.array([4.0 + run.fixed_price(DEEP_ROWS, DEEP) for run in runs])
+    times = known + predict(reach, constant=0.0, rows=per_token)
+    _, rows = fit_prices(reach, times, space=DEEP, alike=DEEP_ALIKE, known=known)
+    assert np.concatenate(rows) == pytest.approx(np.concatenate(per_token))
+
+
+@pytest.mark.parametrize("layers", [(0, 1), (1, 2), (2,)])
+def test_a_table_prices_whichever_blocks_may_be_skipped(tmp_path, layers):
+    axes = (*AXES, Depth(share=0.5, layers=layers))
+    space = search_space(axes, CONFIG)
+    table = write(tmp_path, DEEP_TABLE).tabulate(space, axes=axes, config=CONFIG)
+    per_block = 2.0 + 1.5
+    # the block's own 0.4 stand in the prices of those that may be skipped, and in the constant of the others
+    assert table.whole == table.cost(space.full()) == pytest.approx(3.0 + 3 * per_block + 0.4 * len(layers))
+    skipping = space.spec(dict.fromkeys(space.sites, -1) | dict.fromkeys(space.axes["depth"], 0))
+    assert table.cost(skipping) == pytest.approx(3.0 + (3 - len(layers)) * per_block)
+    narrow = space.spec(dict.fromkeys(space.sites, 0) | dict.fromkeys(space.axes["depth"], 1))
+    assert table.cost(narrow) == pytest.approx(3.0 + 3 * 1.5 + 0.4 * len(layers))
+
+
+def test_tokens_that_skip_save_the_narrowest_widths(tmp_path):
+    tokens = write(tmp_path, DEEP_TABLE).tabulate(DEEP, axes=DEEP_AXES, config=CONFIG, per_token=True)
+    assert isinstance(tokens, TokenTable)
+    by_token = {"mlp_width": (0.75, 1.0, 2.0), "attn_heads": (1.5, 2.0), "depth": (0.25, 0.5)}
+    for spec in (DEEP.full(), DEEP.spec(dict.fromkeys(DEEP.sites, 0) | dict.fromkeys(DEEP.axes["depth"], 1))):
+        indices = zip(DEEP.sites, DEEP.indices(spec), strict=True)
+        assert tokens.cost(spec) == pytest.approx(3.0 + sum(by_token[site.axis][index] for site, index in indices))
+    # what is left of a block that is skipped: deciding, and what each of its sites takes more where tokens differ
+    left = 0.25 + (0.75 - 0.5) + (1.5 - 1.0)
+    assert tokens.cost(DEEP.smallest()) == pytest.approx(3.0 + 2 * left + 0.75 + 1.5)
+    assert tokens.cheapest == pytest.approx(3.0 + 0.5 + 1.0), "where nothing decides"
+
+
+def test_a_list_of_layers_is_no_price_of_depth(tmp_path):
+    listed = DEEP_TABLE["prices"] | {"depth": [{"0": 0.0, "1": 0.4}] * 2}
+    with pytest.raises(ConfigError, match=r"prices\.depth: got a list of layers, wanted one mapping for all"):
+        write(tmp_path, DEEP_TABLE | {"prices": listed}).tabulate(DEEP, axes=DEEP_AXES, config=CONFIG)
+
+
+def test_a_profile_with_depth_holds_for_other_blocks(tmp_path):
+    cost = dataclasses.replace(COST, batch_size=1)
+    path = tmp_path / "table.json"
+    path.write_text(json.dumps(profile(cost, space=DEEP, config=CONFIG, device=torch.device("cpu")).to_json()))
+    assert set(json.loads(path.read_text())["prices"]["depth"]) == {"0", "1"}
+    axes = (*AXES, Depth(share=0.5, layers=(1, 2)))
+    for per_token in (False, True):
+        table = cost.with_table(path, device=None).tabulate(
+            search_space(axes, CONFIG), axes=axes, config=CONFIG, per_token=per_token
+        )
+        assert table.cost(table.space.full()) >= table.cost(table.space.smallest()) > 0
 
 
 def test_the_how_to_shows_tables_that_can_be_read(tmp_path):

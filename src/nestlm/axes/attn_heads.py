@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from nestlm.axes.base import Axis, Cut
+from nestlm.axes.base import Cut, WidthAxis
 from nestlm.nn.config import BlockConfig, DecoderConfig
 from nestlm.spec import ATTN_HEADS
 
 
 @dataclass(frozen=True)
-class AttnHeads(Axis):
+class AttnHeads(WidthAxis):
     """Unit: one KV group with all its query heads (our choice where G < H); a single head where G = H."""
 
     name: ClassVar[str] = ATTN_HEADS

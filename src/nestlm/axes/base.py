@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -25,23 +26,39 @@ class Cut:
     serves_later_tokens: bool = False
 
 
-@dataclass(frozen=True)
 class Axis(ABC):
-    """One elasticity axis: the unit that a choice counts, and what each unit owns.
+    """One elasticity axis: the unit that a choice counts, and where there are choices."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def units(self, block: BlockConfig) -> int:
+        """Number of units in a block."""
+
+    @abstractmethod
+    def sites(self, config: DecoderConfig) -> Mapping[Site, tuple[int, ...]]:
+        """The choices at every site, by layer.
+
+        Raises:
+            ConfigError: the settings name no choices in blocks of these sizes.
+        """
+
+
+@dataclass(frozen=True)
+class WidthAxis(Axis):
+    """An axis that leaves a prefix of a block's units.
 
     Attributes:
         fractions: the choices as shares of all units, ascending, ending in 1.0.
         multiple_of: widths other than the full one are rounded to a multiple of this.
     """
 
-    name: ClassVar[str]
     mixes_tokens: ClassVar[bool] = False  # True where the units own a share of the attention scores
     fractions: tuple[float, ...]
     multiple_of: int = 1
 
-    @abstractmethod
-    def units(self, block: BlockConfig) -> int:
-        """Number of units in a block."""
+    def sites(self, config: DecoderConfig) -> Mapping[Site, tuple[int, ...]]:
+        return {Site(self.name, layer): self.choices(block) for layer, block in enumerate(config.blocks)}
 
     @abstractmethod
     def cuts(self, block: BlockConfig, *, config: DecoderConfig) -> tuple[Cut, ...]:
@@ -92,6 +109,9 @@ def search_space(axes: tuple[Axis, ...], config: DecoderConfig) -> SearchSpace:
     """All sites of a model, axis by axis."""
     if not axes:
         raise ConfigError("axes: got none, wanted at least one elasticity axis, such as axes=mlp_heads")
-    return SearchSpace(
-        {Site(axis.name, layer): axis.choices(block) for axis in axes for layer, block in enumerate(config.blocks)}
-    )
+    return SearchSpace({site: widths for axis in axes for site, widths in axis.sites(config).items()})
+
+
+def width_axes(axes: tuple[Axis, ...]) -> tuple[WidthAxis, ...]:
+    """Those that cut units out of blocks."""
+    return tuple(axis for axis in axes if isinstance(axis, WidthAxis))

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from nestlm.axes.base import Axis, Cut
+from nestlm.axes.base import Cut, WidthAxis
 from nestlm.nn.config import BlockConfig, DecoderConfig
 from nestlm.spec import MLP_WIDTH
 
 
 @dataclass(frozen=True)
-class MLPWidth(Axis):
+class MLPWidth(WidthAxis):
     """Unit: one neuron, with its row of gate (where there is one) and up and its column of down."""
 
     name: ClassVar[str] = MLP_WIDTH

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 
-from nestlm.cost.measured import Rows
+from nestlm.cost.table import Rows
 from nestlm.spec import SearchSpace
 
 Array = NDArray[np.float64]
@@ -32,7 +32,7 @@ def fit_prices(
     """
     members = np.array([[number == group for number in alike] for group in sorted(set(alike))], dtype=float)
     counts = np.einsum("gs,rsk->rgk", members, reach)  # (runs, groups, choices)
-    told_apart = np.ptp(counts, axis=0) > 0
+    told_apart = (np.ptp(counts, axis=0) if known is None else counts.max(0)) > 0
     unknown = np.ones(len(times)) if known is None else np.zeros(len(times))
     columns = np.concatenate([unknown[:, None], counts[:, told_apart]], axis=1)
     explained = np.zeros(len(times)) if known is None else known

@@ -1,5 +1,8 @@
 """The exact multiple-choice knapsack: one choice per site, least loss, under all limits of a budget.
 
+Sites of a block that may be skipped are one item: skipping it, or running it at any widths. So a skipped block's widths
+neither cost nor lose anything.
+
 The multipliers of the linear relaxation give every choice a reduced loss of 0 or more, and a spec's reduced losses sum
 to at most what it loses above the relaxed optimum. So a dynamic programme over partial specs keeps those whose sum is
 within a gap, which grows until a spec within it is found, at the latest to what the rounded relaxation loses. For 64
@@ -12,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +23,7 @@ from scipy.optimize import Bounds as SolverBounds
 from scipy.optimize import LinearConstraint, linprog, milp
 
 from nestlm.cost.table import Bound, PriceList
-from nestlm.spec import Budget, SearchSpace, Site, SubnetSpec
+from nestlm.spec import DEPTH, Budget, SearchSpace, Site, SubnetSpec
 
 Array = NDArray[np.float64]
 Choices = NDArray[np.intp]
@@ -62,13 +66,9 @@ def cheapest_within(losses: Sequence[Sequence[float]], *, bounds: Sequence[Bound
 def best_within(bounds: Sequence[Bound], rows: Sequence[Array], *, space: SearchSpace) -> SubnetSpec | None:
     """The spec of least summed loss that the bounds accept; `rows` holds the losses of each site's choices."""
     size = max(float(np.ptp(row)) for row in rows) or 1.0  # a linear solver's tolerances are absolute
-    items = [
-        Items(
-            (row - row.min()) / size,
-            np.array([bound.table.prices[index] for bound in bounds], dtype=float).T,
-        )
-        for index, row in enumerate(rows)
-    ]
+    losses = [(row - row.min()) / size for row in rows]
+    prices = [np.array([bound.table.prices[row] for bound in bounds], dtype=float).T for row in range(len(rows))]
+    items = [Items.of(picks, losses, prices) for picks in joint_choices(space)]
     # a little more than allowed, for sums that are rounded; `first_that_fits` is exact
     allowances = np.array(
         [(bound.share + ROUNDING) * bound.table.whole - bound.table.constant for bound in bounds], dtype=float
@@ -79,7 +79,7 @@ def best_within(bounds: Sequence[Bound], rows: Sequence[Array], *, space: Search
         found = search(items, allowances, relaxed.multipliers, gap=min(gap, relaxed.gap))
         if found is None:
             break
-        spec = first_that_fits(found, bounds=bounds, space=space)
+        spec = first_that_fits(found, items, bounds=bounds, space=space)
         if spec is not None:
             return spec
         gap *= 2
@@ -107,7 +107,7 @@ def solve(items: list[Items], allowances: Array, *, bounds: Sequence[Bound], spa
         if solution.x is None:
             break
         picked = [int(part.argmax()) for part in np.split(solution.x, np.cumsum(counts)[:-1])]
-        spec = first_that_fits(np.array([picked]), bounds=bounds, space=space)
+        spec = first_that_fits(np.array([picked]), items, bounds=bounds, space=space)
         if spec is not None:
             return spec
     return None
@@ -115,10 +115,27 @@ def solve(items: list[Items], allowances: Array, *, bounds: Sequence[Bound], spa
 
 @dataclass(frozen=True)
 class Items:
-    """The choices of one site: `losses` (choices,), and `prices` (choices, bounds) in the units of the tables."""
+    """The choices of one site, or of all sites of a block that may be skipped; the first is the cheapest.
+
+    Attributes:
+        losses: (choices,).
+        prices: in the units of the tables, (choices, bounds).
+        picks: the choice index at each site of the item, and 0 at all others, (choices, sites).
+    """
 
     losses: Array
     prices: Array
+    picks: Choices
+
+    @classmethod
+    def of(cls, picks: Choices, losses: Sequence[Array], prices: Sequence[Array]) -> Items:
+        """Sum what each site's choice loses and costs. `picks` holds -1 at sites that do not count."""
+        counts = picks >= 0
+        taken = np.maximum(picks, 0)
+        rows = np.nonzero(counts.any(0))[0].tolist()
+        lost = [counts[:, row] * losses[row][taken[:, row]] for row in rows]
+        paid = [counts[:, row, None] * prices[row][taken[:, row]] for row in rows]
+        return cls(np.sum(lost, axis=0), np.sum(paid, axis=0), taken)
 
 
 @dataclass(frozen=True)
@@ -150,10 +167,19 @@ def relax(items: list[Items], allowances: Array) -> Relaxed:
     if relaxed.x is not None:
         multipliers = np.maximum(-relaxed.ineqlin.marginals, 0.0) / scale
         mixtures = np.split(relaxed.x, np.cumsum(counts)[:-1])
-        rounded = [int(np.nonzero(mixture > ROUNDING)[0][0]) for mixture in mixtures]
+        rounded = [
+            cheapest_of(np.nonzero(mixture > ROUNDING)[0], item.prices)
+            for item, mixture in zip(items, mixtures, strict=True)
+        ]
     optimum = sum(float((item.losses + item.prices @ multipliers).min()) for item in items) - multipliers @ allowances
     lost = sum(float(item.losses[index]) for item, index in zip(items, rounded, strict=True))
     return Relaxed(multipliers, lost - float(optimum) + ROUNDING * len(items))
+
+
+def cheapest_of(choices: Choices, prices: Array) -> int:
+    """Of some choices the one that is dearer than none of them in any bound, or the first of the item."""
+    (lowest,) = np.nonzero(np.all(prices[choices] == prices[choices].min(0), axis=1))
+    return int(choices[lowest[0]]) if len(lowest) else 0
 
 
 def search(items: list[Items], allowances: Array, multipliers: Array, *, gap: float) -> Choices | None:
@@ -205,13 +231,35 @@ def unbeaten(costs: Array, lost: Array) -> Choices:
     return order[first]
 
 
-def first_that_fits(found: Choices, *, bounds: Sequence[Bound], space: SearchSpace) -> SubnetSpec | None:
-    """The best spec that the bounds accept."""
+def first_that_fits(
+    found: Choices, items: Sequence[Items], *, bounds: Sequence[Bound], space: SearchSpace
+) -> SubnetSpec | None:
+    """The best spec that the bounds accept; `found` holds a choice an item."""
     for row in found.tolist():
-        spec = space.spec(dict(zip(space.sites, row, strict=True)))
+        picked = np.sum([item.picks[choice] for item, choice in zip(items, row, strict=True)], axis=0)
+        spec = space.spec(dict(zip(space.sites, picked.tolist(), strict=True)))
         if all(bound.fits(spec) for bound in bounds):
             return spec
     return None
+
+
+def joint_choices(space: SearchSpace) -> list[Choices]:
+    """The items of a space: choice indices (choices, sites), and -1 where a site does not count."""
+    rows = {site: row for row, site in enumerate(space.sites)}
+    inside: dict[Site, list[Site]] = {}
+    for site in space.sites:
+        inside.setdefault(space.skippable.get(site, site), []).append(site)
+    items = []
+    for first, sites in inside.items():
+        skips = first.axis == DEPTH
+        others = [site for site in sites if site != first]
+        combined = list(product(*(range(len(space.choices[site])) for site in others))) if skips else []
+        picks = np.full((1 + len(combined) if skips else len(space.choices[first]), len(space.sites)), -1)
+        picks[:, rows[first]] = [0, *[1] * len(combined)] if skips else range(len(picks))
+        for column, site in enumerate(others):
+            picks[1:, rows[site]] = [choice[column] for choice in combined]
+        items.append(picks)
+    return items
 
 
 def use_up(
@@ -230,8 +278,8 @@ def use_up(
         return row[index + 1] - row[index]
 
     growing = {site for site in space.sites if indices[site] + 1 < len(space.choices[site])}
-    while growing:
-        site = min(sorted(growing), key=step)
+    while awake := [site for site in sorted(growing) if space.runs(site, indices)]:
+        site = min(awake, key=step)
         wider = space.spec(indices | {site: indices[site] + 1})
         if all(bound.fits(wider) for bound in bounds):
             indices[site] += 1

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 
 from nestlm.axes.base import Axis
 from nestlm.cost.measured import LatencyTable, Phase
-from nestlm.cost.table import CostTable, TokenTable
+from nestlm.cost.table import CostTable, TokenTable, beside_depth
 from nestlm.errors import ConfigError, NestlmError
 from nestlm.nn.config import DecoderConfig
 from nestlm.spec import SearchSpace
@@ -69,21 +69,25 @@ class Latency:
         del axes, config
         measured = self.read()
         with named(f"latency table {self.table}"):
-            fixed = measured.rows(space)
+            alone = dict(zip(space.sites, measured.rows(space), strict=True))
             tokens = measured.tokens() if per_token else None
-            rows = None if tokens is None else tokens.rows(space)
+            rows = None if tokens is None else dict(zip(space.sites, tokens.rows(space), strict=True))
+        fixed = beside_depth(alone, space)
         whole = measured.constant + sum(row[-1] for row in fixed)
         if tokens is None or rows is None:
             return CostTable("latency", self.unit, space, constant=measured.constant, prices=fixed, whole=whole)
-        # what the narrowest width takes at a site that decides is taken whatever is decided
-        shared = tuple(row[0] for row in rows)
+        # what the narrowest width takes at a site that decides is taken whatever is decided; but a token that skips the
+        # block saves what that width takes where all tokens run it
+        saved = {site: alone[site][0] for site in space.skippable}
+        shared = tuple(max(0.0, row[0] - saved.get(site, 0.0)) for site, row in rows.items())
+        added = {site: tuple(price - row[0] + saved.get(site, 0.0) for price in row) for site, row in rows.items()}
         router = tokens.router
         return TokenTable(
             "latency",
             self.unit,
             space,
             constant=measured.constant + sum(shared),
-            prices=tuple(tuple(price - row[0] for price in row) for row in rows),
+            prices=beside_depth(added, space),
             whole=whole,
             shared=shared,
             fixed=fixed,

@@ -9,16 +9,20 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field, ValidationError
 
+from nestlm.cost.table import Rows
 from nestlm.errors import BudgetError, ConfigError
-from nestlm.spec import SearchSpace, Site
+from nestlm.spec import DEPTH, SearchSpace, Site
 
 Phase = Literal["prefill", "decode"]
 Time = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
-Rows = tuple[tuple[float, ...], ...]
 
 
 class Prices(BaseModel, frozen=True, extra="forbid"):
-    """By axis the time of each width: one mapping for all layers, or a list of them, one a layer."""
+    """By axis the time of each width: one mapping for all layers, or a list of them, one a layer.
+
+    Of depth, 1 is the time of a block without the sites that have prices of their own, in one mapping: which blocks may
+    be skipped is known after the ranking only.
+    """
 
     prices: dict[str, dict[int, Time] | list[dict[int, Time]]]
 
@@ -39,6 +43,11 @@ class Prices(BaseModel, frozen=True, extra="forbid"):
             raise ConfigError(
                 f"no prices for the axis {site.axis}, wanted them beside {', '.join(self.prices) or 'none'}; add them, "
                 "or leave the axis out of axes"
+            )
+        if isinstance(by_layer, list) and site.axis == DEPTH:
+            raise ConfigError(
+                f"prices.{DEPTH}: got a list of layers, wanted one mapping for all, since the ranking says "
+                "which blocks may be skipped"
             )
         if isinstance(by_layer, list) and len(by_layer) != layers:
             raise ConfigError(
@@ -62,12 +71,16 @@ class Prices(BaseModel, frozen=True, extra="forbid"):
 
     @staticmethod
     def of(space: SearchSpace, rows: Rows) -> dict[str, object]:
-        """What `rows` reads, one mapping a layer."""
+        """What `rows` reads, one mapping a layer, or one for all blocks that may be skipped: the dearest."""
         by_site = dict(zip(space.sites, rows, strict=True))
-        return {
+        prices: dict[str, object] = {
             axis: [dict(zip(space.choices[site], by_site[site], strict=True)) for site in sites]
             for axis, sites in space.axes.items()
         }
+        depth = [by_site[site] for site in space.axes.get(DEPTH, ())]
+        if depth:
+            prices[DEPTH] = dict(enumerate(map(max, zip(*depth, strict=True))))
+        return prices
 
 
 class RouterTime(BaseModel, frozen=True, extra="forbid"):

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
-from nestlm.axes.base import Axis
-from nestlm.cost.static import cut_parameters, parameter_shapes, refuse_per_token, size_table
+from nestlm.axes.base import Axis, WidthAxis
+from nestlm.cost.static import block_parameters, cut_parameters, parameter_shapes, refuse_per_token, size_table
 from nestlm.cost.table import CostTable
 from nestlm.errors import ConfigError
 from nestlm.nn.config import DecoderConfig
@@ -44,10 +44,10 @@ class Memory:
         refuse_per_token("memory", per_token=per_token)
         shapes = parameter_shapes(config)
         bytes_per_row = self.batch_size * self.context_length * self.cache_bytes_per_element
-        rows = sum(2 * block.num_kv_groups * config.head_dim for block in config.blocks)
+        rows = [2 * block.num_kv_groups * config.head_dim for block in config.blocks]
         weights = sum(math.prod(shape) for shape in shapes.values())
 
-        def price(axis: Axis, layer: int, width: int) -> float:
+        def price(axis: WidthAxis, layer: int, width: int) -> float:
             elements = cut_parameters(axis, layer, width, shapes=shapes, config=config)
             cuts = axis.cuts(config.blocks[layer], config=config)
             cached = sum(
@@ -55,5 +55,8 @@ class Memory:
             )
             return self.bytes_per_element * elements + bytes_per_row * cached
 
-        total = self.bytes_per_element * weights + bytes_per_row * rows
-        return size_table("memory", "bytes", total, price, space=space, axes=axes)
+        def of_block(layer: int) -> float:
+            return self.bytes_per_element * block_parameters(layer, shapes=shapes) + bytes_per_row * rows[layer]
+
+        total = self.bytes_per_element * weights + bytes_per_row * sum(rows)
+        return size_table("memory", "bytes", total, price, of_block, space=space, axes=axes)

@@ -9,12 +9,12 @@ from typing import ClassVar
 
 import torch
 
-from nestlm.axes.base import Axis
-from nestlm.cost.table import CostTable, TokenTable
+from nestlm.axes.base import Axis, WidthAxis, width_axes
+from nestlm.cost.table import CostTable, Rows, TokenTable, beside_depth
 from nestlm.errors import BudgetError
 from nestlm.nn.config import BlockConfig, DecoderConfig
 from nestlm.nn.decoder import Decoder
-from nestlm.spec import SearchSpace, Site
+from nestlm.spec import DEPTH, SearchSpace
 
 
 @dataclass(frozen=True)
@@ -64,42 +64,51 @@ class Flops:
         static = self.static_table(space, axes=axes, config=config)
         if not per_token:
             return static
-        by_name = {axis.name: axis for axis in axes}
-        shapes = parameter_shapes(config)
-
-        def later(site: Site, width: int) -> int:
-            axis = by_name[site.axis]
-            return 2 * cut_parameters(axis, site.layer, width, shapes=shapes, config=config, later=True, matrices=True)
-
+        later = self.served_later(space, axes=axes, config=config)
         # what later tokens need stays whole: K and V
-        whole_KV = [later(site, widths[-1]) for site, widths in space.choices.items()]
+        shared = [row[-1] for row in later]
         prices = []
-        for (site, widths), row in zip(space.choices.items(), static.prices, strict=True):
-            cut = [later(site, width) for width in widths]
+        for row, cut in zip(static.prices, later, strict=True):
             prices.append(tuple(price - saved for price, saved in zip(row, cut, strict=True)))
         return TokenTable(
             static.name,
             static.unit,
             space,
-            constant=static.constant + sum(whole_KV),
+            constant=static.constant + sum(shared),
             prices=tuple(prices),
             whole=static.whole,
-            shared=tuple(whole_KV),
+            shared=tuple(shared),
             fixed=static.prices,
             # the two matrices of a router's network; a budget's features are multiplied once for all tokens
             router=tuple((2 * (config.hidden_size + len(widths)), 0) for widths in space.choices.values()),
         )
 
+    def served_later(self, space: SearchSpace, *, axes: tuple[Axis, ...], config: DecoderConfig) -> Rows:
+        """What of each price serves later tokens."""
+        shapes = parameter_shapes(config)
+
+        def later(axis: WidthAxis, layer: int, width: int) -> float:
+            return 2 * cut_parameters(axis, layer, width, shapes=shapes, config=config, later=True, matrices=True)
+
+        def of_block(layer: int) -> float:
+            return 2 * sum(math.prod(shapes[f"blocks.{layer}.attn.{name}.weight"]) for name in ("k", "v"))
+
+        return price_rows(later, of_block, space=space, axes=axes)
+
     def static_table(self, space: SearchSpace, *, axes: tuple[Axis, ...], config: DecoderConfig) -> CostTable:
         """The prices where all tokens take the same choice."""
         shapes = parameter_shapes(config)
 
-        def price(axis: Axis, layer: int, width: int) -> float:
+        def price(axis: WidthAxis, layer: int, width: int) -> float:
             products = 2 * cut_parameters(axis, layer, width, shapes=shapes, config=config, matrices=True)
             resized = axis.resize(config.blocks[layer], width)
             return products + self.attention_scores(resized, config=config) * axis.mixes_tokens
 
-        return size_table("flops", "FLOPs a token", self.whole(config), price, space=space, axes=axes)
+        def of_block(layer: int) -> float:
+            products = 2 * block_parameters(layer, shapes=shapes, matrices=True)
+            return products + self.attention_scores(config.blocks[layer], config=config)
+
+        return size_table("flops", "FLOPs a token", self.whole(config), price, of_block, space=space, axes=axes)
 
     def whole(self, config: DecoderConfig) -> int:
         """FLOPs of the full model."""
@@ -121,8 +130,14 @@ def parameter_shapes(config: DecoderConfig) -> dict[str, torch.Size]:
         return {name: parameter.shape for name, parameter in Decoder(config).named_parameters()}
 
 
+def block_parameters(layer: int, *, shapes: dict[str, torch.Size], matrices: bool = False) -> int:
+    """Parameters of a whole block; with `matrices`, of its matrices only."""
+    own = (shape for name, shape in shapes.items() if name.startswith(f"blocks.{layer}."))
+    return sum(math.prod(shape) for shape in own if len(shape) == 2 or not matrices)
+
+
 def cut_parameters(
-    axis: Axis,
+    axis: WidthAxis,
     layer: int,
     width: int,
     *,
@@ -159,25 +174,44 @@ def parameter_table(
     shapes = parameter_shapes(config)
     total = sum(math.prod(shape) for shape in shapes.values()) - unread
 
-    def price(axis: Axis, layer: int, width: int) -> float:
+    def price(axis: WidthAxis, layer: int, width: int) -> float:
         return cut_parameters(axis, layer, width, shapes=shapes, config=config)
 
-    return size_table(name, unit, total, price, space=space, axes=axes)
+    def of_block(layer: int) -> float:
+        return block_parameters(layer, shapes=shapes)
+
+    return size_table(name, unit, total, price, of_block, space=space, axes=axes)
+
+
+Price = Callable[[WidthAxis, int, int], float]  # of (axis, layer, width)
+BlockPrice = Callable[[int], float]  # of a layer's whole block
 
 
 def size_table(
     name: str,
     unit: str,
     total: float,
-    price: Callable[[Axis, int, int], float],
+    price: Price,
+    of_block: BlockPrice,
     *,
     space: SearchSpace,
     axes: tuple[Axis, ...],
 ) -> CostTable:
-    """A table from the cost of the whole model and the price of (axis, layer, width); the constant is the rest."""
-    by_name = {axis.name: axis for axis in axes}
-    prices = tuple(
-        tuple(price(by_name[site.axis], site.layer, width) for width in space.choices[site]) for site in space.sites
-    )
+    """A table from the cost of the whole model, of widths and of blocks; the constant is the rest."""
+    prices = price_rows(price, of_block, space=space, axes=axes)
     constant = total - sum(row[-1] for row in prices)
     return CostTable(name, unit, space, constant=constant, prices=prices, whole=total)
+
+
+def price_rows(price: Price, of_block: BlockPrice, *, space: SearchSpace, axes: tuple[Axis, ...]) -> Rows:
+    """The prices of a space's choices. A block that may be skipped costs what no width site of it says, and these."""
+    by_name = {axis.name: axis for axis in width_axes(axes)}
+    rows = {
+        site: tuple(price(by_name[site.axis], site.layer, width) for width in widths)
+        for site, widths in space.choices.items()
+        if site.axis in by_name
+    }
+    for depth in space.axes.get(DEPTH, ()):
+        inside = sum(rows[site][-1] for site, block in space.skippable.items() if block == depth)
+        rows[depth] = (0, of_block(depth.layer) - inside)
+    return beside_depth(rows, space)

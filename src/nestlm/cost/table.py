@@ -14,7 +14,9 @@ from torch import Tensor
 from nestlm.axes.base import Axis
 from nestlm.errors import BudgetError
 from nestlm.nn.config import DecoderConfig
-from nestlm.spec import Budget, Limit, SearchSpace, SubnetSpec
+from nestlm.spec import Budget, Limit, SearchSpace, Site, SubnetSpec
+
+Rows = tuple[tuple[float, ...], ...]  # of prices: one a choice, one row a site
 
 
 @dataclass(frozen=True)
@@ -216,6 +218,25 @@ def nearby(limit: Limit, table: CostTable, cost: float) -> Limit:
         if candidate.is_share == limit.is_share and floor <= share_of(candidate, table) <= 1.0:
             return candidate
     return Limit(exact, limit.unit)
+
+
+def beside_depth(rows: Mapping[Site, tuple[float, ...]], space: SearchSpace) -> Rows:
+    """Prices that add up where blocks may be skipped.
+
+    Running a block costs what it takes at the smallest widths, and a width what it takes more: a skipped block, whose
+    sites all take their smallest choice, then costs nothing.
+
+    Args:
+        rows: of a depth site the price of a block without its width sites, of these their own prices.
+        space: the choices.
+    """
+    added = dict(rows)
+    for site, depth in space.skippable.items():
+        smallest = rows[site][0]
+        added[site] = tuple(price - smallest for price in rows[site])
+        skipped, runs = added[depth]
+        added[depth] = (skipped, runs + smallest)
+    return tuple(added[site] for site in space.sites)
 
 
 class Cost(Protocol):

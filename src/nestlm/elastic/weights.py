@@ -8,15 +8,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from nestlm.axes.base import Axis, Cut
+from nestlm.axes.base import Axis, Cut, width_axes
 from nestlm.nn.config import DecoderConfig
 from nestlm.nn.decoder import Decoder
-from nestlm.spec import Site, SubnetSpec
+from nestlm.spec import DEPTH, Site, SubnetSpec
 
 
 def cuts_by_site(axes: tuple[Axis, ...], config: DecoderConfig) -> Iterator[tuple[Site, Cut, str]]:
     """Every (site, cut, full parameter name) of a model."""
-    for axis in axes:
+    for axis in width_axes(axes):
         for layer, block in enumerate(config.blocks):
             for cut in axis.cuts(block, config=config):
                 yield Site(axis.name, layer), cut, f"blocks.{layer}.{cut.parameter}"
@@ -44,12 +44,17 @@ def sort_units(decoder: Decoder, orders: Mapping[Site, Tensor], *, axes: tuple[A
 def subnet_config(config: DecoderConfig, spec: SubnetSpec, *, axes: tuple[Axis, ...]) -> DecoderConfig:
     """Sizes of the stand-alone model that a spec names."""
     blocks = list(config.blocks)
-    for axis in axes:
+    for axis in width_axes(axes):
         for layer in range(len(blocks)):
             width = spec.get(Site(axis.name, layer))
             if width is not None:
                 blocks[layer] = axis.resize(blocks[layer], width)
-    return replace(config, blocks=tuple(blocks))
+    return replace(config, blocks=tuple(blocks[layer] for layer in kept_layers(config, spec)))
+
+
+def kept_layers(config: DecoderConfig, spec: SubnetSpec) -> list[int]:
+    """The blocks that a spec does not skip."""
+    return [layer for layer in range(len(config.blocks)) if spec.get(Site(DEPTH, layer)) != 0]
 
 
 def extract(decoder: Decoder, spec: SubnetSpec, *, axes: tuple[Axis, ...]) -> Decoder:
@@ -59,7 +64,22 @@ def extract(decoder: Decoder, spec: SubnetSpec, *, axes: tuple[Axis, ...]) -> De
         width = spec.get(site)
         if width is not None:
             state[name] = state[name].narrow(cut.dim, 0, width * cut.rows).clone()
+    state = renumbered(state, kept_layers(decoder.config, spec))
     with torch.device("meta"):
         small = Decoder(subnet_config(decoder.config, spec, axes=axes))
     small.load_state_dict(state, assign=True)
     return small
+
+
+def renumbered(state: Mapping[str, Tensor], kept: list[int]) -> dict[str, Tensor]:
+    """The weights of a model with some of its blocks, which close ranks."""
+    places = {str(layer): place for place, layer in enumerate(kept)}
+    found = {}
+    for name, weight in state.items():
+        outer, _, rest = name.partition(".")
+        layer, _, parameter = rest.partition(".")
+        if outer != "blocks":
+            found[name] = weight
+        elif layer in places:
+            found[f"blocks.{places[layer]}.{parameter}"] = weight
+    return found

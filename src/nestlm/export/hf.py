@@ -19,7 +19,7 @@ from nestlm.model.family import Family
 from nestlm.nn.decoder import Decoder
 
 OURS_TO_WRITE = {"config.json", "model.safetensors.index.json"}
-WIDTHS = ("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")
+SIZES = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")
 
 
 def export(decoder: Decoder, family: Family, out: Path, *, shard_size: str = "5GB") -> None:
@@ -44,7 +44,13 @@ def export(decoder: Decoder, family: Family, out: Path, *, shard_size: str = "5G
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ExportError(f"export: {out} is there already; wanted a new folder")
     (block,) = blocks
-    size = replace(family, num_heads=block.num_heads, num_kv_groups=block.num_kv_groups, mlp_width=block.mlp_width)
+    size = replace(
+        family,
+        num_layers=len(decoder.config.blocks),
+        num_heads=block.num_heads,
+        num_kv_groups=block.num_kv_groups,
+        mlp_width=block.mlp_width,
+    )
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{out.name}-", dir=out.absolute().parent) as partial:
         folder = Path(partial) / "model"
@@ -68,10 +74,12 @@ def write_config(size: Family, folder: Path) -> None:
         return
     config = read_config(size.folder)
     known = size.read(config)
-    if all(known[name] == getattr(size, name) for name in ("num_heads", "num_kv_groups", "mlp_width")):
+    if all(known[name] == getattr(size, name) for name in ("num_layers", "num_heads", "num_kv_groups", "mlp_width")):
         shutil.copyfile(size.folder / "config.json", path)
-    else:
-        path.write_text(json.dumps(config | {name: own[name] for name in WIDTHS}, indent=2) + "\n", encoding="utf-8")
+        return
+    if known["num_layers"] != size.num_layers:  # all layers look at all tokens: the reader's own default says so
+        config.pop("layer_types", None)
+    path.write_text(json.dumps(config | {name: own[name] for name in SIZES}, indent=2) + "\n", encoding="utf-8")
 
 
 def state(decoder: Decoder, family: Family) -> dict[str, torch.Tensor]:

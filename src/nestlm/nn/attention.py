@@ -126,16 +126,17 @@ class GroupedQueryAttention(nn.Module):
     def forward_tokens(
         self, hidden_BLD: Tensor, width: Mixed, gate: Tensor | None, *, sight: Sight, cache: LayerCache | None
     ) -> Tensor:
-        """Each token with query heads of its own. Keys and values stay whole, since later tokens may look at them.
+        """Each token with query heads of its own. All have the keys and values of the widest choice, since later tokens
+        may look at them.
 
         Projections run on exactly the tokens that reach a band. Their scores are computed in rows that are padded to
         the sequence with most of them.
-        """
-        length = hidden_BLD.shape[1]
-        k_BGLE = turn(self.heads(self.k(hidden_BLD)), self.k_norm, sight.rotary)
-        v_BGLE = self.heads(self.v(hidden_BLD))
+        """  # noqa: D205
+        length, widest = hidden_BLD.shape[1], width.widths[-1]
+        k_BGLE = turn(self.heads(self.k(hidden_BLD, outputs=widest * self.head_dim)), self.k_norm, sight.rotary)
+        v_BGLE = self.heads(self.v(hidden_BLD, outputs=widest * self.head_dim))
         if cache is not None:
-            k_BGLE, v_BGLE = cache.extend(k_BGLE, v_BGLE, groups=slice(None))
+            k_BGLE, v_BGLE = cache.extend(k_BGLE, v_BGLE, groups=slice(widest))
         stairs = Staircase.of(width.index.flatten(), width.widths)
         if not stairs.live():
             return torch.zeros_like(hidden_BLD)

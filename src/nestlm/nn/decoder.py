@@ -15,9 +15,9 @@ from nestlm.nn.config import BlockConfig, DecoderConfig
 from nestlm.nn.kv_cache import KVCache, LayerCache
 from nestlm.nn.mlp import MLP
 from nestlm.nn.norm import LayerNorm1P, make_norm
-from nestlm.nn.policy import Decision, Policy, Stream, full
+from nestlm.nn.policy import Decision, Mixed, Policy, Stream, full
 from nestlm.nn.rope import rotary_table
-from nestlm.spec import ATTN_HEADS, MLP_WIDTH, Site
+from nestlm.spec import ATTN_HEADS, DEPTH, MLP_WIDTH, Site
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,9 @@ class Block(nn.Module):
 
     def __init__(self, config: DecoderConfig, *, block: BlockConfig, layer: int) -> None:
         super().__init__()
+        self.depth_site = Site(DEPTH, layer)
         self.heads_site, self.mlp_site = Site(ATTN_HEADS, layer), Site(MLP_WIDTH, layer)
+        self.num_groups, self.mlp_width = block.num_kv_groups, block.mlp_width
         self.attn_norm = make_norm(config)
         self.attn = GroupedQueryAttention(config, block=block)
         self.mlp_norm = make_norm(config)
@@ -42,16 +44,33 @@ class Block(nn.Module):
     def forward(
         self, hidden_BLD: Tensor, policy: Policy, *, sight: Sight, stream: Stream, cache: LayerCache | None
     ) -> tuple[Tensor, dict[Site, Decision]]:
-        """The new residual stream (B, L, D), and the decisions taken on the old one; width 0 skips a site."""
+        """The new residual stream (B, L, D), and the decisions taken on the old one; width 0 skips a site.
+
+        The policy is asked at all sites, also of a block that is skipped. A token that skips it still gives keys and
+        values to later tokens, where these may run it.
+        """
         if torch.is_grad_enabled():  # checkpointing runs this twice: the second time must not find the first's notes
             stream = Stream(stream.real_BL)
+        new_BLD = hidden_BLD
+        depth = policy(self.depth_site, hidden_BLD, stream)
         heads = policy(self.heads_site, hidden_BLD, stream)
-        if heads.width != 0:
-            hidden_BLD = hidden_BLD + self.attn(self.attn_norm(hidden_BLD), heads, sight=sight, cache=cache)
-        neurons = policy(self.mlp_site, hidden_BLD, stream)
-        if neurons.width != 0:
-            hidden_BLD = hidden_BLD + self.mlp(self.mlp_norm(hidden_BLD), neurons)
-        return hidden_BLD, {self.heads_site: heads, self.mlp_site: neurons}
+        ran = heads.inside(depth, whole=self.num_groups)
+        if ran.width != 0:
+            new_BLD = new_BLD + self.attn(self.attn_norm(new_BLD), ran, sight=sight, cache=cache)
+        neurons = policy(self.mlp_site, new_BLD, stream)
+        ran = neurons.inside(depth, whole=self.mlp_width)
+        if ran.width != 0:
+            new_BLD = new_BLD + self.mlp(self.mlp_norm(new_BLD), ran)
+        if depth.gate is not None and depth.width != 0:
+            new_BLD = hidden_BLD + block_gate(depth) * (new_BLD - hidden_BLD)
+        return new_BLD, {self.depth_site: depth, self.heads_site: heads, self.mlp_site: neurons}
+
+
+def block_gate(depth: Decision) -> Tensor:
+    """The factor of what a block adds to the residual stream, broadcastable to (B, L, D)."""
+    assert depth.gate is not None, "there is a gate"
+    factor = depth.gate[..., -1:]
+    return factor[:, None] if isinstance(depth.width, Mixed) and factor.ndim == 2 else factor
 
 
 class Decoder(nn.Module):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from nestlm.spec import SearchSpace, Site, SubnetSpec
@@ -28,7 +29,8 @@ class Decision:
     """What a policy answers at a site.
 
     Attributes:
-        width: units that run, as a prefix, for all tokens or for each; 0 skips the site, None runs it whole.
+        width: units that run, as a prefix, for all tokens or for each; 0 skips the site, None runs it whole. A block is
+            the one unit of its depth.
         gate: factor of each unit that runs, (width,) or broadcastable to (B, L, width); with a `Mixed` width the
             factor of each band of units between two neighbouring choices, `index.shape + (K,)`. Its value is 1 where it
             only carries gradients to a router, and 0 or 1 where a test masks units; None multiplies nothing.
@@ -39,6 +41,25 @@ class Decision:
     width: int | Mixed | None = None
     gate: Tensor | None = None
     probabilities: Tensor | None = None
+
+    def inside(self, block: Decision, *, whole: int) -> Decision:
+        """The same decision in a block that is skipped, or by some of the rows: these run the site at width 0.
+
+        Args:
+            block: whether the block runs.
+            whole: all units of the site.
+        """
+        if block.width == 0 or self.width == 0:
+            return Decision(0)
+        if not isinstance(block.width, Mixed):
+            return self
+        runs = torch.tensor(block.width.widths, device=block.width.index.device)[block.width.index] > 0
+        if not isinstance(self.width, Mixed):
+            assert self.gate is None, "units have no gates where only some rows run a block"
+            return Decision(Mixed((0, whole if self.width is None else self.width), runs.long()))
+        index = torch.where(runs, self.width.index + 1, 0)
+        gate = None if self.gate is None else torch.cat((torch.ones_like(self.gate[..., :1]), self.gate), dim=-1)
+        return Decision(Mixed((0, *self.width.widths), index), gate)
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from nestlm.axes.base import Axis
+from nestlm.axes.base import Axis, WidthAxis, width_axes
 from nestlm.data.batch import Batch
 from nestlm.errors import ConfigError
 from nestlm.nn.decoder import Decoder
@@ -19,7 +22,9 @@ from nestlm.spec import Site
 class Activation:
     """Sum over tokens of a unit's activation: |h_i| of a neuron, ||head output||_2 of a head.
 
-    A reconstruction of how Flextron ranks; the paper says that it ranks by importance, then sorts.
+    A reconstruction of how Flextron ranks; the paper says that it ranks by importance, then sorts. Of a block it is its
+    influence (Men et al., arXiv 2403.03853): 1 less the mean over tokens of the cosine of the hidden states before and
+    after it.
     """
 
     num_sequences: int
@@ -34,31 +39,46 @@ class Activation:
     ) -> dict[Site, Tensor]:
         """Accumulated in float32 over all batches."""
         del seed
-        config = decoder.config
         sums: dict[Site, Tensor] = {}
-        hooks = []
+        hooks: list[RemovableHandle] = []
+        tokens = 0
         for axis in axes:
-            for layer, block in enumerate(config.blocks):
-                site, units = Site(axis.name, layer), axis.units(block)
-                sums[site] = torch.zeros(units)
-                module_name, unit_shape = axis.observed(block, config=config)
-
-                def record(
-                    module: nn.Module,
-                    inputs: tuple[Tensor, ...],
-                    *,
-                    shape: tuple[int, ...] = (units, *unit_shape),
-                    site: Site = site,
-                ) -> None:
-                    per_unit = inputs[0].detach().float().unflatten(-1, shape)  # (B, L, units, parts, entries)
-                    sums[site] += per_unit.norm(dim=-1).sum(dim=(0, 1, 3)).cpu()
-
-                module = decoder.get_submodule(f"blocks.{layer}.{module_name}")
-                hooks.append(module.register_forward_pre_hook(record))
+            for layer, block in enumerate(decoder.config.blocks):
+                total = sums[Site(axis.name, layer)] = torch.zeros(axis.units(block))
+                watched = decoder.get_submodule(f"blocks.{layer}")
+                if isinstance(axis, WidthAxis):
+                    name, unit_shape = axis.observed(block, config=decoder.config)
+                    hooks.append(watch_units(watched.get_submodule(name), (len(total), *unit_shape), total=total))
+                else:
+                    hooks.append(watch_block(watched, total=total))
         try:
             for batch in batches:
+                tokens += batch.tokens_BL.numel()
                 decoder(batch.tokens_BL, documents_BL=batch.documents_BL)
         finally:
             for hook in hooks:
                 hook.remove()
-        return sums
+        widths = {axis.name for axis in width_axes(axes)}
+        return {site: total if site.axis in widths else total / tokens for site, total in sums.items()}
+
+
+def watch_units(module: nn.Module, shape: tuple[int, ...], *, total: Tensor) -> RemovableHandle:
+    """Add up how active each unit is in what a module is given; `shape` is (units, parts, entries)."""
+
+    def record(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        del module
+        per_unit = inputs[0].detach().float().unflatten(-1, shape)  # (B, L, units, parts, entries)
+        total.add_(per_unit.norm(dim=-1).sum(dim=(0, 1, 3)).cpu())
+
+    return module.register_forward_pre_hook(record)
+
+
+def watch_block(block: nn.Module, *, total: Tensor) -> RemovableHandle:
+    """Add up by how much a block turns each token's hidden state: 1 less the cosine of before and after."""
+
+    def record(block: nn.Module, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, Any]) -> None:
+        del block
+        cosine_BL = F.cosine_similarity(inputs[0].detach().float(), outputs[0].detach().float(), dim=-1)
+        total.add_((1.0 - cosine_BL).sum().cpu())
+
+    return block.register_forward_hook(record)

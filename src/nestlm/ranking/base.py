@@ -21,7 +21,7 @@ class Ranking(Protocol):
     def scores(
         self, decoder: Decoder, *, axes: tuple[Axis, ...], batches: Iterable[Batch], seed: int
     ) -> dict[Site, Tensor]:
-        """Importance of every unit, (units,) in float32 a site; higher stays longer."""
+        """Importance of every unit in every layer, (units,) in float32 a site; higher stays longer."""
         ...
 
 

@@ -17,7 +17,7 @@ from nestlm.spec import Site
 
 @dataclass(frozen=True)
 class Magnitude:
-    """L2 norm of all weights that a unit owns."""
+    """L2 norm of all weights that a unit owns. Blocks are all alike: magnitude does not tell what they do."""
 
     num_sequences: int
 
@@ -26,12 +26,12 @@ class Magnitude:
         self, decoder: Decoder, *, axes: tuple[Axis, ...], batches: Iterable[Batch], seed: int
     ) -> dict[Site, Tensor]:
         del batches, seed
-        squares: dict[Site, Tensor] = {}
+        squares = {site: torch.zeros(units) for site, units in unit_counts(decoder, axes=axes).items()}
         parameters = dict(decoder.named_parameters())
         for site, cut, name in cuts_by_site(axes, decoder.config):
             rows = parameters[name].detach().float().cpu().movedim(cut.dim, 0)
             per_unit = rows.pow(2).reshape(len(rows), -1).sum(1).unflatten(0, (-1, cut.rows)).sum(1)
-            squares[site] = squares.get(site, torch.zeros_like(per_unit)) + per_unit
+            squares[site] += per_unit
         return {site: total.sqrt() for site, total in squares.items()}
 
 
@@ -51,7 +51,7 @@ class Random:
 
 @dataclass(frozen=True)
 class Unsorted:
-    """All units alike: the order of the checkpoint stays."""
+    """All units alike: the order of the checkpoint stays. Of equal blocks the last but the very last may be skipped."""
 
     num_sequences: int
 

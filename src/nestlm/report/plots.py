@@ -66,6 +66,7 @@ def routing(path: Path | IO[bytes], specs: Sequence[Row]) -> None:
     panels = list(figure.subplots(1, len(full_widths), squeeze=False)[0])
     for panel, (name, full) in zip(panels, full_widths.items(), strict=True):
         widths = np.array([spec["widths"][name] for spec in chosen]).T  # layers by budgets
+        layers = chosen[0].get("layers", {}).get(name, range(len(full)))  # older runs have choices in all of them
         shares = widths / np.array(full)[:, None]
         image = panel.imshow(shares, vmin=0, vmax=1, cmap="viridis", aspect="auto", origin="lower")
         if widths.size <= MOST_NUMBERS:
@@ -74,7 +75,8 @@ def routing(path: Path | IO[bytes], specs: Sequence[Row]) -> None:
                 panel.text(column, layer, f"{width:.0f}", ha="center", va="center", fontsize=8, color=color)
         panel.set_title(name)
         panel.set_xticks(range(len(chosen)), [spec["budget"] for spec in chosen])
-        panel.set_yticks(range(0, len(widths), max(1, len(widths) // 8)))
+        ticks = range(0, len(widths), max(1, len(widths) // 8))
+        panel.set_yticks(ticks, [str(layers[tick]) for tick in ticks])
         panel.set_xlabel("budget")
         if panel is panels[-1]:
             figure.colorbar(image, ax=panels, label="share of the full width")

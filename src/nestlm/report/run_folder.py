@@ -21,6 +21,7 @@ ELSEWHERE = {
     "rows",
     "specs",
     "full_spec",
+    "layers",
     "find_seconds",
     "full_seconds",
     "forward_seconds",
@@ -122,7 +123,8 @@ def write_specs(folder: Path, outcome: dict[str, Any], *, router: str) -> None:
         if row["router"] == router:
             keys = ("router", "budget", "achieved", "cost", "achieved_cost", "params", "flops", "memory")
             chosen = {key: row[key] for key in keys if key in row}
-            write_json(folder / f"{row['budget']}.json", chosen | choice | {"full_widths": outcome["full_spec"]})
+            whole = {"full_widths": outcome["full_spec"], "layers": outcome["layers"]}
+            write_json(folder / f"{row['budget']}.json", chosen | choice | whole)
 
 
 def link_weights(folder: Path, finished: list[FinishedStage]) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from nestlm.cost.table import Bound, TokenTable
 from nestlm.router.ledger import UNITS, Ledger
 from nestlm.router.pacing import Pace, PacedSite
+from nestlm.spec import SearchSpace
 
 MARGIN = 0.002  # of the bound: calibration text and other text do not spend quite alike
 LARGEST = 1e6  # multiplier, in units of score for the cost of the whole model
@@ -168,6 +169,8 @@ Decide = Callable[[Plan], Mapping[int, Tensor]]
 def fix_sites(plan: Plan, heard: Mapping[int, Tensor], *, caution: float) -> Plan:
     """Fix the choice at each site where looking at tokens gains less score than it costs.
 
+    In a block that all tokens skip nothing decides.
+
     Args:
         plan: its multiplier turns cost into score.
         heard: scores on calibration text, (N, L, K) a site.
@@ -187,7 +190,13 @@ def fix_sites(plan: Plan, heard: Mapping[int, Tensor], *, caution: float) -> Pla
         # where money is to be spent (a multiplier below 0), spending it on decisions is no gain
         if float(alike.max()) >= float(apart) - caution * max(0.0, plan.multiplier) * shared:
             fixed[row] = int(alike.argmax())
-    return replace(plan, fixed=fixed)
+    return replace(plan, fixed=fixed | inside_skipped(fixed, plan.tariffs[0].table.space))
+
+
+def inside_skipped(fixed: Mapping[int, int], space: SearchSpace) -> dict[int, int]:
+    """The smallest choice, by row, of the sites in blocks that are skipped."""
+    rows = {site: row for row, site in enumerate(space.sites)}
+    return {rows[site]: 0 for site, depth in space.skippable.items() if fixed.get(rows[depth]) == 0}
 
 
 def settle(start: Plan, heard: Mapping[int, Tensor], *, caution: float = 1.0) -> Plan:

@@ -34,11 +34,12 @@ def shrink(indices: dict[Site, int], prices: PriceList, budget: Budget, random: 
 
 
 def grow(indices: dict[Site, int], prices: PriceList, budget: Budget, random: Random) -> SubnetSpec:
-    """Widen random sites, a choice at a time, until no site can grow."""
+    """Widen random sites, a choice at a time, until no site can grow. Those of a skipped block wait until it runs."""
     space = prices.space
+    indices = dict(zip(space.sites, space.indices(space.spec(indices)), strict=True))
     growing = list(space.sites)
-    while growing:
-        site = random.choice(growing)
+    while awake := [site for site in growing if space.runs(site, indices)]:
+        site = random.choice(awake)
         wider = indices | {site: indices[site] + 1}
         if wider[site] < len(space.choices[site]) and prices.fits(space.spec(wider), budget):
             indices = wider
