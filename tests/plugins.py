@@ -27,6 +27,12 @@ NANO = [
     "joint.steps=3",
 ]
 
+# What options of a group cannot do without.
+NEEDED = {
+    **{f"data={name}": ["data.path=."] for name in ("text", "shards", "hub")},
+    "data=mixture": ["data.sources=[{path: a, weight: 3}, {path: b, weight: 1}]"],
+}
+
 
 def options(group: str) -> list[str]:
     """Names that `group=NAME` takes."""
@@ -35,7 +41,8 @@ def options(group: str) -> list[str]:
 
 def build(group: str, option: str) -> Any:
     """The object of a group's option, with the settings of a small run around it."""
-    node = compose([*NANO, f"{group}={option}"] if group != "data" else [f"data={option}", "++data.path=."])[group]
+    around = NANO if group != "data" else []
+    node = compose([*around, f"{group}={option}", *NEEDED.get(f"{group}={option}", [])])[group]
     check_node(node, group)
     return instantiate(node, _convert_="all")
 
