@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from nestlm.data.extra import load_extra
 from nestlm.data.source.base import Document
@@ -28,6 +29,8 @@ class HubDataset:
         datasets = load_extra("datasets", wanted_for=f"{PREFIX}{self.path}")
         name, config, split = (*self.path.split(":"), "", "")[:3]
         split = split or "train"
+        if Path(name).is_dir():  # the library takes a folder for a name otherwise, such as `.`
+            name = str(Path(name).resolve())
         try:
             rows = datasets.load_dataset(name, config or None, split=split)
         except (OSError, ValueError, RuntimeError) as error:  # the library's own errors are among these

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from nestlm.data.source.base import Document
 from nestlm.data.formats import SUFFIXES, read_documents
+from nestlm.data.source.base import Document
 from nestlm.errors import DataError
 
 
