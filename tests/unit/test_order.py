@@ -84,10 +84,10 @@ def test_a_mixture_keeps_its_weights_and_each_parts_epochs(folders):
     portions = [Portion(folders[0], 2.0), Portion(folders[1], 1.0)]
     rows = Prepared.open(portions).rows("train", sequence_length=LENGTH)
     assert isinstance(rows, MixedRows)
-    order = [rows.sample(position, seed=0, stream="s") for position in range(BLOCK_SAMPLES)]
+    order = [rows.sample(position, seed=0, stream="s") for position in range(2 * BLOCK_SAMPLES)]
     ends = [len(part) for part in rows.parts]
     of_part = [[row for row in order if row < ends[0]], [row - ends[0] for row in order if row >= ends[0]]]
-    assert [len(part) for part in of_part] == [6667, 3333]
+    assert [len(part) for part in of_part] == [13334, 6666]
     for part, size in zip(of_part, ends, strict=True):
         for epoch in range(len(part) // size):
             assert sorted(part[epoch * size : (epoch + 1) * size]) == list(range(size)), "each row once an epoch"
