@@ -27,11 +27,14 @@ NANO = [
     "joint.steps=3",
 ]
 
-# What options of a group cannot do without.
-NEEDED = {
-    **{f"data={name}": ["data.path=."] for name in ("text", "shards", "hub")},
-    "data=mixture": ["data.sources=[{path: a, weight: 3}, {path: b, weight: 1}]"],
-}
+MIXTURE = ["data=mixture", "data.sources=[{path: a, weight: 3}, {path: b, weight: 1}]"]
+
+
+def choose(group: str, option: str) -> list[str]:
+    """Overrides that choose an option, with what it cannot do without: a source may want a folder, or several."""
+    if group != "data":
+        return [f"{group}={option}"]
+    return ["++data.path=.", *(MIXTURE if option == "mixture" else [f"data={option}"])]
 
 
 def options(group: str) -> list[str]:
@@ -42,7 +45,7 @@ def options(group: str) -> list[str]:
 def build(group: str, option: str) -> Any:
     """The object of a group's option, with the settings of a small run around it."""
     around = NANO if group != "data" else []
-    node = compose([*around, f"{group}={option}", *NEEDED.get(f"{group}={option}", [])])[group]
+    node = compose([*around, *choose(group, option)])[group]
     check_node(node, group)
     return instantiate(node, _convert_="all")
 

@@ -22,7 +22,7 @@ from nestlm.nn.policy import fixed
 from nestlm.ranking.base import order
 from nestlm.sampler.base import Mixture, Sampler, generator, independent
 from nestlm.spec import SubnetSpec
-from plugins import NEEDED, build, classes, compose, options, targets
+from plugins import build, choose, classes, compose, options, targets
 
 CONFIG = decoder_config(num_kv_groups=2)
 SPACE = search_space(AXES, CONFIG)
@@ -49,7 +49,7 @@ def test_every_plugin_has_a_config(group):
     """A class that no config names cannot be used, and no test here would see it."""
     shipped = set()
     for option in options(group):
-        shipped |= targets(compose([f"{group}={option}", *NEEDED.get(f"{group}={option}", [])])[group])
+        shipped |= targets(compose(choose(group, option))[group])
     found = {
         name
         for name in classes(PACKAGES[group])

@@ -8,7 +8,7 @@ import yaml
 
 from nestlm.compose import build, compose, run
 from nestlm.verification import read
-from plugins import NANO, NEEDED, options
+from plugins import MIXTURE, NANO, choose, options
 
 # overrides, and what the message has to say
 MISTAKES = {
@@ -186,7 +186,7 @@ def test_every_option_of_every_group_composes():
         if group in ("experiment", "debug"):
             build(compose([f"+{group}={option}" if group == "hydra" else f"{group}={option}"]))
         else:
-            assert build(compose([f"{group}={option}", *NEEDED.get(f"{group}={option}", [])])) is not None
+            assert build(compose(choose(group, option))) is not None
 
 
 CHOICES = {
@@ -197,7 +197,7 @@ CHOICES = {
     **{f"dynamic {name}": [f"router={name}", "router.policy=dynamic"] for name in ("surrogate", "gumbel", "value")},
     "per prompt": ["router=value", "router.granularity=prompt", "router.prompt_tokens=8"],
     "a folder of text": ["data=text", "data.path=."],
-    "a mixture": ["data=mixture", *NEEDED["data=mixture"]],
+    "a mixture": MIXTURE,
 }
 
 
