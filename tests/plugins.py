@@ -27,23 +27,26 @@ NANO = [
     "joint.steps=3",
 ]
 
+MIXTURE = ["data=mixture", "data.sources=[{path: a, weight: 3}, {path: b, weight: 1}]"]
+
+
+def choose(group: str, option: str) -> list[str]:
+    """Overrides that choose an option, with what it cannot do without: a folder, or several."""
+    if group != "data":
+        weights = ["model.weights=."] if option == "pretrained" else []
+        return [f"{group}={option}", *weights]
+    return ["++data.path=.", *(MIXTURE if option == "mixture" else [f"data={option}"])]
+
 
 def options(group: str) -> list[str]:
     """Names that `group=NAME` takes."""
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
-def needed(group: str, option: str) -> list[str]:
-    """What an option cannot be composed without."""
-    if group == "data":
-        return ["++data.path=."]
-    return ["model.weights=."] if (group, option) == ("model", "pretrained") else []
-
-
 def build(group: str, option: str) -> Any:
     """The object of a group's option, with the settings of a small run around it."""
-    small = [] if group == "data" else NANO
-    node = compose([*small, f"{group}={option}", *needed(group, option)])[group]
+    around = NANO if group != "data" else []
+    node = compose([*around, *choose(group, option)])[group]
     check_node(node, group)
     return instantiate(node, _convert_="all")
 

@@ -52,6 +52,35 @@ def report(
 
 
 @app.command()
+def prepare(
+    source: Annotated[
+        str, typer.Argument(help="A folder of text files, one such file, or hf:NAME[:CONFIG][:SPLIT].", metavar="SRC")
+    ],
+    tokenizer: Annotated[Path, typer.Option(help="A tokenizer.json, or a folder that holds one.")],
+    out: Annotated[Path, typer.Option(help="The folder to write: a new one, or one to go on with.")],
+    text_key: Annotated[str, typer.Option(help="Key or column that holds the text.")] = "text",
+    heldout_share: Annotated[float, typer.Option(help="Of the bytes, in each of calibration and validation.")] = 0.02,
+    shard_tokens: Annotated[int, typer.Option(help="A shard is closed at this many tokens.")] = 2**26,
+) -> None:
+    """Tokenize texts into packed shards, for `data.path=FOLDER`.
+
+    What is killed goes on after its last full shard when the same command is given again.
+
+    Example: nestlm prepare corpus --tokenizer llama2/tokenizer.json --out prepared
+    """
+    from nestlm.data.command import prepare_folder
+
+    prepare_folder(
+        source,
+        out,
+        tokenizer=tokenizer,
+        text_key=text_key,
+        heldout_share=heldout_share,
+        shard_tokens=shard_tokens,
+    )
+
+
+@app.command()
 def profile(
     out: Annotated[Path, typer.Option(help="The file to write.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="As for train.py, such as model=small.")] = None,

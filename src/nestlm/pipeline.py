@@ -18,7 +18,6 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from nestlm import stages
 from nestlm.cache import StageFolder, file_identity, files_identity, locked, stage_key, write_json
 from nestlm.context import LATENCY_TABLE, SKIPPABLE, Context
-from nestlm.data.source.base import fingerprint
 from nestlm.dry_run import describe
 from nestlm.errors import ConfigError
 from nestlm.profiling import device_name
@@ -250,7 +249,7 @@ def outside_inputs(stage: str, settings: Settings) -> str:
     if stage == "data":
         tokenizer = settings.tokenizer_file
         tokenizer_hash = file_identity(tokenizer) if tokenizer and tokenizer.is_file() else ""
-        return fingerprint(settings.data.source.documents()) + tokenizer_hash
+        return settings.data.identity + tokenizer_hash
     if stage == "pretrain" and settings.model.weights is not None:
         return files_identity(settings.model.folder)
     if stage == "profile" and settings.latency is not None:

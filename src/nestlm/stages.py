@@ -20,8 +20,9 @@ from nestlm.context import LATENCY_TABLE, MODEL, RECORD, ROUTER, SKIPPABLE, Cont
 from nestlm.cost.table import PriceList
 from nestlm.data.batch import Batch
 from nestlm.data.module import PackedTokens
-from nestlm.data.packed import PackedRows
-from nestlm.data.prepare import SPLITS, Manifest, prepare
+from nestlm.data.opened import Prepared
+from nestlm.data.prepare import prepare
+from nestlm.data.shards import SPLITS
 from nestlm.elastic.weights import sort_units
 from nestlm.evaluation import Scores, Spending, forward_seconds
 from nestlm.nn.decoder import Decoder
@@ -58,19 +59,25 @@ def profile(context: Context) -> Result:
 
 
 def prepare_data(context: Context) -> Result:
-    """Tokenize the source into packed shards."""
+    """Tokenize the source into packed shards, or check those that it names."""
     settings = context.settings.data
-    manifest = prepare(
-        settings.source,
-        context.folder,
-        vocab_size=context.settings.model.decoder_config().vocab_size,
-        tokenizer_file=context.settings.tokenizer_file,
-        heldout_share=settings.heldout_share,
-    )
-    for split in SPLITS:  # too little text is found now, not when the split is first read
-        PackedRows(context.folder, split, sequence_length=settings.sequence_length)
-    return {"fingerprint": manifest.fingerprint, "tokenizer": manifest.tokenizer_hash} | {
-        f"{name}_tokens": split.tokens for name, split in manifest.splits.items()
+    vocab_size, tokenizer_file = context.settings.model.decoder_config().vocab_size, context.settings.tokenizer_file
+    prepared = settings.prepared
+    if prepared is not None:
+        prepared.check_tokenizer(vocab_size=vocab_size, tokenizer_file=tokenizer_file)
+        prepared.write_pointer(context.folder)
+    else:
+        prepare(
+            settings.source,
+            context.folder,
+            vocab_size=vocab_size,
+            tokenizer_file=tokenizer_file,
+            heldout_share=settings.heldout_share,
+        )
+        prepared = Prepared.read(context.folder)
+    prepared.check(sequence_length=settings.sequence_length)
+    return {"fingerprint": prepared.fingerprint, "tokenizer": prepared.manifests[0].tokenizer_hash} | {
+        f"{name}_tokens": prepared.split(name).tokens for name in SPLITS
     }
 
 
@@ -306,7 +313,7 @@ def choice(item: Found, scores: Scores) -> dict[str, Any]:
 
 def readings(context: Context, scores: Scores) -> dict[str, float]:
     """A score in all the units that people read it in."""
-    split = Manifest.read(context.inputs["data"]).splits["validation"]
+    split = Prepared.read(context.inputs["data"]).split("validation")
     return {
         "val_loss": scores.loss,
         "perplexity": scores.perplexity,

@@ -15,7 +15,6 @@ import yaml
 from lightning.pytorch.loggers import CSVLogger
 
 from nestlm.context import LATENCY_TABLE
-from nestlm.data.source.base import fingerprint
 from nestlm.errors import ConfigError, DataError
 from nestlm.pipeline import fill_run_folder
 from nestlm.progress import console
@@ -64,7 +63,7 @@ def verify(folder: Path, settings: Settings, *, config: dict[str, Any], out: Pat
     with num_threads(then["threads"]), workplace(out) as place:
         settings = replace(own_table(settings, folder), run_dir=str(place), cache="off", logger=CSVLogger)
         check(settings)
-        now = environment() | {"data_fingerprint": fingerprint(settings.data.source.documents())}
+        now = environment() | {"data_fingerprint": settings.data.fingerprint}
         for line in [*changed_origins(then, now), *missing_cores(then["threads"])]:
             console.print(f"unlike the run: {line}", highlight=False, markup=False)
         fill_run_folder(settings, config=config, shown=False)

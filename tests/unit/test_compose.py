@@ -8,7 +8,7 @@ import yaml
 
 from nestlm.compose import build, compose, run
 from nestlm.verification import read
-from plugins import NANO, needed, options
+from plugins import MIXTURE, NANO, choose, options
 
 # overrides, and what the message has to say
 MISTAKES = {
@@ -68,6 +68,13 @@ MISTAKES = {
     ),
     "run_dir=/dev/null/x": (["run_dir=/dev/null/x"], ["run_dir"]),
     "model.rope_theta=-1": (["model.rope_theta=-1"], ["rope_theta"]),
+    "a mixture's weight": (
+        ["data=mixture", "data.sources=[{path: a, weight: 0}]"], ["data.sources", "'weight': 0", "positive"]
+    ),
+    "a mixture's key": (["data=mixture", "data.sources=[{path: a, share: 1}]"], ["data.sources", "share", "weight"]),
+    "a mixture of nothing": (["data=mixture", "data.sources=[]"], ["data.sources", "got none"]),
+    "absent shards": (["data=shards", "data.path=/does/not/exist"], ["/does/not/exist", "manifest.json", "prepare"]),
+    "absent path": (["data.path=/does/not/exist"], ["/does/not/exist", "no folder"]),
     "data=stdlib data.path=/x": (["data=stdlib", "data.path=/x"], ["data.path"]),
     "data.tokenizer=/nope": (["data.tokenizer=/nope"], ["/nope"]),
     "long rows": (["data.sequence_length=512"], ["512", "model.context_length=256"]),
@@ -179,7 +186,7 @@ def test_every_option_of_every_group_composes():
         if group in ("experiment", "debug"):
             build(compose([f"+{group}={option}" if group == "hydra" else f"{group}={option}"]))
         else:
-            config = compose([f"{group}={option}", *needed(group, option)])
+            config = compose(choose(group, option))
             if option != "pretrained":  # needs a checkpoint to read: test_families.py
                 assert build(config) is not None
 
@@ -192,6 +199,7 @@ CHOICES = {
     **{f"dynamic {name}": [f"router={name}", "router.policy=dynamic"] for name in ("surrogate", "gumbel", "value")},
     "per prompt": ["router=value", "router.granularity=prompt", "router.prompt_tokens=8"],
     "a folder of text": ["data=text", "data.path=."],
+    "a mixture": MIXTURE,
 }
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,12 @@ import torch
 
 from models import decoder_config, random_decoder
 from nestlm.data.packed import PackedRows, StepLoader, collate, step_rows
-from nestlm.data.prepare import Manifest, assign_splits, prepare
+from nestlm.data.prepare import prepare
+from nestlm.data.shards import SPLITS, Manifest
+from nestlm.data.source.base import Document
 from nestlm.data.source.synthetic import Synthetic
 from nestlm.data.source.text import TextFolder
+from nestlm.data.survey import Survey
 from nestlm.data.tokenizer import load
 from nestlm.errors import DataError
 
@@ -26,10 +30,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def tokens_of(folder: Path, split: str) -> np.ndarray:
+    manifest = Manifest.read(folder)
+    return np.concatenate([np.fromfile(folder / shard.name, manifest.dtype) for shard in manifest.splits[split].shards])
+
+
 def test_tokens_decode_to_the_documents(folder):
     manifest, tokenizer = Manifest.read(folder), load(folder / "tokenizer.json")
     for split in ("train", "calibration", "validation"):
-        tokens = np.concatenate([np.load(folder / name) for name in manifest.splits[split].shards])
+        tokens = tokens_of(folder, split)
         texts = tokenizer.decode(tokens.tolist(), skip_special_tokens=False).split("<|endoftext|>")[1:]
         assert len(texts) == manifest.splits[split].documents
         assert set(texts) <= {text for _, text in SOURCE.documents()}
@@ -38,11 +47,18 @@ def test_tokens_decode_to_the_documents(folder):
 
 
 def test_splits_are_disjoint_and_stable():
-    sizes = {f"file{number}": 100 for number in range(50)} | {"huge": 5000}
-    splits = assign_splits(sizes, heldout_share=0.05)
+    documents = [Document(f"file{number}", "x" * 100) for number in range(50)] + [Document("huge", "x" * 5000)]
+
+    def split_of(documents: list[Document]) -> dict[str, str]:
+        codes = Survey.of(documents).splits(heldout_share=0.05)
+        return {name: SPLITS[code] for (name, _), code in zip(documents, codes, strict=True)}
+
+    splits = split_of(documents)
     assert Counter(splits.values()) == {"train": 41, "calibration": 5, "validation": 5}
     assert splits["huge"] == "train"
-    assert assign_splits(dict(reversed(sizes.items())), heldout_share=0.05) == splits
+    assert split_of(documents[::-1]) == splits
+    by_hash = sorted((name for name in splits if name != "huge"), key=lambda name: sha256(name.encode()).digest())
+    assert [splits[name] for name in by_hash[:11]] == ["validation"] * 5 + ["calibration"] * 5 + ["train"]
 
 
 def test_preparing_twice_gives_the_same_bytes(folder, tmp_path):
@@ -56,13 +72,15 @@ def test_rows_overlap_by_one_token(folder):
     assert all(len(rows[index]) == 17 for index in range(len(rows)))
 
 
-def test_an_epoch_visits_each_row_once_and_the_next_differs():
-    order = [step_rows(step, num_rows=12, batch_size=4, seed=0, stream="x") for step in range(6)]
+def test_an_epoch_visits_each_row_once_and_the_next_differs(folder):
+    rows = PackedRows(folder, "calibration", sequence_length=16)
+    rows.row_ends = np.array([12])
+    order = [step_rows(step, rows=rows, batch_size=4, seed=0, stream="x") for step in range(6)]
     for epoch in (order[:3], order[3:]):
         assert sorted(row for rows in epoch for row in rows) == list(range(12))
     assert order[:3] != order[3:]
-    assert step_rows(0, num_rows=12, batch_size=4, seed=1, stream="x") != order[0]
-    assert step_rows(0, num_rows=12, batch_size=4, seed=0, stream="y") != order[0]
+    assert step_rows(0, rows=rows, batch_size=4, seed=1, stream="x") != order[0]
+    assert step_rows(0, rows=rows, batch_size=4, seed=0, stream="y") != order[0]
 
 
 def loader(folder: Path, **changes) -> StepLoader:
@@ -161,7 +179,7 @@ def test_a_separators_name_in_a_text_is_text(tmp_path):
         (source / f"{number}.txt").write_text(f"{number} holds <|endoftext|> in words, and some more words " * 4)
     manifest = prepare(TextFolder(str(source)), tmp_path, vocab_size=300, tokenizer_file=None, heldout_share=0.1)
     train = manifest.splits["train"]
-    tokens = np.concatenate([np.load(tmp_path / name) for name in train.shards])
+    tokens = tokens_of(tmp_path, "train")
     assert (tokens == manifest.separator).sum() == train.documents
     assert "holds <|endoftext|> in words" in load(tmp_path / "tokenizer.json").decode(tokens.tolist())
 

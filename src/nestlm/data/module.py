@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ import lightning as L
 from torch.utils.data import DataLoader
 
 from nestlm.data.batch import Batch
+from nestlm.data.mixed import MixedRows
+from nestlm.data.opened import Prepared
 from nestlm.data.packed import PackedRows, StepLoader, collate
-from nestlm.data.prepare import Manifest
-from nestlm.data.source.base import Source
+from nestlm.data.source.base import PreparedSource, Source, fingerprint
 from nestlm.errors import ConfigError
 
 
@@ -21,18 +23,20 @@ class DataSettings:
     """The data group.
 
     Attributes:
-        source: where documents come from.
-        tokenizer: a tokenizer.json; None trains a byte-level BPE of the model's vocabulary size.
+        source: where documents come from, or folders of tokens.
+        tokenizer: a tokenizer.json; None trains a byte-level BPE of the model's vocabulary size. Folders of tokens have
+            theirs, and must have this one where it is given.
         sequence_length: tokens a row, L.
         batch_size: rows a step over all ranks together, B.
         eval_batch_size: rows at once when evaluating.
-        heldout_share: share of the bytes in each of calibration and validation.
+        heldout_share: share of the bytes in each of calibration and validation; folders of tokens are split already.
         separate_documents: documents packed into one row don't attend to each other.
         num_workers: loader processes a rank.
         path: folder of a source that reads one; its YAML hands it on.
+        sources: folders of a mixture; its YAML hands them on.
     """
 
-    source: Source
+    source: Source | PreparedSource
     tokenizer: str | None
     sequence_length: int
     batch_size: int
@@ -41,6 +45,7 @@ class DataSettings:
     separate_documents: bool
     num_workers: int
     path: str | None = None
+    sources: Sequence[Mapping[str, Any]] | None = None
 
     def __post_init__(self) -> None:
         for name in ("sequence_length", "batch_size", "eval_batch_size"):
@@ -50,6 +55,24 @@ class DataSettings:
             raise ConfigError(f"data.heldout_share: got {self.heldout_share}, wanted a share between 0 and 0.5")
         if self.num_workers < 0:
             raise ConfigError(f"data.num_workers: got {self.num_workers}, wanted 0 or more")
+
+    @property
+    def prepared(self) -> Prepared | None:
+        """The folders of a source that is prepared already; None where there is something to tokenize."""
+        return Prepared.open(self.source.portions()) if isinstance(self.source, PreparedSource) else None
+
+    @property
+    def identity(self) -> str:
+        """Tells whether the source has changed: of documents by reading them, of tokens by their manifests."""
+        prepared = self.prepared
+        return self.fingerprint if prepared is None else prepared.identity
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all texts, also of those that are tokens by now."""
+        if isinstance(self.source, PreparedSource):
+            return Prepared.open(self.source.portions()).fingerprint
+        return fingerprint(self.source.documents())
 
     def check_ranks(self, num_ranks: int) -> None:
         """Raise ConfigError unless a step's rows divide over the ranks."""
@@ -65,23 +88,22 @@ class PackedTokens(L.LightningDataModule):
 
         Args:
             settings: the data group.
-            folder: what `prepare` wrote.
+            folder: what the data stage left.
             seed: seed of the order.
             stream: the stage; each stage has its own order.
             num_steps: steps that the stage trains.
         """
         super().__init__()
         self.settings = settings
-        self.folder = folder
         self.seed = seed
         self.stream = stream
         self.num_steps = num_steps
-        self.manifest = Manifest.read(folder)
-        self.separator = self.manifest.separator if settings.separate_documents else None
+        self.prepared = Prepared.read(folder)
+        self.separator = self.prepared.separator if settings.separate_documents else None
 
-    def rows(self, split: str) -> PackedRows:
+    def rows(self, split: str) -> PackedRows | MixedRows:
         """The rows of a split."""
-        return PackedRows(self.folder, split, sequence_length=self.settings.sequence_length)
+        return self.prepared.rows(split, sequence_length=self.settings.sequence_length)
 
     def train_dataloader(self) -> StepLoader:
         """This rank's share of every step's rows.

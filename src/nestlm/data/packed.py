@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 import hashlib
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from nestlm.data.batch import Batch
-from nestlm.data.prepare import Manifest
+from nestlm.data.shards import Manifest, ShardReader
 from nestlm.errors import DataError
+
+OPEN_SHARDS = 128  # mapped at once; a mapping holds a file descriptor
+
+
+class Rows(Protocol):
+    """Rows of tokens, and the order in which training meets them."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> np.ndarray: ...
+
+    def sample(self, position: int, *, seed: int, stream: str) -> int:
+        """Number of the row at a position of the order, which has no end."""
+        ...
 
 
 class PackedRows(Dataset[np.ndarray]):
@@ -21,22 +37,56 @@ class PackedRows(Dataset[np.ndarray]):
 
     def __init__(self, folder: Path, split: str, *, sequence_length: int) -> None:
         self.sequence_length = sequence_length
-        self.split = Manifest.read(folder).splits[split]
-        self.shards = [np.load(folder / name, mmap_mode="r", allow_pickle=False) for name in self.split.shards]
-        self.row_ends = np.cumsum([max(0, len(shard) - 1) // sequence_length for shard in self.shards])
+        manifest = Manifest.read(folder)
+        self.split = manifest.splits[split]
+        self.shards = [
+            ShardReader(folder, shard, dtype=manifest.dtype, vocab_size=manifest.vocab_size)
+            for shard in self.split.shards
+        ]
+        self.row_ends = np.cumsum([max(0, shard.tokens - 1) // sequence_length for shard in self.shards])
+        self.mapped: OrderedDict[int, np.ndarray] = OrderedDict()
+        self.epochs: OrderedDict[tuple[int, str, int], np.ndarray] = OrderedDict()
         if len(self) == 0:
             raise DataError(
-                f"data: the {split} split has {self.split.tokens} tokens, fewer than one row of "
+                f"data: the {split} split of {folder} has {self.split.tokens} tokens, fewer than one row of "
                 f"data.sequence_length={sequence_length}; bring more text or shorten the rows"
             )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a process of its own, which maps the files itself."""
+        return self.__dict__ | {"mapped": OrderedDict(), "epochs": OrderedDict()}
 
     def __len__(self) -> int:
         return int(self.row_ends[-1]) if len(self.row_ends) else 0
 
     def __getitem__(self, index: int) -> np.ndarray:
-        shard = int(np.searchsorted(self.row_ends, index, side="right"))
-        start = (index - (int(self.row_ends[shard - 1]) if shard else 0)) * self.sequence_length
-        return self.shards[shard][start : start + self.sequence_length + 1]
+        number = int(np.searchsorted(self.row_ends, index, side="right"))
+        start = (index - (int(self.row_ends[number - 1]) if number else 0)) * self.sequence_length
+        if number not in self.mapped:
+            self.mapped[number] = self.shards[number].open()
+            if len(self.mapped) > OPEN_SHARDS:
+                self.mapped.popitem(last=False)
+        return self.shards[number].read(self.mapped[number], start, start + self.sequence_length + 1)
+
+    def sample(self, position: int, *, seed: int, stream: str) -> int:
+        """Number of the row at a position of the order. Epochs follow each other without a break."""
+        epoch, place = divmod(position, len(self))
+        if (seed, stream, epoch) not in self.epochs:
+            self.epochs[seed, stream, epoch] = permutation(len(self), seed, stream, epoch)
+            if len(self.epochs) > 2:  # a batch may lie across the end of one
+                self.epochs.popitem(last=False)
+        return int(self.epochs[seed, stream, epoch][place])
+
+
+def permutation(number: int, seed: int, stream: str, epoch: int) -> np.ndarray:
+    """The order of an epoch's rows."""
+    digest = hashlib.sha256(f"{seed}/{stream}/{epoch}".encode()).digest()
+    return np.random.Generator(np.random.Philox(int.from_bytes(digest[:16], "big"))).permutation(number)
+
+
+def step_rows(step: int, *, rows: Rows, batch_size: int, seed: int, stream: str) -> list[int]:
+    """Row numbers of a step's global batch."""
+    return [rows.sample(p, seed=seed, stream=stream) for p in range(step * batch_size, (step + 1) * batch_size)]
 
 
 def collate(rows: Sequence[np.ndarray], *, separator: int | None) -> Batch:
@@ -49,19 +99,6 @@ def collate(rows: Sequence[np.ndarray], *, separator: int | None) -> Batch:
     return Batch(inputs_BL.contiguous(), targets_BL.contiguous(), documents_BL)
 
 
-@lru_cache(maxsize=2)
-def permutation(num_rows: int, seed: int, stream: str, epoch: int) -> np.ndarray:
-    """The order of an epoch's rows."""
-    digest = hashlib.sha256(f"{seed}/{stream}/{epoch}".encode()).digest()
-    return np.random.Generator(np.random.Philox(int.from_bytes(digest[:16], "big"))).permutation(num_rows)
-
-
-def step_rows(step: int, *, num_rows: int, batch_size: int, seed: int, stream: str) -> list[int]:
-    """Row numbers of a step's global batch. Epochs follow each other without a break."""
-    positions = range(step * batch_size, (step + 1) * batch_size)
-    return [int(permutation(num_rows, seed, stream, p // num_rows)[p % num_rows]) for p in positions]
-
-
 class StepLoader:
     """Batches of the steps from 0 to `num_steps`, as one rank sees them; its state is the next step's number.
 
@@ -70,7 +107,7 @@ class StepLoader:
 
     def __init__(
         self,
-        rows: PackedRows,
+        rows: Rows,
         *,
         num_steps: int,
         batch_size: int,
@@ -87,14 +124,19 @@ class StepLoader:
         self.num_workers = num_workers
         self.collate = partial(collate, separator=separator)
         self.share = slice(rank, None, world_size)
-        self.order = partial(step_rows, num_rows=len(rows), batch_size=batch_size, seed=seed, stream=stream)
+        self.order = partial(step_rows, rows=rows, batch_size=batch_size, seed=seed, stream=stream)
 
     def __len__(self) -> int:
         return self.num_steps
 
     def __iter__(self) -> Iterator[Batch]:
         batches = (self.order(step)[self.share] for step in range(self.next_step, self.num_steps))
-        loader = DataLoader(self.rows, batch_sampler=batches, collate_fn=self.collate, num_workers=self.num_workers)
+        loader: DataLoader[Any] = DataLoader(
+            self.rows,  # pyright: ignore[reportArgumentType]
+            batch_sampler=batches,  # pyright: ignore[reportArgumentType]
+            collate_fn=self.collate,
+            num_workers=self.num_workers,
+        )
         for batch in loader:
             self.next_step += 1
             yield batch

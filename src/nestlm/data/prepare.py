@@ -1,171 +1,257 @@
-"""From documents to packed token shards on disk, one set a split."""
+"""From documents to packed token shards on disk, one set a split. What is killed goes on after the last full shard."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from nestlm.data import tokenizer as tokenizers
-from nestlm.data.source.base import Document, Source, fingerprint
+from nestlm.data.ahead import ahead
+from nestlm.data.shards import (
+    JOURNAL,
+    MANIFEST,
+    SPLITS,
+    TOKENIZER,
+    Manifest,
+    ShardReader,
+    Split,
+    render,
+    write_file,
+    write_shard,
+)
+from nestlm.data.source.base import Document, Source
+from nestlm.data.survey import Survey
 from nestlm.errors import DataError
-from nestlm.progress import track
+from nestlm.progress import progress_bar, track
 
-SPLITS: tuple[str, ...] = ("train", "calibration", "validation")
 SHARD_TOKENS = 2**26
-LARGEST_HELDOUT = 0.2  # of a held-out split, for one document
-ENCODE_TOGETHER = 64  # documents that the tokenizer takes at once
-
-
-@dataclass(frozen=True)
-class Split:
-    """What a split holds."""
-
-    shards: tuple[str, ...]
-    documents: int
-    tokens: int
-    bytes: int
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a folder of shards holds, and what it was made from."""
-
-    fingerprint: str
-    tokenizer_hash: str
-    vocab_size: int
-    separator: int
-    splits: dict[str, Split]
-
-    @classmethod
-    def read(cls, folder: Path) -> Manifest:
-        """Read `manifest.json` of a prepared folder."""
-        fields = json.loads((folder / "manifest.json").read_text())
-        fields["splits"] = {
-            name: Split(**(split | {"shards": tuple(split["shards"])})) for name, split in fields["splits"].items()
-        }
-        return cls(**fields)
+BATCH_BYTES = 2**21  # of text that the tokenizer's threads share out at once
+MB = 1e6
 
 
 def prepare(
-    source: Source, folder: Path, *, vocab_size: int, tokenizer_file: Path | None, heldout_share: float
+    source: Source,
+    folder: Path,
+    *,
+    vocab_size: int | None,
+    tokenizer_file: Path | None,
+    heldout_share: float,
+    shard_tokens: int = SHARD_TOKENS,
+    timings: dict[str, float] | None = None,
 ) -> Manifest:
-    """Tokenize a source into `folder`: shards, tokenizer.json and manifest.json.
+    """Tokenize a source into `folder`: shards, tokenizer.json and, last of all, manifest.json.
 
     Args:
         source: where the documents come from.
-        folder: an existing folder, written into.
-        vocab_size: V of the model; a tokenizer of that size is trained on the training split.
+        folder: an existing folder, written into. What an interrupted call left there is gone on with; a finished
+            folder stays as it is.
+        vocab_size: V of the model; without a file a tokenizer of that size is trained on the training split. None
+            takes any tokenizer.
         tokenizer_file: a tokenizer to use instead of training one.
         heldout_share: share of the bytes in each of the calibration and validation splits.
+        shard_tokens: a shard is closed at this many.
+        timings: is told the `tokens` that were made, and the `seconds` that this took once the source was surveyed.
 
     Raises:
-        DataError: too few documents, or a tokenizer that does not suit the model.
+        DataError: too few documents, a tokenizer that does not suit the model, or a folder that was begun from
+            something else.
     """
-    sizes = {name: len(text.encode()) for name, text in source.documents()}
-    split_of = assign_splits(sizes, heldout_share=heldout_share)
-    if tokenizer_file is None:
-        texts = (text for name, text in source.documents() if split_of[name] == "train")
-        tokenizer = tokenizers.train(texts, vocab_size=vocab_size)
-    else:
-        tokenizer = tokenizers.load(tokenizer_file)
-    if tokenizer.get_vocab_size() > vocab_size:
+    survey = Survey.of(track(source.documents(), "survey"))
+    split_of = survey.splits(heldout_share=heldout_share)
+    tokenizer = choose_tokenizer(source, split_of, vocab_size=vocab_size, tokenizer_file=tokenizer_file)
+    size = tokenizers.id_bound(tokenizer)
+    if vocab_size is not None and size > vocab_size:
         raise DataError(
-            f"data.tokenizer: has {tokenizer.get_vocab_size()} tokens, model.vocab_size is {vocab_size}; "
-            "wanted the model's own tokenizer"
+            f"data.tokenizer: has {size} tokens, model.vocab_size is {vocab_size}; wanted the model's own tokenizer"
         )
-    serialized = tokenizer.to_str()
-    tokenizer.encode_special_tokens = True  # a separator's name in a text is text
-    (folder / "tokenizer.json").write_text(serialized, encoding="utf-8")
     manifest = Manifest(
-        fingerprint=fingerprint(source.documents()),
-        tokenizer_hash=hashlib.sha256(serialized.encode()).hexdigest(),
-        vocab_size=vocab_size,
+        fingerprint=survey.fingerprint,
+        tokenizer_hash=tokenizers.tokenizer_hash(tokenizer),
+        vocab_size=size,
         separator=tokenizers.separator_id(tokenizer),
-        splits=write_splits(source, folder, tokenizer=tokenizer, split_of=split_of, vocab_size=vocab_size),
+        dtype="<u2" if size <= 2**16 else "<u4",
+        heldout_share=heldout_share,
+        shard_tokens=shard_tokens,
+        splits={name: Split() for name in SPLITS},
     )
-    fields = manifest.__dict__ | {"splits": {name: split.__dict__ for name, split in manifest.splits.items()}}
-    (folder / "manifest.json").write_text(json.dumps(fields, indent=2))
+    if (folder / MANIFEST).is_file():
+        finished = Manifest.read(folder)
+        check_same(finished, manifest, folder)
+        (folder / JOURNAL).unlink(missing_ok=True)
+        return finished
+    write_file(folder / TOKENIZER, tokenizer.to_str().encode())
+    writer, started = Writer.resume(folder, manifest), time.monotonic()
+    before = writer.manifest.num_tokens
+    write_documents(source, writer, survey=survey, split_of=split_of, tokenizer=tokenizers.for_texts(tokenizer))
+    manifest = writer.finish()
+    if timings is not None:
+        timings |= {"tokens": manifest.num_tokens - before, "seconds": time.monotonic() - started}
     return manifest
 
 
-def assign_splits(sizes: dict[str, int], *, heldout_share: float) -> dict[str, str]:
-    """Split by document, in the order of their names' hashes, so that adding one moves few others.
+def choose_tokenizer(
+    source: Source, split_of: np.ndarray, *, vocab_size: int | None, tokenizer_file: Path | None
+) -> Tokenizer:
+    """The given tokenizer, or one that is trained on the training split."""
+    if tokenizer_file is not None:
+        return tokenizers.load(tokenizer_file)
+    if vocab_size is None:
+        raise DataError("data.tokenizer: got none, and no vocabulary size to train one of; name a tokenizer.json")
+    train = SPLITS.index("train")
+    texts = (text for split, (_, text) in zip(split_of, source.documents(), strict=True) if split == train)
+    return tokenizers.train(texts, vocab_size=vocab_size)
 
-    Args:
-        sizes: bytes of each document.
-        heldout_share: share of all bytes that each of validation and calibration is filled up to. A document larger
-            than a fifth of that goes to training, so that none dominates what is measured, unless too few are smaller.
 
-    Raises:
-        DataError: nothing would be left to train on.
+def check_same(begun: Manifest, wanted: Manifest, folder: Path) -> None:
+    """Raise DataError, naming the difference, where a folder was begun from something else."""
+    other, plan = asdict(begun), asdict(wanted)
+    for name, value in plan.items():
+        if name != "splits" and other[name] != value:
+            raise DataError(
+                f"data: {folder} was begun with {name} {other[name]}, now it is {value}; use another folder, or remove "
+                "this one"
+            )
+
+
+@dataclass
+class Writer:
+    """Collects the tokens of documents, and writes all splits' shards and the journal when one is full.
+
+    Attributes:
+        folder: where to.
+        manifest: with the splits as far as they are written.
+        consumed: documents that are in them.
+        pending: tokens of documents that are not, by split, with their bytes.
     """
-    target = heldout_share * sum(sizes.values())
-    by_hash = sorted(sizes, key=lambda name: hashlib.sha256(name.encode()).digest())
-    by_hash.sort(key=lambda name: sizes[name] > target * LARGEST_HELDOUT)  # stable: large ones last
-    splits = dict.fromkeys(by_hash, "train")
-    waiting = iter(by_hash)
-    for split in ("validation", "calibration"):
-        filled = 0
-        while filled < target:
-            name = next(waiting, None)
-            if name is None:
-                break
-            splits[name] = split
-            filled += sizes[name]
-    if set(splits.values()) != set(SPLITS):
-        raise DataError(f"data: {len(sizes)} documents don't split into {', '.join(SPLITS)}; bring more files")
-    return splits
+
+    folder: Path
+    manifest: Manifest
+    consumed: int
+    pending: dict[str, list[np.ndarray]]
+    pending_bytes: dict[str, int]
+    waiting: dict[str, int]
+
+    @classmethod
+    def resume(cls, folder: Path, manifest: Manifest) -> Writer:
+        """Go on after the journal's last entry, or begin. Raises DataError when it is of another corpus or plan."""
+        path, consumed = folder / JOURNAL, 0
+        if path.is_file():
+            try:
+                entry = json.loads(path.read_bytes())
+                consumed = entry["consumed"]
+                splits = {name: Split.from_json(split) for name, split in entry["manifest"].pop("splits").items()}
+                begun = Manifest(**entry["manifest"], splits=splits)
+            except (ValueError, KeyError, TypeError) as error:
+                raise DataError(f"data: {path} is damaged ({error!r}); remove the folder and begin again") from error
+            check_same(begun, manifest, folder)
+            for split in splits.values():
+                for shard in split.shards:
+                    ShardReader(folder, shard, dtype=begun.dtype, vocab_size=begun.vocab_size)
+            manifest = begun
+        writer = cls(folder, manifest, consumed, {}, {}, {})
+        writer.empty()
+        return writer
+
+    def empty(self) -> None:
+        """Nothing is pending."""
+        self.pending = {name: [] for name in SPLITS}
+        self.pending_bytes, self.waiting = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
+
+    def add(self, split: str, ids: list[int], *, num_bytes: int) -> None:
+        """Take a document; a separator stands before it."""
+        tokens = np.empty(len(ids) + 1, dtype=self.manifest.dtype)
+        tokens[0], tokens[1:] = self.manifest.separator, ids
+        self.pending[split].append(tokens)
+        self.pending_bytes[split] += num_bytes
+        self.waiting[split] += len(tokens)
+        if self.waiting[split] >= self.manifest.shard_tokens:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is pending, then the journal: only what it names counts."""
+        splits = dict(self.manifest.splits)
+        for name, arrays in self.pending.items():
+            if arrays:
+                old = splits[name]
+                shard = write_shard(self.folder, f"{name}-{len(old.shards):05d}.bin", np.concatenate(arrays))
+                splits[name] = Split(
+                    shards=(*old.shards, shard),
+                    documents=old.documents + len(arrays),
+                    tokens=old.tokens + shard.tokens,
+                    bytes=old.bytes + self.pending_bytes[name],
+                )
+        self.manifest = replace(self.manifest, splits=splits)
+        self.consumed += sum(map(len, self.pending.values()))
+        self.empty()
+        entry: dict[str, Any] = {"consumed": self.consumed, "manifest": asdict(self.manifest)}
+        write_file(self.folder / JOURNAL, render(entry).encode())
+
+    def finish(self) -> Manifest:
+        """Write the rest and the manifest."""
+        self.flush()
+        self.manifest.write(self.folder)
+        (self.folder / JOURNAL).unlink()
+        return self.manifest
 
 
-def write_splits(
-    source: Source, folder: Path, *, tokenizer: Tokenizer, split_of: dict[str, str], vocab_size: int
-) -> dict[str, Split]:
-    """Write every split's shards; a separator stands before each document."""
-    dtype = np.uint16 if vocab_size <= 2**16 else np.uint32
-    separator = tokenizers.separator_id(tokenizer)
-    pending: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
-    waiting = dict.fromkeys(SPLITS, 0)
-    written: dict[str, Split] = {split: Split((), 0, 0, 0) for split in SPLITS}
-
-    def flush(split: str) -> None:
-        if pending[split]:
-            name = f"{split}-{len(written[split].shards):05d}.npy"
-            np.save(folder / name, np.concatenate(pending[split]))
-            pending[split], waiting[split] = [], 0
-            total = written[split]
-            written[split] = Split((*total.shards, name), total.documents, total.tokens, total.bytes)
-
-    for documents in track(chunks(source.documents()), "tokenize", total=math.ceil(len(split_of) / ENCODE_TOGETHER)):
-        encoded = tokenizer.encode_batch([text for _, text in documents], add_special_tokens=False)
-        for document, encoding in zip(documents, encoded, strict=True):
-            split = split_of[document.name]
-            tokens = np.array([separator, *encoding.ids], dtype=dtype)
-            pending[split].append(tokens)
-            total = written[split]
-            size = len(document.text.encode())
-            written[split] = Split(total.shards, total.documents + 1, total.tokens + len(tokens), total.bytes + size)
-            waiting[split] += len(tokens)
-            if waiting[split] >= SHARD_TOKENS:
-                flush(split)
-    for split in SPLITS:
-        flush(split)
-    return written
+def write_documents(
+    source: Source, writer: Writer, *, survey: Survey, split_of: np.ndarray, tokenizer: Tokenizer
+) -> None:
+    """Tokenize all documents that the writer has not got yet; reading, tokenizing and writing overlap."""
+    number, done = writer.consumed, float(survey.sizes[: writer.consumed].sum()) / MB
+    total, tokens, started = survey.num_bytes / MB, 0, time.monotonic()
+    batches = ahead(batched(source.documents(), skip=writer.consumed))
+    with progress_bar("MB, {task.fields[speed]} tokens/s") as progress, ThreadPoolExecutor(1) as pool:
+        bar = progress.add_task("tokenize", total=round(total), completed=round(done), speed="")
+        for documents, encodings in encoded(batches, tokenizer, pool):
+            for document, encoding in zip(documents, encodings, strict=True):
+                num_bytes = len(document.text.encode())
+                if number >= len(survey.sizes) or num_bytes != survey.sizes[number]:
+                    raise DataError(f"data: {document.name} has changed while it was read; run this again")
+                ids = encoding.ids
+                writer.add(SPLITS[split_of[number]], ids, num_bytes=num_bytes)
+                number, done, tokens = number + 1, done + num_bytes / MB, tokens + len(ids) + 1
+            speed = tokens / (time.monotonic() - started)
+            progress.update(bar, completed=round(done), speed=f"{speed:,.0f}")
+    if number != len(survey.sizes):
+        raise DataError(f"data: the source has {number} documents, it had {len(survey.sizes)}; run this again")
 
 
-def chunks(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    """Documents in lists of ENCODE_TOGETHER."""
-    group: list[Document] = []
-    for document in documents:
+def batched(documents: Iterator[Document], *, skip: int) -> Iterator[list[Document]]:
+    """Documents in lists of about BATCH_BYTES, without the first ones."""
+    group, size = list[Document](), 0
+    for number, document in enumerate(documents):
+        if number < skip:
+            continue
         group.append(document)
-        if len(group) == ENCODE_TOGETHER:
+        size += len(document.text)
+        if size >= BATCH_BYTES:
             yield group
-            group = []
+            group, size = [], 0
     if group:
         yield group
+
+
+def encoded(
+    batches: Iterator[list[Document]], tokenizer: Tokenizer, pool: ThreadPoolExecutor
+) -> Iterator[tuple[list[Document], list[Encoding]]]:
+    """Batches with their encodings; the next one is encoded while the caller works on this one."""
+
+    def encode(documents: list[Document]) -> list[Encoding]:
+        return tokenizer.encode_batch_fast([text for _, text in documents], add_special_tokens=False)
+
+    current = next(batches, None)
+    future = pool.submit(encode, current) if current is not None else None
+    while current is not None and future is not None:
+        following = next(batches, None)
+        next_future = pool.submit(encode, following) if following is not None else None
+        yield current, future.result()
+        current, future = following, next_future

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -55,3 +56,22 @@ def separator_id(tokenizer: Tokenizer) -> int:
         if token is not None:
             return token
     raise DataError(f"data.tokenizer: has none of {', '.join(KNOWN_SEPARATORS)} to separate documents")
+
+
+def tokenizer_hash(tokenizer: Tokenizer) -> str:
+    """SHA-256 of the tokenizer as the library writes it: equal for equal ones, however their files are laid out."""
+    return hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
+
+
+def id_bound(tokenizer: Tokenizer) -> int:
+    """The smallest number that all token ids are below; ids may have gaps."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+
+def for_texts(tokenizer: Tokenizer) -> Tokenizer:
+    """A copy that takes texts as they are: none is cut or filled up, and the name of a special token in one is text."""
+    copy = Tokenizer.from_str(tokenizer.to_str())
+    copy.no_truncation()
+    copy.no_padding()
+    copy.encode_special_tokens = True
+    return copy

@@ -1,13 +1,12 @@
-"""What a data source is: named documents, always in the same order."""
+"""What a data source is: named documents that are yet to be tokenized, or folders that `nestlm prepare` made."""
 
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple, Protocol
-
-from nestlm.errors import DataError
 
 
 class Document(NamedTuple):
@@ -18,7 +17,7 @@ class Document(NamedTuple):
 
 
 class Source(Protocol):
-    """Where text comes from."""
+    """Where text comes from. The data stage tokenizes it."""
 
     def documents(self) -> Iterator[Document]:
         """All documents, in an order that never changes while the source doesn't.
@@ -29,19 +28,43 @@ class Source(Protocol):
         ...
 
 
+class Portion(NamedTuple):
+    """A prepared folder, and its weight among others: samples are drawn in proportion."""
+
+    path: Path
+    weight: float
+
+
+class PreparedSource(ABC):
+    """Where tokens come from. The data stage checks them and copies nothing."""
+
+    @abstractmethod
+    def portions(self) -> list[Portion]:
+        """The folders, always in the same order."""
+
+
+class Fingerprint:
+    """SHA-256 over names and texts, document by document: equal for equal documents, on every machine."""
+
+    def __init__(self) -> None:
+        self.digest = hashlib.sha256()
+
+    def add(self, name: str, text: str) -> int:
+        """Take a document; returns the bytes of its text."""
+        content = text.encode()
+        for part in (name.encode(), content):
+            self.digest.update(len(part).to_bytes(8, "big"))
+            self.digest.update(part)
+        return len(content)
+
+    def hexdigest(self) -> str:
+        """Of all documents so far."""
+        return self.digest.hexdigest()
+
+
 def fingerprint(documents: Iterable[Document]) -> str:
-    """SHA-256 over names and texts: equal for equal documents, on every machine."""
-    digest = hashlib.sha256()
+    """SHA-256 over names and texts."""
+    whole = Fingerprint()
     for name, text in documents:
-        for part in (name.encode(), text.encode()):
-            digest.update(len(part).to_bytes(8, "big"))
-            digest.update(part)
-    return digest.hexdigest()
-
-
-def read_text(path: Path) -> str:
-    """The text of a UTF-8 file. Raises DataError, naming the file, when it is none."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"data: cannot read {path} ({error}); wanted UTF-8 text, remove or convert it") from error
+        whole.add(name, text)
+    return whole.hexdigest()

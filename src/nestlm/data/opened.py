@@ -1,0 +1,124 @@
+"""What the data stage left: a prepared folder of its own, or the names of those that a run reads in place."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nestlm.cache import file_identity
+from nestlm.data import tokenizer as tokenizers
+from nestlm.data.mixed import MixedRows
+from nestlm.data.packed import PackedRows
+from nestlm.data.shards import CURE, SPLITS, TOKENIZER, Manifest, Split, render, write_file
+from nestlm.data.source.base import Portion
+from nestlm.errors import DataError
+
+POINTER = "portions.json"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Prepared folders of one tokenizer, with their manifests."""
+
+    portions: tuple[Portion, ...]
+    manifests: tuple[Manifest, ...]
+
+    @classmethod
+    def open(cls, portions: Sequence[Portion]) -> Prepared:
+        """Read and check the manifests.
+
+        Raises:
+            DataError: a folder is not prepared or damaged, or the tokenizers differ.
+        """
+        manifests = tuple(Manifest.read(path) for path, _ in portions)
+        first = manifests[0]
+        for (path, _), manifest in zip(portions, manifests, strict=True):
+            tokenizer = path / TOKENIZER
+            if not tokenizer.is_file() or file_identity(tokenizer) != manifest.tokenizer_hash:
+                raise DataError(f"data: {tokenizer} is not what the manifest says; {CURE}")
+            if manifest.tokenizer_hash != first.tokenizer_hash or manifest.vocab_size != first.vocab_size:
+                raise DataError(
+                    f"data.sources: {path} was prepared with another tokenizer than {portions[0].path}; prepare both "
+                    "with one"
+                )
+        return cls(tuple(portions), manifests)
+
+    @classmethod
+    def read(cls, folder: Path) -> Prepared:
+        """What a data stage left in its folder. Raises DataError when a folder has changed since."""
+        pointer = folder / POINTER
+        if not pointer.is_file():
+            return cls.open([Portion(folder, 1.0)])
+        entries = json.loads(pointer.read_bytes())
+        prepared = cls.open([Portion(Path(entry["path"]), entry["weight"]) for entry in entries])
+        for entry, manifest in zip(entries, prepared.manifests, strict=True):
+            if manifest.checksum != entry["checksum"]:
+                raise DataError(f"data: {entry['path']} has changed since this run began; start the run again")
+        return prepared
+
+    def write_pointer(self, folder: Path) -> None:
+        """Leave the names of the folders, and their tokenizer, in the data stage's folder."""
+        write_file(folder / TOKENIZER, (self.portions[0].path / TOKENIZER).read_bytes())
+        entries = [
+            {"path": str(path.absolute()), "weight": weight, "checksum": manifest.checksum}
+            for (path, weight), manifest in zip(self.portions, self.manifests, strict=True)
+        ]
+        write_file(folder / POINTER, (json.dumps(entries, indent=2) + "\n").encode())
+
+    def check_tokenizer(self, *, vocab_size: int, tokenizer_file: Path | None) -> None:
+        """Raise DataError unless the tokens are the model's.
+
+        Args:
+            vocab_size: V of the model.
+            tokenizer_file: the model's tokenizer, where it has one.
+        """
+        manifest, path = self.manifests[0], self.portions[0].path
+        if manifest.vocab_size > vocab_size:
+            raise DataError(
+                f"data.path: {path} was prepared with {manifest.vocab_size} tokens, model.vocab_size is {vocab_size}; "
+                "prepare it with the model's own tokenizer"
+            )
+        if tokenizer_file is not None:
+            wanted = tokenizers.tokenizer_hash(tokenizers.load(tokenizer_file))
+            if wanted != manifest.tokenizer_hash:
+                raise DataError(
+                    f"data.path: {path} was prepared with another tokenizer than {tokenizer_file}; prepare it with that"
+                )
+
+    @property
+    def separator(self) -> int:
+        """Id of the token before each document."""
+        return self.manifests[0].separator
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all texts."""
+        return "+".join(manifest.fingerprint for manifest in self.manifests)
+
+    @property
+    def identity(self) -> str:
+        """Of all tokens, the order of the folders, and their weights."""
+        pairs = zip(self.manifests, self.portions, strict=True)
+        return render({"portions": [[manifest.checksum, portion.weight] for manifest, portion in pairs]})
+
+    def split(self, name: str) -> Split:
+        """What a split holds, over all folders."""
+        splits = [manifest.splits[name] for manifest in self.manifests]
+        return Split(
+            shards=tuple(shard for split in splits for shard in split.shards),
+            documents=sum(split.documents for split in splits),
+            tokens=sum(split.tokens for split in splits),
+            bytes=sum(split.bytes for split in splits),
+        )
+
+    def rows(self, split: str, *, sequence_length: int) -> PackedRows | MixedRows:
+        """The rows of a split. Held-out rows of several folders follow one another."""
+        parts = [PackedRows(path, split, sequence_length=sequence_length) for path, _ in self.portions]
+        return parts[0] if len(parts) == 1 else MixedRows(parts, [weight for _, weight in self.portions])
+
+    def check(self, *, sequence_length: int) -> None:
+        """Raise DataError now, not when a split is first read, for one that is too short or damaged."""
+        for split in SPLITS:
+            self.rows(split, sequence_length=sequence_length)

@@ -1,0 +1,22 @@
+"""The source that a path asks for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nestlm.data.shards import JOURNAL, MANIFEST
+from nestlm.data.source.base import PreparedSource, Source
+from nestlm.data.source.hub import PREFIX, HubDataset
+from nestlm.data.source.shards import Shards
+from nestlm.data.source.stdlib import Stdlib
+from nestlm.data.source.text import TextFolder
+
+
+def by_path(path: str | None, text_key: str = "text") -> Source | PreparedSource:
+    """The source code of the standard library, a prepared folder, a dataset (`hf:NAME`), or a folder of text files."""
+    if path is None:
+        return Stdlib()
+    if path.startswith(PREFIX):
+        return HubDataset(path.removeprefix(PREFIX), text_key)
+    prepared = any((Path(path) / name).is_file() for name in (MANIFEST, JOURNAL))
+    return Shards(path) if prepared else TextFolder(path, text_key)

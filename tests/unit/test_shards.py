@@ -1,0 +1,149 @@
+"""Prepared folders: whatever is damaged is named before it reaches training."""
+
+import random
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nestlm.data.opened import Prepared
+from nestlm.data.prepare import prepare
+from nestlm.data.shards import BLOCK, SPLITS, Manifest
+from nestlm.data.source.base import Portion
+from nestlm.data.source.synthetic import Synthetic
+from nestlm.data.tokenizer import load
+from nestlm.errors import DataError
+
+NUM_DAMAGES = 200
+
+
+def make(folder: Path, *, seed: int = 0, tokenizer: Path | None = None, vocab_size: int = 288) -> Path:
+    folder.mkdir()
+    source = Synthetic(num_documents=150, num_words=400, seed=seed)
+    prepare(source, folder, vocab_size=vocab_size, tokenizer_file=tokenizer, heldout_share=0.1, shard_tokens=3 * BLOCK)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make(tmp_path_factory.mktemp("prepared") / "one")
+
+
+@pytest.fixture(scope="module")
+def others(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Another text with the same tokenizer, and the same text with another."""
+    root = tmp_path_factory.mktemp("others")
+    return [make(root / "text", seed=1, tokenizer=folder / "tokenizer.json"), make(root / "tokens", vocab_size=270)]
+
+
+def read_all(folder: Path) -> int:
+    """Open a folder as a run does, and read every row."""
+    prepared = Prepared.read(folder)
+    prepared.check(sequence_length=64)
+    rows = [prepared.rows(split, sequence_length=64) for split in SPLITS]
+    return sum(len(each[index]) for each in rows for index in range(len(each)))
+
+
+def damage(folder: Path, others: list[Path], generator: random.Random) -> str:
+    """Damage a copy; returns what was done."""
+    files = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    kind = generator.choice(["flip", "flip", "cut", "swap", "manifest", "missing"])
+    path = generator.choice(files)
+    if kind == "flip":
+        content = bytearray(path.read_bytes())
+        place = generator.randrange(len(content))
+        content[place] ^= generator.randrange(1, 256)
+        path.write_bytes(content)
+        return f"flip byte {place} of {path.name}"
+    if kind == "cut":
+        length = generator.randrange(path.stat().st_size)
+        path.write_bytes(path.read_bytes()[:length])
+        return f"cut {path.name} to {length}"
+    if kind == "swap":
+        one, two = generator.sample([each for each in files if each.suffix == ".bin"], 2)
+        endings = ["", ".crc"] if generator.random() < 0.5 else [""]
+        for ending in endings:
+            first, second = (each.with_name(each.name + ending) for each in (one, two))
+            content = first.read_bytes()
+            first.write_bytes(second.read_bytes())
+            second.write_bytes(content)
+        return f"swap {one.name} and {two.name} with {endings}"
+    if kind == "manifest":
+        other = generator.choice(others)
+        shutil.copy(other / "manifest.json", folder / "manifest.json")
+        return f"manifest of {other.name}"
+    path.unlink()
+    return f"remove {path.name}"
+
+
+def test_every_damage_is_named(folder, others, tmp_path):
+    assert read_all(folder) > 10**5
+    assert (folder / "train-00002.bin").stat().st_size > BLOCK, "several shards of several blocks"
+    undetected, unnamed = [], []
+    for seed in range(NUM_DAMAGES):
+        copy = tmp_path / str(seed)
+        shutil.copytree(folder, copy)
+        done = damage(copy, others, random.Random(seed))
+        try:
+            read_all(copy)
+            undetected.append(done)
+        except DataError as error:
+            if str(copy) not in str(error) or not any(cure in str(error) for cure in ("again", "wanted")):
+                unnamed.append((done, str(error)))
+        shutil.rmtree(copy)
+    assert not undetected
+    assert not unnamed
+
+
+def test_a_damage_after_the_opening_is_found_at_the_read(folder, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    rows = Prepared.read(copy).rows("train", sequence_length=64)
+    good = rows[3].copy()
+    with (copy / "train-00000.bin").open("r+b") as file:
+        file.seek(2 * BLOCK + 5)
+        file.write(b"\xff")
+    np.testing.assert_array_equal(rows[3], good, "another block")
+    with pytest.raises(DataError, match=rf"train-00000.bin is damaged in bytes {2 * BLOCK} to {3 * BLOCK}"):
+        rows[BLOCK // 64]
+
+
+def test_a_token_beyond_the_vocabulary_is_named(folder, tmp_path):
+    """All checksums are right: it was written so."""
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    replace(Manifest.read(copy), vocab_size=40).write(copy)
+    with pytest.raises(DataError, match=r"train-00000\.bin holds token \d+, the vocabulary has 40"):
+        read_all(copy)
+
+
+def test_a_tokenizer_that_is_not_the_models_is_refused(folder, others, tmp_path):
+    prepared = Prepared.read(folder)
+    prepared.check_tokenizer(vocab_size=300, tokenizer_file=folder / "tokenizer.json")
+    laid_out = tmp_path / "tokenizer.json"
+    load(folder / "tokenizer.json").save(str(laid_out), pretty=True)
+    assert laid_out.read_bytes() != (folder / "tokenizer.json").read_bytes()
+    prepared.check_tokenizer(vocab_size=288, tokenizer_file=laid_out)
+    with pytest.raises(DataError, match=r"288 tokens, model.vocab_size is 287"):
+        prepared.check_tokenizer(vocab_size=287, tokenizer_file=None)
+    with pytest.raises(DataError, match="another tokenizer than"):
+        prepared.check_tokenizer(vocab_size=288, tokenizer_file=others[1] / "tokenizer.json")
+    Prepared.open([Portion(folder, 1.0), Portion(others[0], 1.0)])
+    with pytest.raises(DataError, match="another tokenizer than"):
+        Prepared.open([Portion(folder, 1.0), Portion(others[1], 1.0)])
+
+
+def test_a_pointer_to_a_folder_that_changed_is_refused(folder, others, tmp_path):
+    copy, stage = tmp_path / "copy", tmp_path / "stage"
+    stage.mkdir()
+    shutil.copytree(folder, copy)
+    Prepared.open([Portion(copy, 1.0)]).write_pointer(stage)
+    assert read_all(stage) == read_all(folder)
+    shutil.rmtree(copy)
+    with pytest.raises(DataError, match=r"holds no manifest.json"):
+        read_all(stage)
+    shutil.copytree(others[0], copy)
+    with pytest.raises(DataError, match="has changed since this run began"):
+        read_all(stage)
