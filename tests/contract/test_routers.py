@@ -189,7 +189,8 @@ def mean_values(router: TokenRouter, trial: Trial) -> list[torch.Tensor]:
     scorer, seen = router.scorer(0.9), {}
 
     def whole(site, hidden_BLD, stream):
-        seen.setdefault(row := SPACE.sites.index(site), []).append(-scorer(row, features(hidden_BLD)))
+        if site in SPACE.choices:
+            seen.setdefault(row := SPACE.sites.index(site), []).append(-scorer(row, features(hidden_BLD)))
         return full(site, hidden_BLD, stream)
 
     list(trial.outputs(whole))
