@@ -10,11 +10,14 @@ from typing import Any
 import lightning as L
 from torch.utils.data import DataLoader
 
+from nestlm.data import tokenizer as tokenizers
 from nestlm.data.batch import Batch
 from nestlm.data.mixed import MixedRows
 from nestlm.data.opened import Prepared
 from nestlm.data.packed import PackedRows, StepLoader, collate
-from nestlm.data.source.base import PreparedSource, Source, fingerprint
+from nestlm.data.shards import TOKENIZER
+from nestlm.data.source.base import PreparedSource, Source, StreamSource, fingerprint
+from nestlm.data.stream import StreamLoader
 from nestlm.errors import ConfigError
 
 
@@ -36,7 +39,7 @@ class DataSettings:
         sources: folders of a mixture; its YAML hands them on.
     """
 
-    source: Source | PreparedSource
+    source: Source | PreparedSource | StreamSource
     tokenizer: str | None
     sequence_length: int
     batch_size: int
@@ -53,6 +56,8 @@ class DataSettings:
                 raise ConfigError(f"data.{name}: got {getattr(self, name)}, wanted a positive number")
         if not 0 < self.heldout_share < 0.5:
             raise ConfigError(f"data.heldout_share: got {self.heldout_share}, wanted a share between 0 and 0.5")
+        if self.num_workers and isinstance(self.source, StreamSource):
+            raise ConfigError(f"data.num_workers: got {self.num_workers}, wanted 0: a stream is read in one place")
         if self.num_workers < 0:
             raise ConfigError(f"data.num_workers: got {self.num_workers}, wanted 0 or more")
 
@@ -72,6 +77,8 @@ class DataSettings:
         """Of all texts, also of those that are tokens by now."""
         if isinstance(self.source, PreparedSource):
             return Prepared.open(self.source.portions()).fingerprint
+        if isinstance(self.source, StreamSource):
+            return self.source.identity()
         return fingerprint(self.source.documents())
 
     def check_ranks(self, num_ranks: int) -> None:
@@ -105,7 +112,7 @@ class PackedTokens(L.LightningDataModule):
         """The rows of a split."""
         return self.prepared.rows(split, sequence_length=self.settings.sequence_length)
 
-    def train_dataloader(self) -> StepLoader:
+    def train_dataloader(self) -> StepLoader | StreamLoader:
         """This rank's share of every step's rows.
 
         Raises:
@@ -113,6 +120,19 @@ class PackedTokens(L.LightningDataModule):
         """
         world_size = self.trainer.world_size if self.trainer else 1
         self.settings.check_ranks(world_size)
+        rank = self.trainer.global_rank if self.trainer else 0
+        if isinstance(self.settings.source, StreamSource):
+            return StreamLoader(
+                self.settings.source,
+                tokenizers.for_texts(tokenizers.load(self.prepared.portions[0].path / TOKENIZER)),
+                num_steps=self.num_steps,
+                batch_size=self.settings.batch_size,
+                sequence_length=self.settings.sequence_length,
+                document_separator=self.prepared.separator,
+                separate_documents=self.settings.separate_documents,
+                rank=rank,
+                world_size=world_size,
+            )
         return StepLoader(
             self.rows("train"),
             num_steps=self.num_steps,
@@ -120,7 +140,7 @@ class PackedTokens(L.LightningDataModule):
             seed=self.seed,
             stream=self.stream,
             separator=self.separator,
-            rank=self.trainer.global_rank if self.trainer else 0,
+            rank=rank,
             world_size=world_size,
             num_workers=self.settings.num_workers,
         )

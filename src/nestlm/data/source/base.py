@@ -43,6 +43,33 @@ class PreparedSource(ABC):
         """The folders, always in the same order."""
 
 
+class StreamSource(ABC):
+    """Where text comes from that is tokenized while training reads it, in its own order, not stored.
+
+    The first documents are held out: the data stage prepares them.
+
+    Attributes:
+        heldout_documents: how many.
+    """
+
+    heldout_documents: int
+
+    @abstractmethod
+    def numbered(self, start: int) -> Iterator[tuple[int, str]]:
+        """Texts with their numbers, from a number on to the end. Numbers rise; those of empty texts may be left out."""
+
+    @abstractmethod
+    def identity(self) -> str:
+        """Tells whether the stream has changed, without reading it."""
+
+    def documents(self) -> Iterator[Document]:
+        """The held-out documents."""
+        for number, text in self.numbered(0):
+            if number >= self.heldout_documents:
+                return
+            yield Document(str(number), text)
+
+
 class Fingerprint:
     """SHA-256 over names and texts, document by document: equal for equal documents, on every machine."""
 

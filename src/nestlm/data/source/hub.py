@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from nestlm.data.extra import load_extra
-from nestlm.data.source.base import Document
-from nestlm.errors import DataError
+from nestlm.data.source.base import Document, StreamSource
+from nestlm.errors import ConfigError, DataError
 
 PREFIX = "hf:"
 
@@ -26,23 +27,68 @@ class HubDataset:
     text_key: str = "text"
 
     def documents(self) -> Iterator[Document]:
-        datasets = load_extra("datasets", wanted_for=f"{PREFIX}{self.path}")
-        name, config, split = (*self.path.split(":"), "", "")[:3]
-        split = split or "train"
-        if Path(name).is_dir():  # the library takes a folder for a name otherwise, such as `.`
-            name = str(Path(name).resolve())
-        try:
-            rows = datasets.load_dataset(name, config or None, split=split)
-        except (OSError, ValueError, RuntimeError) as error:  # the library's own errors are among these
-            raise DataError(f"data: cannot load {PREFIX}{self.path} ({str(error).splitlines()[0]})") from error
-        if self.text_key not in rows.column_names:
-            raise DataError(
-                f"data: {PREFIX}{self.path} has no column {self.text_key!r}; it has {', '.join(rows.column_names)}: "
-                "name one (text_key)"
-            )
-        for number, row in enumerate(rows.select_columns([self.text_key])):
-            text = row[self.text_key]
-            if text is not None and not isinstance(text, str):
-                raise DataError(f"data: {PREFIX}{self.path} row {number}: {self.text_key} is {text!r}, wanted text")
-            if text is not None and text.strip():
-                yield Document(f"{config}:{split}:{number}", text)
+        rows = load(self.path, text_key=self.text_key, streaming=False)
+        for number, text in texts(rows, path=self.path, text_key=self.text_key, start=0):
+            yield Document(f"{self.path.partition(':')[2]}:{number}", text)
+
+
+@dataclass(frozen=True)
+class HubStream(StreamSource):
+    """A dataset that is read over the network while it trains, in its own order, unshuffled.
+
+    The order is the same for any number of ranks, each of which reads all of it, and a resume is exact on any number,
+    by skipping rows. Loader processes are refused.
+
+    Attributes:
+        path: as of `HubDataset`.
+        heldout_documents: the first ones, for calibration and validation, and to train a tokenizer where none is given.
+        text_key: the column that holds the text.
+    """
+
+    path: str
+    heldout_documents: int
+    text_key: str = "text"
+
+    def __post_init__(self) -> None:
+        if self.heldout_documents <= 0:
+            raise ConfigError(f"data.source.heldout_documents: got {self.heldout_documents}, wanted 1 or more")
+
+    def numbered(self, start: int) -> Iterator[tuple[int, str]]:
+        rows = load(self.path, text_key=self.text_key, streaming=True)
+        yield from texts(rows.skip(start), path=self.path, text_key=self.text_key, start=start)
+
+    def identity(self) -> str:
+        return load(self.path, text_key=self.text_key, streaming=None)
+
+
+def load(path: str, *, text_key: str, streaming: bool | None) -> Any:
+    """A split of a dataset, or with `streaming=None` what tells its version. Raises DataError where there is none."""
+    datasets = load_extra("datasets", wanted_for=f"{PREFIX}{path}")
+    name, config, split = (*path.split(":"), "", "")[:3]
+    split = split or "train"
+    if Path(name).is_dir():  # the library takes a folder for a name otherwise, such as `.`
+        name = str(Path(name).resolve())
+    try:
+        if streaming is None:
+            builder = datasets.load_dataset_builder(name, config or None)
+            files = builder.config.data_files
+            return repr([builder.hash, files[split].origin_metadata if files and split in files else None])
+        rows = datasets.load_dataset(name, config or None, split=split, streaming=streaming)
+    except (OSError, ValueError, RuntimeError) as error:  # the library's own errors are among these
+        raise DataError(f"data: cannot load {PREFIX}{path} ({str(error).splitlines()[0]})") from error
+    columns = rows.column_names  # a stream may not know them
+    if columns is not None and text_key not in columns:
+        raise DataError(
+            f"data: {PREFIX}{path} has no column {text_key!r}; it has {', '.join(columns)}: name one (text_key)"
+        )
+    return rows
+
+
+def texts(rows: Iterable[dict[str, Any]], *, path: str, text_key: str, start: int) -> Iterator[tuple[int, str]]:
+    """The texts of rows that have one, with the rows' numbers."""
+    for number, row in enumerate(rows, start=start):
+        text = row.get(text_key)
+        if text is not None and not isinstance(text, str):
+            raise DataError(f"data: {PREFIX}{path} row {number}: {text_key} is {text!r}, wanted text")
+        if text is not None and text.strip():
+            yield number, text

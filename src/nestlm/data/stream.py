@@ -1,0 +1,87 @@
+"""Rows of documents that are tokenized while training reads them."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from itertools import islice
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from nestlm.data.ahead import ahead
+from nestlm.data.batch import Batch
+from nestlm.data.packed import collate
+from nestlm.data.source.base import StreamSource
+from nestlm.errors import DataError
+
+TOGETHER = 64  # documents that the tokenizer's threads share out
+
+
+class StreamLoader:
+    """Batches of the steps from 0 to `num_steps`, as one rank sees them, in the stream's own order.
+
+    Every rank reads the whole stream and takes its rows of each step, so the order is the same for any number of ranks.
+    The state is the next token's document and its place in that: a resume goes on with it, on any number of ranks.
+    """
+
+    def __init__(
+        self,
+        source: StreamSource,
+        tokenizer: Tokenizer,
+        *,
+        num_steps: int,
+        batch_size: int,
+        sequence_length: int,
+        document_separator: int,
+        separate_documents: bool,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.source, self.tokenizer = source, tokenizer
+        self.num_steps, self.batch_size, self.sequence_length = num_steps, batch_size, sequence_length
+        self.document_separator = document_separator
+        self.collate_separator = document_separator if separate_documents else None
+        self.share = slice(rank, None, world_size)
+        self.next_step, self.number, self.offset = 0, source.heldout_documents, 0
+
+    def __len__(self) -> int:
+        return self.num_steps
+
+    def __iter__(self) -> Iterator[Batch]:
+        step_tokens = self.batch_size * self.sequence_length
+        documents = ahead(self.encoded(self.number))
+        waiting: deque[tuple[int, np.ndarray]] = deque()
+        have, offset = -self.offset, self.offset
+        while self.next_step < self.num_steps:
+            while have < step_tokens + 1:  # the last target is the next step's first token
+                waiting.append(next(documents))
+                have += len(waiting[-1][1])
+            tokens = np.concatenate([each for _, each in waiting])[offset : offset + step_tokens + 1]
+            rows = np.lib.stride_tricks.sliding_window_view(tokens, self.sequence_length + 1)[:: self.sequence_length]
+            offset, have = offset + step_tokens, have - step_tokens
+            while offset >= len(waiting[0][1]):
+                offset -= len(waiting.popleft()[1])
+            self.next_step, self.number, self.offset = self.next_step + 1, waiting[0][0], offset
+            yield collate(list(rows[self.share]), separator=self.collate_separator)
+
+    def encoded(self, start: int) -> Iterator[tuple[int, np.ndarray]]:
+        """Numbers and tokens of the documents from one on; after the last comes the first that is not held out."""
+        while True:
+            texts, found = self.source.numbered(start), False
+            while group := list(islice(texts, TOGETHER)):
+                found = True
+                encodings = self.tokenizer.encode_batch_fast([text for _, text in group], add_special_tokens=False)
+                for (number, _), encoding in zip(group, encodings, strict=True):
+                    yield number, np.array([self.document_separator, *encoding.ids], dtype=np.int64)
+            if not found and start == self.source.heldout_documents:
+                raise DataError(f"data: the stream has no more than its {start} held-out documents; bring more text")
+            start = self.source.heldout_documents
+
+    def state_dict(self) -> dict[str, int]:
+        """The position, for a checkpoint."""
+        return {"next_step": self.next_step, "number": self.number, "offset": self.offset}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on from a position."""
+        self.next_step, self.number, self.offset = state["next_step"], state["number"], state["offset"]
