@@ -1,10 +1,31 @@
-"""What router tests share."""
+"""What contract tests share."""
 
 import pytest
 
-from models import random_decoder
+from models import DECODERS, random_decoder
+from nestlm.axes.base import Axis, search_space
+from nestlm.nn.decoder import Decoder
 from nestlm.router.trial import Trial
+from nestlm.spec import SearchSpace
+from plugins import build, options
 from routers import CONFIG, batches
+
+
+@pytest.fixture(params=options("axes"))
+def axes(request: pytest.FixtureRequest) -> tuple[Axis, ...]:
+    """Every shipped config, which names every axis; eight heads and 32 neurons can be cut by all shipped fractions."""
+    return tuple(build("axes", request.param).values())
+
+
+@pytest.fixture(params=DECODERS)
+def decoder(request: pytest.FixtureRequest) -> Decoder:
+    """Every kind of decoder."""
+    return random_decoder(DECODERS[request.param])
+
+
+@pytest.fixture
+def space(axes, decoder) -> SearchSpace:
+    return search_space(axes, decoder.config)
 
 
 @pytest.fixture

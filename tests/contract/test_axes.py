@@ -6,8 +6,7 @@ from random import Random
 import pytest
 import torch
 
-from models import DECODERS, random_decoder
-from nestlm.axes.base import Axis, search_space, width_axes
+from nestlm.axes.base import Axis, width_axes
 from nestlm.data.batch import Batch
 from nestlm.elastic.weights import cuts_by_site, extract, sort_units
 from nestlm.nn.decoder import Decoder
@@ -17,25 +16,6 @@ from nestlm.ranking.base import order
 from nestlm.sampler.base import independent
 from nestlm.spec import SearchSpace, Site, SubnetSpec
 from plugins import build, classes, compose, options, targets
-
-# Every shipped config, which names every axis; eight heads and 32 neurons can be cut by all shipped fractions.
-SHIPPED = options("axes")
-
-
-@pytest.fixture(params=SHIPPED)
-def axes(request: pytest.FixtureRequest) -> tuple[Axis, ...]:
-    return tuple(build("axes", request.param).values())
-
-
-@pytest.fixture(params=DECODERS)
-def decoder(request: pytest.FixtureRequest) -> Decoder:
-    return random_decoder(DECODERS[request.param])
-
-
-@pytest.fixture
-def space(axes, decoder) -> SearchSpace:
-    return search_space(axes, decoder.config)
-
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 
@@ -163,5 +143,5 @@ def test_gates_of_one_change_nothing_and_zero_removes(decoder, space, tokens_BL)
 
 
 def test_every_axis_has_a_config():
-    shipped = set().union(*(targets(compose([f"axes={option}"])["axes"]) for option in SHIPPED))
+    shipped = set().union(*(targets(compose([f"axes={option}"])["axes"]) for option in options("axes")))
     assert classes("nestlm.axes", Axis) <= shipped

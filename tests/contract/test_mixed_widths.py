@@ -8,32 +8,14 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import DECODERS, random_decoder
-from nestlm.axes.base import Axis, search_space
 from nestlm.nn.decoder import Decoder
 from nestlm.nn.kv_cache import KVCache
 from nestlm.nn.policy import Decision, Mixed, Policy, constant, fixed, full, mixed
 from nestlm.sampler.base import independent
 from nestlm.spec import SearchSpace
-from plugins import build, options
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 BATCH, LENGTH = 5, 12
-
-
-@pytest.fixture(params=options("axes"))
-def axes(request: pytest.FixtureRequest) -> tuple[Axis, ...]:
-    return tuple(build("axes", request.param).values())
-
-
-@pytest.fixture(params=DECODERS)
-def decoder(request: pytest.FixtureRequest) -> Decoder:
-    return random_decoder(DECODERS[request.param])
-
-
-@pytest.fixture
-def space(axes, decoder) -> SearchSpace:
-    return search_space(axes, decoder.config)
 
 
 @pytest.fixture
