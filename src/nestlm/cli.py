@@ -95,6 +95,23 @@ def profile(
 
 
 @app.command()
+def consolidate(
+    checkpoint: Annotated[Path, typer.Argument(help="A folder step=N.ckpt that several ranks wrote.")],
+    out: Annotated[Path, typer.Option(help="The folder to write to.")],
+) -> None:
+    """Put the shards of a training checkpoint together: model.safetensors, and router.safetensors where it trains one.
+
+    Finished stages leave whole weights anyway.
+
+    Example: nestlm consolidate cache/elastic-1a2b3c4d5e6f7a8b/checkpoints/step=00001000.ckpt --out weights
+    """
+    from nestlm.parallel.checkpoint import consolidate as together
+
+    for path in together(checkpoint, out):
+        typer.echo(f"written: {path}")
+
+
+@app.command()
 def verify(
     run: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
     out: Annotated[

@@ -16,8 +16,9 @@ import traceback
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
@@ -29,13 +30,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nestlm.dotted import flat_items
-from nestlm.errors import EXIT_USER_ERROR, ConfigError, NestlmError
+from nestlm.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, ConfigError, NestlmError, Preempted
 from nestlm.gpus import own_gpu, visible_gpus
 from nestlm.sweep import JobFailed, failures, in_sweep, job_failed, link_run, shares_machine
 
 if TYPE_CHECKING:  # heavy to import
     from nestlm.pipeline import FinishedRun
 
+T = TypeVar("T")
 CONF = Path(__file__).resolve().parents[2] / "conf"
 SETTINGS = "nestlm.settings.Settings"
 PRETRAINED = "nestlm.model.pretrained.pretrained"
@@ -84,7 +86,21 @@ def run_config(config: DictConfig) -> FinishedRun | None:
     with own_gpu(visible_gpus() if on_gpu and shares_machine() else []):
         from nestlm import pipeline
 
+        settings = build(plain)
+        number = 0 if settings.dry_run else pipeline.ranks_to_start(settings)
+        return in_ranks(run_as_rank, plain, num_ranks=number)
+
+
+def run_as_rank(plain: dict[str, Any]) -> FinishedRun | None:
+    """A run's part of one rank among several."""
+    from nestlm import pipeline
+
+    try:
         return pipeline.run(build(plain), config=plain)
+    except Preempted as error:
+        if pipeline.ranks.num_ranks() > 1:  # who started the ranks only knows that they were told to end
+            pipeline.console.print(str(error), highlight=False)
+        raise
 
 
 def profile(overrides: list[str], *, out: Path) -> None:
@@ -100,14 +116,32 @@ def profile(overrides: list[str], *, out: Path) -> None:
 def verify(folder: Path, *, out: Path | None, tolerance: float) -> bool:
     """Do a finished run again; returns whether its results are the same."""
     with plain_errors():
-        from nestlm import verification
+        from nestlm import pipeline, verification
 
         config, commit = verification.read(folder)
         try:
             check_node({"_target_": SETTINGS, **config}, "")
         except ConfigError as error:
             raise ConfigError(f"{folder} is of another version of nestlm, commit {commit}: {error}") from None
-        return verification.verify(folder, build(config), config=config, out=out, tolerance=tolerance)
+        with verification.workplace(out) as place:
+            again = partial(verify_as_rank, folder=folder, place=place, tolerance=tolerance)
+            return in_ranks(again, config, num_ranks=pipeline.ranks_to_start(build(config)))
+
+
+def verify_as_rank(config: dict[str, Any], *, folder: Path, place: Path, tolerance: float) -> bool:
+    """A rank's part of a run that is done again."""
+    from nestlm import verification
+
+    return verification.verify(folder, build(config), config=config, place=place, tolerance=tolerance)
+
+
+def in_ranks(work: Callable[[dict[str, Any]], T], config: dict[str, Any], *, num_ranks: int) -> T:
+    """Do work on a config in processes that are started for it; in this one where there are none to start."""
+    if not num_ranks:
+        return work(config)
+    from nestlm.parallel.launch import launch
+
+    return launch(work, config, num_ranks=num_ranks)
 
 
 @contextmanager
@@ -119,7 +153,7 @@ def plain_errors() -> Iterator[None]:
         if any(argument.lower() == "traceback=true" for argument in sys.argv[1:]):
             raise
         print(f"error: {explain(error)}", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
+        sys.exit(EXIT_PREEMPTED if isinstance(error, Preempted) else EXIT_USER_ERROR)
 
 
 def compose(overrides: list[str]) -> dict[str, Any]:

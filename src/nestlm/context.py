@@ -13,7 +13,7 @@ import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch.loggers import Logger
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from nestlm.cache import write_json
 from nestlm.callbacks.throughput import StageThroughput
@@ -24,6 +24,9 @@ from nestlm.module import NestedLM
 from nestlm.nn.decoder import Decoder
 from nestlm.nn.policy import Policy
 from nestlm.objective.base import Objective, Parts
+from nestlm.parallel import ranks
+from nestlm.parallel.sharding import Placement, read_state, whole_state
+from nestlm.parallel.strategy import placement_of
 from nestlm.passes import flops_per_token
 from nestlm.progress import track
 from nestlm.router.base import Router
@@ -53,13 +56,14 @@ class Context:
     logger: Logger
 
     def decoder(self, stage: str | None = None) -> Decoder:
-        """The model: not filled yet, or as a stage left it behind."""
+        """The model where the trainer computes: not filled yet, or as a stage left it behind."""
         settings = self.settings
-        decoder = Decoder.empty(
+        decoder = Decoder.on_meta(
             settings.model.decoder_config(), activation_checkpointing=settings.activation_checkpointing
         )
+        self.placement().place(decoder, blocks=decoder.blocks)
         if stage is not None:
-            decoder.load_state_dict(load_file(self.inputs[stage] / MODEL))
+            read_state(decoder, self.inputs[stage] / MODEL)
         return decoder
 
     def router(self, stage: str | None = None) -> Router:
@@ -74,19 +78,36 @@ class Context:
         return self.on_calibration_text(decoder.eval(), num_sequences=self.settings.router.num_sequences)
 
     def on_calibration_text(self, decoder: Decoder, *, num_sequences: int) -> Trial:
-        """The model and a few sequences of calibration text, on its device. Draws nothing from torch's generator."""
+        """The model and a few sequences of calibration text, on its device, the same on all ranks.
+
+        Draws nothing from torch's generator.
+        """
         device = self.device()
-        loader = self.data(stream="calibration").heldout_dataloader("calibration", num_rows=num_sequences)
+        loader = self.data(stream="calibration").heldout_dataloader("calibration", num_rows=num_sequences, shared=False)
         precision = make_trainer(self.settings.trainer).precision_plugin.forward_context
         with torch.random.fork_rng(devices=[]):  # a loader draws a seed for workers, also where it has none
             batches = [move_data_to_device(batch, device) for batch in loader]
         return Trial(decoder.to(device), batches, precision)
 
     def save(self, module: nn.Module, name: str) -> None:
-        """Leave weights behind."""
-        partial = self.folder / f".{name}.partial"
-        save_file({key: value.contiguous() for key, value in module.state_dict().items()}, partial)
-        partial.replace(self.folder / name)
+        """Leave weights behind, whole; of sharded ones, rank 0 gathers them."""
+        state = {}
+        for key, value in whole_state(module):
+            if ranks.rank() == 0:
+                state[key] = value.contiguous().cpu()
+        self.write(state, name)
+
+    def write(self, tensors: dict[str, Tensor], name: str) -> None:
+        """Leave tensors behind: rank 0's, and all ranks go on when they are there."""
+        if ranks.rank() == 0:
+            partial = self.folder / f".{name}.partial"
+            save_file(tensors, partial)
+            partial.replace(self.folder / name)
+        ranks.wait()
+
+    def placement(self) -> Placement:
+        """Where models are held."""
+        return placement_of(make_trainer(self.settings.trainer))
 
     def device(self) -> torch.device:
         """Where the configured trainer computes."""
@@ -155,8 +176,11 @@ class Context:
         scores: dict[str, Scores] = {}
         for name, policy in track(policies.items(), "evaluate", total=len(policies)):
             path = self.folder / f"score-{name}.json"
-            if not path.is_file():
+            if not ranks.agreed(path.is_file()):
                 list_ = prices[name] if prices is not None else None
-                write_json(path, asdict(evaluate(decoder, policy, loader=loader, trainer=trainer, prices=list_)))
+                found = evaluate(decoder, policy, loader=loader, trainer=trainer, prices=list_)
+                if ranks.rank() == 0:
+                    write_json(path, asdict(found))
+                ranks.wait()
             scores[name] = Scores.from_json(json.loads(path.read_text()))
         return scores

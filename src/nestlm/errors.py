@@ -1,6 +1,7 @@
 """What can go wrong by a user's hand. Each message says what it got, what it wanted, and the cure."""
 
 EXIT_USER_ERROR = 2
+EXIT_PREEMPTED = 143  # as a process that SIGTERM ended
 
 
 class NestlmError(ValueError):
@@ -25,6 +26,14 @@ class CheckpointError(NestlmError):
 
 class DivergenceError(NestlmError):
     """Training that has left the finite numbers."""
+
+
+class Preempted(NestlmError):  # noqa: N818 (nothing went wrong)
+    """Training that was told to end, and can go on."""
+
+
+class DeviceMemoryError(NestlmError):
+    """A step that needs more memory than a device has."""
 
 
 class ExportError(NestlmError):

@@ -20,6 +20,7 @@ from nestlm.data.batch import Batch
 from nestlm.nn.decoder import Decoder
 from nestlm.nn.loss import cross_entropy
 from nestlm.nn.policy import WHOLE, Decision, Mixed, Policy
+from nestlm.parallel import ranks
 from nestlm.router.trial import Trial
 from nestlm.spec import SearchSpace, Site
 
@@ -80,10 +81,15 @@ class PolicyEvaluation(L.LightningModule):
         self.widths: dict[Site, float] = defaultdict(float)
         self.sequences = 0
 
+    def configure_model(self) -> None:
+        """Nothing: the model is placed already."""
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Update the counts; every token weighs the same."""
         del batch_idx
         output = self.decoder(batch.tokens_BL, self.policy, documents_BL=batch.documents_BL)
+        if not batch.is_counted:
+            return
         tokens = batch.targets_BL.numel()
         self.loss.update(cross_entropy(output.logits_BLV, batch.targets_BL).mean(), weight=tokens)
         self.accuracy.update((output.logits_BLV.argmax(-1) == batch.targets_BL).double().mean(), weight=tokens)
@@ -102,15 +108,22 @@ class PolicyEvaluation(L.LightningModule):
     def spending(self) -> dict[str, Spending]:
         """What the sequences spent, by cost."""
         found = {}
-        for name, parts in self.spent.items():
-            shares = torch.cat(parts)
+        for name in self.prices.tables if self.prices is not None else ():
+            shares = torch.cat(ranks.gathered(self.spent[name]))
             found[name] = Spending(float(shares.mean()), float(shares.std(correction=0)), float(shares.max()))
         return found
 
     def mean_widths(self) -> dict[str, list[float]]:
         """Units that ran, by axis and layer."""
-        axes = {} if self.prices is None else self.prices.space.axes
-        return {axis: [self.widths[site] / self.sequences for site in sites] for axis, sites in axes.items()}
+        if self.prices is None:
+            return {}
+        totals = ranks.gathered([(dict(self.widths), self.sequences)])
+        sequences = sum(number for _, number in totals)
+
+        def mean(site: Site) -> float:
+            return sum(widths.get(site, 0.0) for widths, _ in totals) / sequences
+
+        return {axis: [mean(site) for site in sites] for axis, sites in self.prices.space.axes.items()}
 
 
 def mean_width(decision: Decision, *, whole: int) -> float:

@@ -11,13 +11,15 @@ import lightning as L
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_, get_total_norm
+from torch.nn.utils import clip_grad_norm_
 from torch.optim.lr_scheduler import LambdaLR
 
 from nestlm.data.batch import Batch
-from nestlm.errors import DivergenceError
+from nestlm.errors import DeviceMemoryError, DivergenceError
 from nestlm.objective.base import Objective, Parts
 from nestlm.optim import OptimSettings
+from nestlm.parallel import ranks
+from nestlm.parallel.sharding import gradients_held, whole
 
 
 class NestedLM(L.LightningModule):
@@ -45,13 +47,20 @@ class NestedLM(L.LightningModule):
         """
         super().__init__()
         self.automatic_optimization = False
-        self.strict_loading = False  # checkpoints leave the teacher out
+        self.strict_loading = False  # checkpoints leave out what is not trained
         self.decoder, self.teacher, self.router = parts.decoder, parts.teacher, parts.router
         self.stage, self.objective = stage, objective
         self.trained, self.optim, self.num_steps = trained, optim, num_steps
         self.requires_grad_(False)
         for module, _ in trained.values():
             module.requires_grad_(True)
+
+    def configure_model(self) -> None:
+        """Nothing: models are placed before, so that ranking and search can use them, too."""
+
+    def on_fit_start(self) -> None:
+        """All ranks start with the same weights."""
+        ranks.replicate(self)
 
     def configure_optimizers(self) -> Any:
         """Parameter groups of the trained parts. Only the model's matrices decay; norms, biases and routers don't."""
@@ -71,7 +80,22 @@ class NestedLM(L.LightningModule):
 
         Raises:
             DivergenceError: the loss or its gradient is not finite; no weight has changed.
+            DeviceMemoryError: the step does not fit the device.
         """
+        try:
+            return self.step(batch, batch_idx)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise DeviceMemoryError(
+                ranks.named(
+                    f"{self.stage}: out of memory at step {batch_idx} ({str(error).splitlines()[0]}); lower "
+                    "data.batch_size, set activation_checkpointing=true, or take more ranks (trainer=fsdp)"
+                )
+            ) from error
+
+    def step(self, batch: Batch, number: int) -> Tensor:
+        """The step with that number."""
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
         assert isinstance(optimizer, LightningOptimizer), "configure_optimizers makes one"
         assert isinstance(scheduler, LambdaLR), "configure_optimizers makes one"
@@ -79,29 +103,42 @@ class NestedLM(L.LightningModule):
         parts = Parts(self.decoder, self.teacher, self.router)
         total = torch.zeros((), device=self.device)
         logs: dict[str, list[Tensor | float]] = defaultdict(list)
-        for term in self.objective.terms(parts, batch, step=batch_idx):
-            self.manual_backward(term.loss)
+        for term in self.objective.terms(parts, batch, step=number):
+            with gradients_held(self.decoder, held=not term.is_last):
+                self.manual_backward(term.loss)
             total += term.loss.detach()
             for name, value in term.logs.items():
                 logs[name].append(value)
-        grads = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
-        for name, value in (("loss", total), ("gradient's norm", get_total_norm(grads))):
-            if not math.isfinite(float(value)):
-                raise DivergenceError(
-                    f"{self.stage}: the {name} is {float(value)} at step {batch_idx}, batch {fingerprint(batch)}; "
-                    "lower the stage's lr, or look at the data"
-                )
+        self.check_finite("loss", total, batch, number)
         for module, _ in self.trained.values():  # each by itself: a router's errors must not slow the model
-            clip_grad_norm_(module.parameters(), self.optim.clip_norm)
+            ranks.average_gradients(module.parameters())
+            norm = clip_grad_norm_(module.parameters(), self.optim.clip_norm)
+            self.check_finite("gradient's norm", whole(norm), batch, number)
         optimizer.step()
         scheduler.step()
-        self.log_dict({f"{self.stage}/{name}": sum(values) / len(values) for name, values in logs.items()})
+        means = {f"{self.stage}/{name}": sum(values) / len(values) for name, values in logs.items()}
+        self.log_dict(ranks.means(means, device=self.device))
         return total
+
+    def check_finite(self, name: str, value: Tensor, batch: Batch, step: int) -> None:
+        """Raise DivergenceError where a number of a step is not finite."""
+        if not math.isfinite(float(value)):
+            raise DivergenceError(
+                ranks.named(
+                    f"{self.stage}: the {name} is {float(value)} at step {step}, batch {fingerprint(batch)}; "
+                    "lower the stage's lr, or look at the data"
+                )
+            )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave the frozen teacher out: the stage that made it has it."""
         for name in [name for name in checkpoint["state_dict"] if name.startswith("teacher.")]:
             del checkpoint["state_dict"][name]
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch says that a device, or the machine, has no memory left."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def fingerprint(batch: Batch) -> str:

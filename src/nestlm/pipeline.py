@@ -7,19 +7,22 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers.logger import DummyLogger
 
 from nestlm import stages
 from nestlm.cache import StageFolder, file_identity, files_identity, locked, stage_key, write_json
 from nestlm.context import LATENCY_TABLE, SKIPPABLE, Context
 from nestlm.dry_run import describe
 from nestlm.errors import ConfigError
+from nestlm.parallel import ranks
+from nestlm.parallel.strategy import placement_of, starts_ranks
 from nestlm.profiling import device_name
 from nestlm.profiling import profile as measure
 from nestlm.progress import console
@@ -42,17 +45,19 @@ class Stage:
         run: does the work and reports plain values.
         reads: config sections that determine the result; the stage can see no other.
         after: stages whose results it builds on: its key covers theirs, and it can see no other's folder.
+        is_alone: whether rank 0 works and the others wait.
     """
 
     name: str
     run: Callable[[Context], dict[str, Any]]
     reads: tuple[str, ...]
     after: tuple[str, ...]
+    is_alone: bool = False
 
 
 STAGES = (
-    Stage("profile", stages.profile, ("model", "axes", "cost", "costs", "trainer"), ()),
-    Stage("data", stages.prepare_data, ("data", "model"), ()),
+    Stage("profile", stages.profile, ("model", "axes", "cost", "costs", "trainer"), (), is_alone=True),
+    Stage("data", stages.prepare_data, ("data", "model"), (), is_alone=True),
     Stage("pretrain", stages.pretrain, ("model", "pretrain", *TRAINING), ("data",)),
     Stage("rank", stages.rank, ("model", "axes", "ranking", "trainer", "data", "seed"), ("pretrain",)),
     Stage("elastic", stages.elastic, ("model", "axes", "elastic", "sampler", "teacher", *TRAINING), ("rank",)),
@@ -108,12 +113,15 @@ def run(settings: Settings, *, config: dict[str, Any]) -> FinishedRun | None:
 def fill_run_folder(settings: Settings, *, config: dict[str, Any], shown: bool = True) -> FinishedRun:
     """Walk the stages of settings that are checked; `shown` also draws pictures, writes the page, prints the table."""
     check_trainer(settings)
+    placement_of(make_trainer(settings.trainer))  # ranks meet
+    console.quiet = output.quiet = ranks.rank() != 0
     run_dir = run_folder(settings, config=config)
     try:
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"run_dir: cannot make {run_dir} ({error.strerror}); wanted a folder to write to") from error
-    with locked(run_dir, str(run_dir)):  # the same command twice at the same time
+    # the same command twice at the same time
+    with locked(run_dir, str(run_dir)) if ranks.rank() == 0 else nullcontext():
         return work_in(run_dir, settings, config=config, shown=shown)
 
 
@@ -122,22 +130,41 @@ def work_in(run_dir: Path, settings: Settings, *, config: dict[str, Any], shown:
     cache = Path(settings.cache_dir or "cache") if settings.cache == "on" else run_dir / "stages"
     with open_logger(settings, run_dir, config=config) as logger:
         finished = run_stages(settings, config=config, cache=cache, logger=logger)
-        metrics = write_run_folder(run_dir, config=config, finished=finished, router=settings.router.label)
-        logger.log_metrics(result_metrics(finished[-1].result["rows"], metrics))
-        if shown:
-            render(run_dir)
-            if isinstance(logger, WandbLogger):
-                wandb_run.publish(logger, run_dir)
-    return FinishedRun(run_dir, metrics["evaluate"]["pareto_gap"])
+        gap = 0.0
+        if ranks.rank() == 0:
+            gap = write(run_dir, finished, settings, config=config, logger=logger, shown=shown)
+    return FinishedRun(run_dir, ranks.agreed(gap))
+
+
+def write(
+    run_dir: Path,
+    finished: list[FinishedStage],
+    settings: Settings,
+    *,
+    config: dict[str, Any],
+    logger: Logger,
+    shown: bool,
+) -> float:
+    """Write a run's folder, and tell the logger; returns the pareto gap."""
+    metrics = write_run_folder(run_dir, config=config, finished=finished, router=settings.router.label)
+    logger.log_metrics(result_metrics(finished[-1].result["rows"], metrics))
+    if shown:
+        render(run_dir)
+        if isinstance(logger, WandbLogger):
+            wandb_run.publish(logger, run_dir)
+    return metrics["evaluate"]["pareto_gap"]
 
 
 @contextmanager
 def open_logger(settings: Settings, run_dir: Path, *, config: dict[str, Any]) -> Iterator[Logger]:
-    """The configured logger, which is told the config, and whether the run failed.
+    """The configured logger, which is told the config, and whether the run failed; ranks but the first log nothing.
 
     Raises:
         ConfigError: wandb refuses to begin a run.
     """
+    if ranks.rank() != 0:
+        yield DummyLogger()
+        return
     logger = settings.logger(save_dir=run_dir / "logs", name=run_dir.name)
     if isinstance(logger, WandbLogger):
         wandb_run.start(logger)
@@ -177,6 +204,12 @@ def profile(settings: Settings, *, out: Path) -> None:
     output.print(f"written: {out}; take it with cost=latency cost.table={out}")
 
 
+def ranks_to_start(settings: Settings) -> int:
+    """How many ranks the settings ask for on this machine that nobody has started yet; 0 where this process will do."""
+    check_trainer(settings)
+    return starts_ranks(make_trainer(settings.trainer))
+
+
 def check_trainer(settings: Settings) -> None:
     """Raise ConfigError when this machine cannot run the configured trainer."""
     try:
@@ -197,7 +230,7 @@ def run_stages(settings: Settings, *, config: dict[str, Any], cache: Path, logge
         seen[stage.name] = list(dict.fromkeys(other for name in direct for other in (*seen[name], name)))
         key = stage_key(
             stage.name,
-            sections={name: config[name] for name in stage.reads},
+            sections={name: determining(name, config[name]) for name in stage.reads},
             previous=[keys[name] for name in direct],
             extra=outside_inputs(stage.name, settings),
         )
@@ -224,19 +257,30 @@ def priced(settings: Settings, folder: Path) -> Settings:
 
 
 def run_stage(stage: Stage, folder: StageFolder, context: Context) -> FinishedStage:
-    """The stage's result, from the cache or by doing the work."""
-    with folder.locked():
-        result = folder.result()
+    """The stage's result, from the cache or by doing the work; rank 0 looks and writes, the others wait for it."""
+    is_first = ranks.rank() == 0
+    with folder.locked() if is_first else nullcontext():
+        result = ranks.agreed(folder.result() if is_first else None)
         cached = result is not None
         if result is None:
             started = time.monotonic()
-            result = stage.run(context)
-            result |= {"seconds": time.monotonic() - started}
-            folder.finish(result)
-        drop_checkpoints(folder.path)
+            mine = stage.run(context) if is_first or not stage.is_alone else {}
+            result = ranks.agreed(mine | {"seconds": time.monotonic() - started})
+            if is_first:
+                folder.finish(result)
+        if is_first:
+            drop_checkpoints(folder.path)
+        ranks.wait()
     seconds = f"{result['seconds']:7.1f} s"
     console.print(f"{stage.name:>9} {seconds}{'  (from the cache)' if cached else ''}", highlight=False)
     return FinishedStage(stage.name, folder.path, result, cached=cached)
+
+
+def determining(section: str, config: Any) -> Any:
+    """What of a section determines results: not how many ranks share the work, so that another number can go on."""
+    if section != "trainer":
+        return config
+    return {key: value for key, value in config.items() if key not in ("devices", "num_nodes", "strategy")}
 
 
 def drop_checkpoints(folder: Path) -> None:

@@ -331,11 +331,14 @@ def check(settings: Settings) -> None:
             f"data.sequence_length: got {settings.data.sequence_length}, wanted at most "
             f"model.context_length={config.context_length}"
         )
-    devices = getattr(settings.trainer, "keywords", {}).get("devices")
-    if isinstance(devices, int) and devices > 0:
-        settings.data.check_ranks(devices)
-        if devices != 1:
-            raise ConfigError(f"trainer.devices: got {devices}, wanted 1: several devices are not supported yet")
+    devices, nodes = (getattr(settings.trainer, "keywords", {}).get(name, 1) for name in ("devices", "num_nodes"))
+    if isinstance(devices, int) and devices > 0 and devices * nodes > 1:
+        settings.data.check_ranks(devices * nodes)
+        if "strategy" not in getattr(settings.trainer, "keywords", {}):
+            raise ConfigError(
+                f"trainer.devices: got {devices} on {nodes} nodes, wanted 1: several devices need trainer=fsdp, or "
+                "trainer=ddp"
+            )
     taken = sorted(PIPELINES_OWN & set(getattr(settings.trainer, "keywords", {})))
     if taken:
         raise ConfigError(f"trainer.{taken[0]}: the stages decide that themselves; remove it (lengths are STAGE.steps)")

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from nestlm.axes.base import search_space
@@ -31,6 +31,7 @@ from nestlm.objective.base import Parts
 from nestlm.objective.elastic import Elastic
 from nestlm.objective.joint import Joint
 from nestlm.objective.pretrain import Pretrain
+from nestlm.parallel import ranks
 from nestlm.passes import flops_table
 from nestlm.profiling import profile as measure
 from nestlm.progress import track
@@ -113,7 +114,7 @@ def rank(context: Context) -> Result:
     scores = settings.ranking.scores(
         decoder.to(device), axes=settings.axis_list, batches=calibration(context, device), seed=settings.seed
     )
-    save_file({str(site): score for site, score in scores.items()}, context.folder / "importance.safetensors")
+    context.write({str(site): score for site, score in scores.items()}, "importance.safetensors")
     sort_units(decoder, {site: order(score) for site, score in scores.items()}, axes=settings.axis_list)
     context.save(decoder, MODEL)
     axes = with_layers(settings.axis_list, scores, num_layers=len(decoder.config.blocks))
@@ -152,7 +153,7 @@ def elastic(context: Context) -> Result:
         callbacks=probes(context, decoder),
     )
     context.save(decoder, MODEL)
-    save_file(objective.record(), context.folder / RECORD)
+    context.write(objective.record(), RECORD)
     scores = context.score(decoder, {"full": full, "smallest": fixed(space.smallest())})
     return result | {name: score.loss for name, score in scores.items()}
 
@@ -187,7 +188,7 @@ def train_router(context: Context) -> Result:
         parts = Parts(decoder, router=router)
         result = context.train("router", parts, objective=objective, trained=trained, steps=settings.router.steps)
     trial = context.trial(decoder)
-    router.to(trial.device).prepare(trial)
+    ready(router, trial)
     if objective is not None:
         parts = Parts(trial.decoder, router=router)
         with trial.precision():
@@ -195,6 +196,12 @@ def train_router(context: Context) -> Result:
     if router.state_dict():
         context.save(router, ROUTER)
     return result
+
+
+def ready(router: Router, trial: Trial) -> None:
+    """Have a router measure what all budgets need; all ranks then go by what rank 0 measured."""
+    router.to(trial.device).prepare(trial)
+    ranks.replicate(router)
 
 
 def joint(context: Context) -> Result:
@@ -218,7 +225,7 @@ def joint(context: Context) -> Result:
     context.save(decoder, MODEL)
     if settings.joint.steps:
         trial = context.trial(decoder)
-        router.to(trial.device).prepare(trial)
+        ready(router, trial)
     if router.state_dict():
         context.save(router, ROUTER)
     return result

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import lightning as L
@@ -16,11 +17,17 @@ from nestlm.callbacks.progress import StageProgress
 from nestlm.data.module import PackedTokens
 from nestlm.errors import ConfigError, DivergenceError
 from nestlm.module import NestedLM
+from nestlm.parallel import ranks
+from nestlm.parallel.strategy import Sharded
 
 # Lightning announces devices and tips at each of our many trainers; its warnings stay.
-logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+for package in ("lightning.pytorch", "lightning.fabric"):
+    logging.getLogger(package).setLevel(logging.WARNING)
 # Lightning's own use of a name that torch renamed.
 warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
+
+
+LOG_EVERY_STEPS = 10
 
 
 def make_trainer(
@@ -28,10 +35,12 @@ def make_trainer(
     *,
     callbacks: list[L.Callback] | None = None,
     logger: Logger | bool = False,
-    log_every_n_steps: int = 10,
+    log_every_n_steps: int = LOG_EVERY_STEPS,
 ) -> L.Trainer:
     """The trainer of the config, told what this project decides itself."""
+    strategy = getattr(factory, "keywords", {}).get("strategy")
     return factory(
+        **({"strategy": strategy()} if isinstance(strategy, partial) else {}),  # each trainer has its own
         max_epochs=1,
         callbacks=callbacks,
         logger=logger,
@@ -49,6 +58,11 @@ def trainer_device(factory: Callable[..., L.Trainer]) -> torch.device:
     return make_trainer(factory).strategy.root_device
 
 
+def is_sharded(trainer: L.Trainer) -> bool:
+    """Whether checkpoints are folders of shards; otherwise each is one file."""
+    return isinstance(trainer.strategy, Sharded)
+
+
 def fit(
     module: NestedLM,
     data: PackedTokens,
@@ -62,7 +76,7 @@ def fit(
 ) -> int:
     """Train to the end of the stage; returns the step that it went on from (0: from the start)."""
     settings = data.settings
-    saving = TimedCheckpoint(folder / "checkpoints", seconds=checkpoint_seconds)
+    saving = TimedCheckpoint(folder / "checkpoints", stage=stage, seconds=checkpoint_seconds)
     progress = StageProgress(
         stage, num_steps=module.num_steps, tokens_per_step=settings.batch_size * settings.sequence_length
     )
@@ -70,13 +84,13 @@ def fit(
         trainer_factory,
         callbacks=[*callbacks, saving, progress],
         logger=logger,
-        log_every_n_steps=min(10, module.num_steps),
+        log_every_n_steps=min(LOG_EVERY_STEPS, module.num_steps),
     )
-    checkpoint = last_good_checkpoint(folder / "checkpoints")
+    checkpoint = ranks.agreed(last_good_checkpoint(folder / "checkpoints", is_sharded=is_sharded(trainer)))
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     except DivergenceError as error:
-        good = last_good_checkpoint(folder / "checkpoints")
+        good = last_good_checkpoint(folder / "checkpoints", is_sharded=is_sharded(trainer))
         kept = "there is no checkpoint of this stage yet" if good is None else f"the last good checkpoint is {good}"
         raise DivergenceError(f"{error}; {kept}, and the stages before are kept") from error
     if trainer.global_step != module.num_steps:

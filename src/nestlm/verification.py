@@ -16,6 +16,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from nestlm.context import LATENCY_TABLE
 from nestlm.errors import ConfigError, DataError
+from nestlm.parallel import ranks
 from nestlm.pipeline import fill_run_folder
 from nestlm.progress import console
 from nestlm.report.console import output
@@ -46,28 +47,28 @@ def read(folder: Path) -> tuple[dict[str, Any], str | None]:
     return config, commit
 
 
-def verify(folder: Path, settings: Settings, *, config: dict[str, Any], out: Path | None, tolerance: float) -> bool:
-    """Do a run again, compare, and print what differs.
+def verify(folder: Path, settings: Settings, *, config: dict[str, Any], place: Path, tolerance: float) -> bool:
+    """Do a run again, compare, and print what differs; each of several ranks has its part in it.
 
     Args:
         folder: the finished run.
         settings: its own, as this code understands them.
         config: the same as plain values.
-        out: where the second run works and stays; None forgets it.
+        place: where the second run works.
         tolerance: by how much numbers of results.csv may differ; 0 asks for the same bytes, and the same specs.
 
     Raises:
         NestlmError: the run cannot be done again here.
     """
     then = read_provenance(folder)
-    with num_threads(then["threads"]), workplace(out) as place:
+    with num_threads(then["threads"]):
         settings = replace(own_table(settings, folder), run_dir=str(place), cache="off", logger=CSVLogger)
         check(settings)
         now = environment() | {"data_fingerprint": settings.data.fingerprint}
         for line in [*changed_origins(then, now), *missing_cores(then["threads"])]:
             console.print(f"unlike the run: {line}", highlight=False, markup=False)
         fill_run_folder(settings, config=config, shown=False)
-        return judge(folder, place, tolerance=tolerance)
+        return ranks.agreed(ranks.rank() == 0 and judge(folder, place, tolerance=tolerance))
 
 
 def own_table(settings: Settings, folder: Path) -> Settings:
@@ -96,7 +97,7 @@ def missing_cores(threads: int) -> list[str]:
 
 @contextmanager
 def workplace(out: Path | None) -> Iterator[Path]:
-    """The folder of the second run. Raises ConfigError for one that holds a finished run."""
+    """The folder of the second run; None forgets it. Raises ConfigError for one that holds a finished run."""
     if out is None:
         with TemporaryDirectory(prefix="nestlm-verify-") as place:
             yield Path(place)

@@ -13,6 +13,7 @@ from nestlm.data.source.synthetic import Synthetic
 from nestlm.data.stream import StreamLoader
 from nestlm.data.tokenizer import for_texts, load, separator_id
 from nestlm.errors import ConfigError, DataError
+from nestlm.parallel.ranks import ALONE, Share
 from plugins import NANO
 
 datasets = pytest.importorskip("datasets")
@@ -31,11 +32,11 @@ def texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def loader(source: HubStream, tokenizer: Path, *, num_steps: int, rank: int = 0, world_size: int = 1) -> StreamLoader:
+def loader(source: HubStream, tokenizer: Path, *, num_steps: int, share: Share = ALONE) -> StreamLoader:
     loaded = load(tokenizer)
     return StreamLoader(
         source, for_texts(loaded), num_steps=num_steps, batch_size=BATCH, sequence_length=LENGTH,
-        document_separator=separator_id(loaded), separate_documents=False, rank=rank, world_size=world_size,
+        document_separator=separator_id(loaded), separate_documents=False, share=share,
     )  # fmt: skip
 
 
@@ -53,7 +54,7 @@ def test_the_order_is_the_streams_and_a_resume_on_other_ranks_sees_each_token_on
     assert num_steps > 10
     seen, state = [], {"next_step": 0, "number": HELD_OUT, "offset": 0}
     for world_size, stop in ((2, 3), (3, 7), (1, num_steps)):
-        ranks = [loader(source, tokenizer, num_steps=stop, rank=r, world_size=world_size) for r in range(world_size)]
+        ranks = [loader(source, tokenizer, num_steps=stop, share=Share(r, world_size)) for r in range(world_size)]
         for rank in ranks:
             rank.load_state_dict(state)
         for batches in zip(*ranks, strict=True):

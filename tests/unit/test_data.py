@@ -19,6 +19,7 @@ from nestlm.data.source.text import TextFolder
 from nestlm.data.survey import Survey
 from nestlm.data.tokenizer import load
 from nestlm.errors import DataError
+from nestlm.parallel.ranks import Share
 
 SOURCE = Synthetic(num_documents=60, num_words=100, seed=0)
 
@@ -102,7 +103,7 @@ def test_resume_is_exact(folder, num_workers):
 
 def test_ranks_share_each_step_without_overlap(folder):
     whole = list(loader(folder))
-    ranks = [list(loader(folder, rank=rank, world_size=2)) for rank in range(2)]
+    ranks = [list(loader(folder, share=Share(rank, 2))) for rank in range(2)]
     for step, batch in enumerate(whole):
         parts = torch.stack([rank[step].tokens_BL for rank in ranks], dim=1).flatten(0, 1)
         assert torch.equal(parts, batch.tokens_BL)

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from nestlm.parallel.ranks import ALONE, Share
+
 
 class Batch(NamedTuple):
     """Rows of tokens with their targets.
@@ -15,11 +17,15 @@ class Batch(NamedTuple):
         targets_BL: the token after each, int64.
         documents_BL: number of the document within its row, or None where all rows hold one document, or where
             documents may attend to each other.
+        share: which rows of the step these are.
+        is_counted: False for rows that are there only so that every rank runs as many batches as the others.
     """
 
     tokens_BL: Tensor
     targets_BL: Tensor
     documents_BL: Tensor | None
+    share: Share = ALONE
+    is_counted: bool = True
 
     def head(self, rows: int) -> Batch:
         """The first rows."""

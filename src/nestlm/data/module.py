@@ -11,14 +11,15 @@ import lightning as L
 from torch.utils.data import DataLoader
 
 from nestlm.data import tokenizer as tokenizers
-from nestlm.data.batch import Batch
 from nestlm.data.mixed import MixedRows
 from nestlm.data.opened import Prepared
-from nestlm.data.packed import PackedRows, StepLoader, collate
+from nestlm.data.packed import HeldOut, PackedRows, StepLoader
 from nestlm.data.shards import TOKENIZER
 from nestlm.data.source.base import PreparedSource, Source, StreamSource, fingerprint
 from nestlm.data.stream import StreamLoader
 from nestlm.errors import ConfigError
+from nestlm.parallel import ranks
+from nestlm.parallel.ranks import Share
 
 
 @dataclass(frozen=True)
@@ -118,9 +119,8 @@ class PackedTokens(L.LightningDataModule):
         Raises:
             ConfigError: the batch does not divide over the ranks.
         """
-        world_size = self.trainer.world_size if self.trainer else 1
-        self.settings.check_ranks(world_size)
-        rank = self.trainer.global_rank if self.trainer else 0
+        share = Share(ranks.rank(), ranks.num_ranks())
+        self.settings.check_ranks(share.num_ranks)
         if isinstance(self.settings.source, StreamSource):
             return StreamLoader(
                 self.settings.source,
@@ -130,8 +130,7 @@ class PackedTokens(L.LightningDataModule):
                 sequence_length=self.settings.sequence_length,
                 document_separator=self.prepared.separator,
                 separate_documents=self.settings.separate_documents,
-                rank=rank,
-                world_size=world_size,
+                share=share,
             )
         return StepLoader(
             self.rows("train"),
@@ -140,20 +139,25 @@ class PackedTokens(L.LightningDataModule):
             seed=self.seed,
             stream=self.stream,
             separator=self.separator,
-            rank=rank,
-            world_size=world_size,
+            share=share,
             num_workers=self.settings.num_workers,
         )
 
-    def heldout_dataloader(self, split: str, *, num_rows: int | None = None) -> DataLoader[Any]:
-        """Batches of a held-out split in its order: all rows, or `num_rows` spread over all documents."""
+    def heldout_dataloader(self, split: str, *, num_rows: int | None = None, shared: bool = True) -> DataLoader[Any]:
+        """Batches of a held-out split in its order; each rank has its share of them, as many as every other.
+
+        Args:
+            split: its name.
+            num_rows: rows spread over all documents; None: all rows.
+            shared: False where every rank is to see all batches.
+        """
         rows = self.rows(split)
         number = len(rows) if num_rows is None else min(num_rows, len(rows))
         chosen = [index * len(rows) // number for index in range(number)]
         size = self.settings.eval_batch_size
         batches = [list(chosen[start : start + size]) for start in range(0, len(chosen), size)]
-
-        def stack(group: list) -> Batch:
-            return collate(group, separator=self.separator)
-
-        return DataLoader(rows, batch_sampler=batches, collate_fn=stack)
+        share = Share(ranks.rank(), ranks.num_ranks()) if shared else Share()
+        fillers = -len(batches) % share.num_ranks
+        own = [*batches, *[batches[-1]] * fillers][share.rank :: share.num_ranks]
+        last_counts = share.rank < share.num_ranks - fillers
+        return DataLoader(HeldOut(rows, own, separator=self.separator, last_counts=last_counts), batch_size=None)

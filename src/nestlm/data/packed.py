@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from nestlm.data.batch import Batch
 from nestlm.data.shards import Manifest, ShardReader
 from nestlm.errors import DataError
+from nestlm.parallel.ranks import ALONE, Share
 
 OPEN_SHARDS = 128  # mapped at once; a mapping holds a file descriptor
 
@@ -89,14 +90,30 @@ def step_rows(step: int, *, rows: Rows, batch_size: int, seed: int, stream: str)
     return [rows.sample(p, seed=seed, stream=stream) for p in range(step * batch_size, (step + 1) * batch_size)]
 
 
-def collate(rows: Sequence[np.ndarray], *, separator: int | None) -> Batch:
+def collate(
+    rows: Sequence[np.ndarray], *, separator: int | None, share: Share = ALONE, is_counted: bool = True
+) -> Batch:
     """Stack rows into a batch; with a separator, number the documents of each row."""
     tokens = torch.from_numpy(np.stack(rows).astype(np.int64))
     inputs_BL, targets_BL = tokens[:, :-1], tokens[:, 1:]
     documents_BL = None
     if separator is not None and bool((inputs_BL[:, 1:] == separator).any()):
         documents_BL = (inputs_BL == separator).cumsum(dim=1)
-    return Batch(inputs_BL.contiguous(), targets_BL.contiguous(), documents_BL)
+    return Batch(inputs_BL.contiguous(), targets_BL.contiguous(), documents_BL, share, is_counted)
+
+
+class HeldOut(Dataset[Batch]):
+    """Batches of a held-out split that one rank sees, in its order; the last may not count."""
+
+    def __init__(self, rows: Rows, batches: list[list[int]], *, separator: int | None, last_counts: bool) -> None:
+        self.rows, self.batches, self.separator, self.last_counts = rows, batches, separator, last_counts
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> Batch:
+        is_counted = self.last_counts or index < len(self) - 1
+        return collate([self.rows[row] for row in self.batches[index]], separator=self.separator, is_counted=is_counted)
 
 
 class StepLoader:
@@ -114,23 +131,22 @@ class StepLoader:
         seed: int,
         stream: str,
         separator: int | None,
-        rank: int = 0,
-        world_size: int = 1,
+        share: Share = ALONE,
         num_workers: int = 0,
     ) -> None:
         self.rows = rows
         self.num_steps = num_steps
         self.next_step = 0
         self.num_workers = num_workers
-        self.collate = partial(collate, separator=separator)
-        self.share = slice(rank, None, world_size)
+        self.collate = partial(collate, separator=separator, share=share)
+        self.own = slice(share.rank, None, share.num_ranks)
         self.order = partial(step_rows, rows=rows, batch_size=batch_size, seed=seed, stream=stream)
 
     def __len__(self) -> int:
         return self.num_steps
 
     def __iter__(self) -> Iterator[Batch]:
-        batches = (self.order(step)[self.share] for step in range(self.next_step, self.num_steps))
+        batches = (self.order(step)[self.own] for step in range(self.next_step, self.num_steps))
         loader: DataLoader[Any] = DataLoader(
             self.rows,  # pyright: ignore[reportArgumentType]
             batch_sampler=batches,  # pyright: ignore[reportArgumentType]

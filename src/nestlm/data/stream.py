@@ -14,6 +14,7 @@ from nestlm.data.batch import Batch
 from nestlm.data.packed import collate
 from nestlm.data.source.base import StreamSource
 from nestlm.errors import DataError
+from nestlm.parallel.ranks import ALONE, Share
 
 TOGETHER = 64  # documents that the tokenizer's threads share out
 
@@ -35,14 +36,13 @@ class StreamLoader:
         sequence_length: int,
         document_separator: int,
         separate_documents: bool,
-        rank: int = 0,
-        world_size: int = 1,
+        share: Share = ALONE,
     ) -> None:
         self.source, self.tokenizer = source, tokenizer
         self.num_steps, self.batch_size, self.sequence_length = num_steps, batch_size, sequence_length
         self.document_separator = document_separator
         self.collate_separator = document_separator if separate_documents else None
-        self.share = slice(rank, None, world_size)
+        self.share = share
         self.next_step, self.number, self.offset = 0, source.heldout_documents, 0
 
     def __len__(self) -> int:
@@ -63,7 +63,8 @@ class StreamLoader:
             while offset >= len(waiting[0][1]):
                 offset -= len(waiting.popleft()[1])
             self.next_step, self.number, self.offset = self.next_step + 1, waiting[0][0], offset
-            yield collate(list(rows[self.share]), separator=self.collate_separator)
+            own = list(rows[self.share.rank :: self.share.num_ranks])
+            yield collate(own, separator=self.collate_separator, share=self.share)
 
     def encoded(self, start: int) -> Iterator[tuple[int, np.ndarray]]:
         """Numbers and tokens of the documents from one on; after the last comes the first that is not held out."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from nestlm.axes.base import Axis, Cut, width_axes
 from nestlm.nn.config import DecoderConfig
 from nestlm.nn.decoder import Decoder
+from nestlm.parallel.sharding import fill, whole
 from nestlm.spec import DEPTH, Site, SubnetSpec
 
 
@@ -37,8 +38,8 @@ def sort_units(decoder: Decoder, orders: Mapping[Site, Tensor], *, axes: tuple[A
         if not torch.equal(order.sort().values, torch.arange(len(order))):
             raise ValueError(f"{site}: got an order that is no permutation of its {len(order)} units")
         rows = (order[:, None] * cut.rows + torch.arange(cut.rows)).flatten()
-        weight = parameters[name]
-        weight.copy_(weight.index_select(cut.dim, rows.to(weight.device)))
+        weight = whole(parameters[name])
+        fill(parameters[name], weight.index_select(cut.dim, rows.to(weight.device)))
 
 
 def subnet_config(config: DecoderConfig, spec: SubnetSpec, *, axes: tuple[Axis, ...]) -> DecoderConfig:

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nestlm.errors import CheckpointError
+from nestlm.parallel.sharding import fill
 from nestlm.progress import track
 
 CHECKSUMS = "SHA256SUMS"  # as `sha256sum *` writes it
@@ -61,7 +62,7 @@ def read_tensors(
                 raise CheckpointError(f"model.weights: {shard.name} has {theirs}, which this family or size lacks")
             if theirs in filled:
                 raise CheckpointError(f"model.weights: {theirs} is in {filled[theirs].name} and in {shard.name}")
-            fill(parameters[names[theirs]], value, name=theirs)
+            fill_checked(parameters[names[theirs]], value, name=theirs)
             filled[theirs] = shard
     missing = sorted(set(names) - set(filled))
     if missing:
@@ -96,15 +97,15 @@ def tensors_of(shard: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 @torch.no_grad()
-def fill(parameter: Tensor, value: Tensor, *, name: str) -> None:
+def fill_checked(parameter: Tensor, value: Tensor, *, name: str) -> None:
     """Copy a tensor in. Raises CheckpointError when shapes differ, or it holds no finite floats."""
     if parameter.shape != value.shape:
         raise CheckpointError(f"model.weights: {name} has shape {tuple(value.shape)}, wanted {tuple(parameter.shape)}")
     if not value.is_floating_point():
         raise CheckpointError(f"model.weights: {name} holds {value.dtype}; wanted floats, not quantized weights")
-    parameter.copy_(value)
+    fill(parameter, value)
     # a sum is not finite where a term is not, and takes no memory
-    if not parameter.sum().isfinite() and not parameter.isfinite().all():
+    if not value.sum().isfinite() and not value.isfinite().all():
         raise CheckpointError(f"model.weights: {name} holds numbers that are not finite; fetch it again")
 
 

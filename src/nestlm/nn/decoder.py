@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +17,11 @@ from nestlm.nn.mlp import MLP
 from nestlm.nn.norm import LayerNorm1P, make_norm
 from nestlm.nn.policy import Decision, Mixed, Policy, Stream, full
 from nestlm.nn.rope import rotary_table
+from nestlm.parallel.sharding import fill
 from nestlm.spec import ATTN_HEADS, DEPTH, MLP_WIDTH, Site
 
 
-@dataclass(frozen=True)
-class DecoderOutput:
+class DecoderOutput(NamedTuple):  # not a dataclass: FSDP looks for tensors in tuples
     """Logits, and what the policy decided on the way (a dynamic router's decisions are only known afterwards)."""
 
     logits_BLV: Tensor
@@ -90,9 +90,13 @@ class Decoder(nn.Module):
     @classmethod
     def empty(cls, config: DecoderConfig, *, activation_checkpointing: bool = False) -> Decoder:
         """A decoder whose parameters hold anything: to be filled, without the time and memory of a random start."""
+        return cls.on_meta(config, activation_checkpointing=activation_checkpointing).to_empty(device="cpu")
+
+    @classmethod
+    def on_meta(cls, config: DecoderConfig, *, activation_checkpointing: bool = False) -> Decoder:
+        """A decoder without memory, to be given some."""
         with torch.device("meta"):
-            decoder = cls(config, activation_checkpointing=activation_checkpointing)
-        return decoder.to_empty(device="cpu")
+            return cls(config, activation_checkpointing=activation_checkpointing)
 
     def forward(
         self,
@@ -176,8 +180,7 @@ class Decoder(nn.Module):
                 nn.init.zeros_(parameter)
             elif "norm" not in name:
                 scale = residual_std if name.endswith(("attn.o.weight", "mlp.down.weight")) else std
-                with torch.no_grad():
-                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+                fill(parameter, torch.randn(parameter.shape, generator=generator) * scale)
 
 
 def document_mask(documents_BL: Tensor, *, num_queries: int) -> Tensor:

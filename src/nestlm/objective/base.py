@@ -25,10 +25,17 @@ class Parts:
 
 @dataclass(frozen=True)
 class Term:
-    """One summand of the loss, and numbers to log beside it."""
+    """One summand of the loss.
+
+    Attributes:
+        loss: a scalar, of which every rank has that of its rows.
+        logs: numbers to log beside it.
+        is_last: whether no later term of the step goes through the model, whose gradients ranks then reduce.
+    """
 
     loss: Tensor
     logs: Mapping[str, Tensor | float] = field(default_factory=dict)
+    is_last: bool = True
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from nestlm.data.batch import Batch
-from nestlm.objective.base import Objective, Parts, Term
+from nestlm.objective.base import Lesson, Objective, Parts, Term
 from nestlm.objective.elastic_values import ElasticValues, by_token
 from nestlm.objective.teaching import Teaching
+from nestlm.parallel.ranks import Share
 from nestlm.sampler.base import Drawn, Mixture, Sampler, policy_of
 from nestlm.spec import SearchSpace, Site
 
@@ -42,8 +43,10 @@ class Elastic(Objective):
         self.register_buffer("count", torch.zeros((), dtype=torch.long))
 
     def terms(self, parts: Parts, batch: Batch, *, step: int) -> Iterator[Term]:
-        shape = batch.tokens_BL.shape
-        drawn = self.sampler.draw(self.space, seed=self.seed, step=step, batch=(shape[0], shape[1]))
+        num_rows, length = batch.tokens_BL.shape
+        shape = (batch.share.total(num_rows), length)
+        everywhere = self.sampler.draw(self.space, seed=self.seed, step=step, batch=shape)
+        drawn = [each.own(batch.share) if isinstance(each, Mixture) else each for each in everywhere]
         whole = [not isinstance(spec, Mixture) and spec == self.space.full() for spec in drawn]
         seen: dict[Site, Tensor] = {}
         policies = [policy_of(spec, self.space, device=batch.tokens_BL.device) for spec in drawn]
@@ -52,30 +55,32 @@ class Elastic(Objective):
                 self.values.watched(policy, seen) if by_token(spec) else policy
                 for policy, spec in zip(policies, drawn, strict=True)
             ]
-        for lesson, spec, is_whole in zip(
-            self.teaching.lessons(parts, batch, policies=tuple(zip(policies, whole, strict=True))),
-            drawn,
-            whole,
-            strict=True,
-        ):
+        lessons = self.teaching.lessons(parts, batch, policies=tuple(zip(policies, whole, strict=True)))
+        for number, (lesson, spec, is_whole) in enumerate(zip(lessons, drawn, whole, strict=True), start=1):
             if not is_whole and lesson.reference_BL is not None:
-                self.remember(spec, loss_BL=lesson.text_loss_BL, reference_BL=lesson.reference_BL)
+                self.remember(everywhere[number - 1], lesson, share=batch.share)
             name = "loss_full" if is_whole else "loss_subnet"
-            yield Term(lesson.loss / len(drawn), {name: lesson.loss.detach()})
+            yield Term(lesson.loss / len(drawn), {name: lesson.loss.detach()}, is_last=number == len(drawn))
             if self.values is not None and by_token(spec) and lesson.distance_BL is not None:
                 yield self.values.term(seen, indices_SBL=spec.indices, distance_BL=lesson.distance_BL)
             seen.clear()
 
     @torch.no_grad()
-    def remember(self, drawn: Drawn, *, loss_BL: Tensor, reference_BL: Tensor) -> None:
-        """Keep what sub-networks lost in place of the oldest pairs."""
+    def remember(self, drawn: Drawn, lesson: Lesson, *, share: Share) -> None:
+        """Keep what sub-networks, drawn for all ranks, lost in place of the oldest pairs."""
+        assert lesson.reference_BL is not None, "there is something to compare with"
+        losses, references = lesson.text_loss_BL, lesson.reference_BL
         if isinstance(drawn, Mixture):
             if by_token(drawn):
                 return
-            choices, losses, references = drawn.indices.T, loss_BL.mean(1), reference_BL.mean(1)
+            choices, losses, references = (
+                drawn.indices.T,
+                share.gather(losses.mean(1)),
+                share.gather(references.mean(1)),
+            )
         else:
             choices = torch.tensor([self.space.indices(drawn)])
-            losses, references = loss_BL.mean()[None], reference_BL.mean()[None]
+            losses, references = share.mean(losses.mean())[None], share.mean(references.mean())[None]
         slots = (torch.arange(len(losses)) + self.count.cpu()) % PAIRS
         slots = slots.to(self.count.device)
         self.choices[slots] = choices.to(self.choices.device)

@@ -66,10 +66,18 @@ class GumbelSignal(Signal):
         with torch.no_grad():
             whole = SoftTargets.of(parts.decoder(batch.tokens_BL, documents_BL=batch.documents_BL).logits_BLV)
         floor = router.floor
-        uniform_B = torch.rand(len(batch.tokens_BL), generator=torch_generator(self.seed, "gumbel budgets", step))
+        rows = batch.share.total(len(batch.tokens_BL))
+        uniform_B = torch.rand(rows, generator=torch_generator(self.seed, "gumbel budgets", step))
+        if isinstance(router, static.Router):  # one budget for all
+            uniform_B = uniform_B[:1].expand(rows)
+        uniform_B = batch.share.own(uniform_B)
         shares_B = (floor + (1.0 - floor) * uniform_B).to(batch.tokens_BL.device)
         policy = router.relaxed(
-            shares_B, generator=torch_generator(self.seed, "gumbel", step), temperature=temperature, gain=gain
+            shares_B,
+            generator=torch_generator(self.seed, "gumbel", step),
+            temperature=temperature,
+            gain=gain,
+            share=batch.share,
         )
         output = parts.decoder(batch.tokens_BL, policy, documents_BL=batch.documents_BL)
         probabilities = mean_probabilities(table.space, output.decisions)

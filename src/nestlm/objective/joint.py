@@ -48,16 +48,18 @@ class Joint(Objective):
             # just above the floor at least, where rounding could make the smallest sub-network too dear
             above = max(1e-6, float(torch.rand((), generator=generator)))
             targets.append(floor + (1.0 - floor) * above)
-            policies.append((parts.router.draw(Budget.of_share(targets[-1]), generator=generator), False))
+            budget = Budget.of_share(targets[-1])
+            policies.append((parts.router.draw(budget, generator=generator, share=batch.share), False))
         lessons = self.teaching.lessons(parts, batch, policies=tuple(policies))
         loss_full = next(lessons).loss
-        yield Term(loss_full / len(policies), {"loss_full": loss_full.detach()})
-        for lesson, share in zip(lessons, targets, strict=True):
+        yield Term(loss_full / len(policies), {"loss_full": loss_full.detach()}, is_last=False)
+        for number, (lesson, target) in enumerate(zip(lessons, targets, strict=True), start=1):
             loss, logs = lesson.loss, dict[str, Tensor | float](loss_subnet=lesson.loss.detach())
             probabilities = mean_probabilities(table.space, lesson.output.decisions)
             if probabilities is not None:
-                expected = table.expected_share(probabilities).mean()  # over sequences, where they differ
-                distance = budget_loss(expected, torch.full_like(expected, share), dead_zone=self.dead_zone)
+                # over the sequences of all ranks, where they differ
+                expected = batch.share.mean(table.expected_share(probabilities).mean())
+                distance = budget_loss(expected, torch.full_like(expected, target), dead_zone=self.dead_zone)
                 logs["budget_distance"] = distance.detach()
                 loss = loss + self.cost_weight * distance
-            yield Term(loss / len(policies), logs)
+            yield Term(loss / len(policies), logs, is_last=number == len(targets))

@@ -105,9 +105,8 @@ class SurrogateSignal(Signal):
         predicted_BL = notes.predicted_BL + self.base
         loss = (predicted_BL - target_BL).square().mean()
         with torch.no_grad():
-            off = (predicted_BL - target_BL).mean(1).square().mean() / target_BL.mean(1).var(correction=0).clamp_min(
-                1e-12
-            )
+            missed_B, targets_B = (batch.share.gather(part.mean(1)) for part in (predicted_BL - target_BL, target_BL))
+            off = missed_B.square().mean() / targets_B.var(correction=0).clamp_min(1e-12)
             first = not torch.isfinite(self.error)
             self.error.copy_(off if first else ERROR_MEMORY * self.error + (1 - ERROR_MEMORY) * off)
         is_open = float(self.error) < self.gate
@@ -172,13 +171,16 @@ class Notes:
         table, tokens_BL = router.prices.main, batch.tokens_BL
         generator = torch_generator(signal.seed, "surrogate", key)
         floor = router.floor
-        self.shares_B = (floor + (1.0 - floor) * torch.rand(len(tokens_BL), generator=generator)).to(tokens_BL.device)
+        rows, length = batch.share.total(len(tokens_BL)), tokens_BL.shape[1]
+        shares_B = floor + (1.0 - floor) * torch.rand(rows, generator=generator)
         share = signal.random_share if random_share is None else random_share
-        self.at_random_B = (torch.rand(len(tokens_BL), generator=generator) < share).to(tokens_BL.device)
-        self.random = random_choices(table.space, tokens_BL.shape, per_token=True, skew=SKEW, generator=generator).to(
-            tokens_BL.device
+        at_random_B = torch.rand(rows, generator=generator) < share
+        indices = random_choices(table.space, (rows, length), per_token=True, skew=SKEW, generator=generator)
+        self.shares_B, self.at_random_B = (
+            batch.share.own(part).to(tokens_BL.device) for part in (shares_B, at_random_B)
         )
-        self.generator = generator
+        self.random = batch.share.own(indices, dim=1).to(tokens_BL.device)
+        self.generator, self.rows = generator, batch.share
         zeros = self.shares_B.new_zeros(())
         self.predicted_BL, self.promised, self.entropy, self.expected_B = zeros, zeros, zeros, zeros
 
@@ -198,7 +200,7 @@ class Notes:
         with torch.enable_grad():
             logits_BLK = self.router.logits(row, features_BLD, self.shares_B)
             effects_BLK = growth(self.signal.effects.at(row, features_BLD))
-            routed_BL = sample_choices(logits_BLK.detach(), generator=self.generator)
+            routed_BL = sample_choices(logits_BLK.detach(), generator=self.generator, share=self.rows)
             index_BL = torch.where(self.at_random_B[:, None], self.random[row], routed_BL)
             probabilities_BLK = logits_BLK.softmax(-1)
             prices_K = self.router.prices.main.shares[row, : logits_BLK.shape[-1]].to(probabilities_BLK)

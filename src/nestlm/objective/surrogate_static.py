@@ -152,6 +152,7 @@ class SurrogateSignal(Signal):
         router = parts.router
         assert isinstance(router, static.Router), "the surrogate sees the logits of a static router"
         inputs, targets = self.observe(parts.decoder, batch, choices=self.draw_choices(router, step=step))
+        targets = batch.share.mean(targets)
         with torch.no_grad():
             fresh_error = (self.surrogate(inputs) - targets).square().mean()
         self.remember(inputs, targets)

@@ -67,23 +67,24 @@ class ValueSignal(Signal):
     def terms(self, parts: Parts, batch: Batch, *, step: int) -> Iterator[Term]:
         predicted, target = self.observe(parts, batch, key=step)
         loss = (predicted - target).square().mean()
-        spread = target.var(correction=0).clamp_min(1e-12)
-        yield Term(loss, {"value_error": (loss / spread).detach(), "kl": target.mean()})
+        spread = batch.share.gather(target).var(correction=0).clamp_min(1e-12)
+        yield Term(loss, {"value_error": batch.share.mean(loss.detach()) / spread, "kl": target.mean()})
 
     def observe(self, parts: Parts, batch: Batch, *, key: int | str) -> tuple[Tensor, Tensor]:
         """Predicted and real growth of the KL under random choices: of tokens (B, L), or of sequences (B,)."""
         router = parts.router
         assert isinstance(router, value_static.Router | value_dynamic.Router), "values are learned by a value router"
         tokens_BL, generator = batch.tokens_BL, torch_generator(self.seed, "value", key)
-        indices = random_choices(
-            self.space, tokens_BL.shape, per_token=router.per_token, skew=self.skew, generator=generator
-        )
+        rows = batch.share.total(len(tokens_BL))
+        shape = (rows, tokens_BL.shape[1])
+        indices = random_choices(self.space, shape, per_token=router.per_token, skew=self.skew, generator=generator)
         # a price of cost for sequences that choose, 0 for those that draw, and the few draws of those that choose
         low, high = (math.log(price) for price in PRICES_OF_COST)
-        price_B = (low + (high - low) * torch.rand(len(tokens_BL), generator=generator)).exp()
-        price_B[torch.rand(len(tokens_BL), generator=generator) < self.random_share] = 0.0
+        price_B = (low + (high - low) * torch.rand(rows, generator=generator)).exp()
+        price_B[torch.rand(rows, generator=generator) < self.random_share] = 0.0
         strays = torch.rand(indices.shape, generator=generator) < STRAY_SHARE
-        drawn = Drawn(*(part.to(tokens_BL.device) for part in (indices, strays, price_B)))
+        parts_of_step = (batch.share.own(indices, dim=1), batch.share.own(strays, dim=1), batch.share.own(price_B))
+        drawn = Drawn(*(part.to(tokens_BL.device) for part in parts_of_step))
         values: list[Tensor] = []
         with torch.no_grad():
             whole = SoftTargets.of(parts.decoder(tokens_BL, documents_BL=batch.documents_BL).logits_BLV)

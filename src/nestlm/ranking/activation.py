@@ -15,6 +15,7 @@ from nestlm.axes.base import Axis, WidthAxis, width_axes
 from nestlm.data.batch import Batch
 from nestlm.errors import ConfigError
 from nestlm.nn.decoder import Decoder
+from nestlm.parallel import ranks
 from nestlm.spec import Site
 
 
@@ -37,7 +38,7 @@ class Activation:
     def scores(
         self, decoder: Decoder, *, axes: tuple[Axis, ...], batches: Iterable[Batch], seed: int
     ) -> dict[Site, Tensor]:
-        """Accumulated in float32 over all batches."""
+        """Accumulated in float32 over all batches of all ranks."""
         del seed
         sums: dict[Site, Tensor] = {}
         hooks: list[RemovableHandle] = []
@@ -53,13 +54,24 @@ class Activation:
                     hooks.append(watch_block(watched, total=total))
         try:
             for batch in batches:
-                tokens += batch.tokens_BL.numel()
+                if batch.is_counted:
+                    tokens += batch.tokens_BL.numel()
+                else:  # the last one
+                    remove(hooks)
                 decoder(batch.tokens_BL, documents_BL=batch.documents_BL)
         finally:
-            for hook in hooks:
-                hook.remove()
+            remove(hooks)
+        device = next(decoder.parameters()).device
+        seen = float(ranks.summed(torch.tensor(tokens, dtype=torch.float64, device=device)))
+        sums = {site: ranks.summed(total.to(device)).cpu() for site, total in sums.items()}
         widths = {axis.name for axis in width_axes(axes)}
-        return {site: total if site.axis in widths else total / tokens for site, total in sums.items()}
+        return {site: total if site.axis in widths else total / seen for site, total in sums.items()}
+
+
+def remove(hooks: Iterable[RemovableHandle]) -> None:
+    """Watch no more."""
+    for hook in hooks:
+        hook.remove()
 
 
 def watch_units(module: nn.Module, shape: tuple[int, ...], *, total: Tensor) -> RemovableHandle:

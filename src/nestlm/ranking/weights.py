@@ -12,6 +12,7 @@ from nestlm.axes.base import Axis
 from nestlm.data.batch import Batch
 from nestlm.elastic.weights import cuts_by_site
 from nestlm.nn.decoder import Decoder
+from nestlm.parallel.sharding import whole
 from nestlm.spec import Site
 
 
@@ -29,7 +30,7 @@ class Magnitude:
         squares = {site: torch.zeros(units) for site, units in unit_counts(decoder, axes=axes).items()}
         parameters = dict(decoder.named_parameters())
         for site, cut, name in cuts_by_site(axes, decoder.config):
-            rows = parameters[name].detach().float().cpu().movedim(cut.dim, 0)
+            rows = whole(parameters[name].detach()).float().cpu().movedim(cut.dim, 0)
             per_unit = rows.pow(2).reshape(len(rows), -1).sum(1).unflatten(0, (-1, cut.rows)).sum(1)
             squares[site] += per_unit
         return {site: total.sqrt() for site, total in squares.items()}

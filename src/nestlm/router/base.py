@@ -11,6 +11,7 @@ from torch import nn
 
 from nestlm.cost.table import PriceList
 from nestlm.nn.policy import Policy, fixed
+from nestlm.parallel.ranks import ALONE, Share
 from nestlm.router.trial import Trial
 from nestlm.spec import Budget, SubnetSpec
 
@@ -70,7 +71,13 @@ class Router(nn.Module):
         spec = self.spec(budget, trial=trial)
         return Answer(fixed(spec), spec)
 
-    def draw(self, budget: Budget, *, generator: torch.Generator) -> Policy:
-        """A policy for training at a budget. A router that learns samples it, with gradients to its own weights."""
-        del generator
+    def draw(self, budget: Budget, *, generator: torch.Generator, share: Share = ALONE) -> Policy:
+        """A policy for training at a budget. A router that learns samples it, with gradients to its own weights.
+
+        Args:
+            budget: what must be kept.
+            generator: of the sample, the same on all ranks.
+            share: which rows of the step it will see.
+        """
+        del generator, share
         return fixed(self.spec(budget))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nestlm.cost.table import PriceList
 from nestlm.nn.policy import WHOLE, Decision, Policy, Stream
+from nestlm.parallel.ranks import ALONE, Share
 from nestlm.router.calibration import Plan
 from nestlm.router.networks import BUDGET_FEATURES, SiteNetworks, embed_share
 from nestlm.router.per_token import Granularity, Scorer, TokenRouter, features, with_router
@@ -60,26 +61,28 @@ class Router(TokenRouter):
         multiple, price = solution.solution[:, 0].tolist()
         return max(0.0, price) if multiple > 0.0 else 0.0
 
-    def draw(self, budget: Budget, *, generator: torch.Generator) -> Policy:
+    def draw(self, budget: Budget, *, generator: torch.Generator, share: Share = ALONE) -> Policy:
         """Choices sampled for each token, gated so that the loss reaches the router."""
-        share = self.prices.tightest(budget)
+        budget_share = self.prices.tightest(budget)
         seed = int(torch.randint(2**62, (), generator=generator))
 
         def decide(row: int, logits_BLK: Tensor) -> Decision:
-            choices = sample_choices(logits_BLK.detach(), generator=torch_generator(seed, row))
+            choices = sample_choices(logits_BLK.detach(), generator=torch_generator(seed, row), share=share)
             return gated_tokens(
                 self.prices.space.choices[self.prices.space.sites[row]], logits_BLK.softmax(-1), choices
             )
 
-        return self.logit_policy(self.networks.input.new_tensor([share]), decide)
+        return self.logit_policy(self.networks.input.new_tensor([budget_share]), decide)
 
-    def relaxed(self, shares_B: Tensor, *, generator: torch.Generator, temperature: float, gain: float) -> Policy:
+    def relaxed(
+        self, shares_B: Tensor, *, generator: torch.Generator, temperature: float, gain: float, share: Share = ALONE
+    ) -> Policy:
         """Soft masks over the whole sites, for budgets as shares, one a sequence."""
         seed = int(torch.randint(2**62, (), generator=generator))
 
         def decide(row: int, logits_BLK: Tensor) -> Decision:
             widths = self.prices.space.choices[self.prices.space.sites[row]]
-            noise = gumbel_noise(logits_BLK.shape, generator=torch_generator(seed, row)).to(logits_BLK)
+            noise = gumbel_noise(logits_BLK.shape, generator=torch_generator(seed, row), share=share).to(logits_BLK)
             return soft_mask(widths, logits_BLK, noise=noise, temperature=temperature, gain=gain)
 
         return self.logit_policy(shares_B, decide)

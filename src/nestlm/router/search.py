@@ -9,6 +9,7 @@ import torch
 from nestlm.cost.table import PriceList
 from nestlm.errors import ConfigError
 from nestlm.nn.policy import Policy, fixed
+from nestlm.parallel.ranks import ALONE, Share
 from nestlm.router.base import Router
 from nestlm.router.trial import Trial
 from nestlm.spec import Budget, Site, SubnetSpec
@@ -64,7 +65,8 @@ class RandomRouter(Router):
             return next(iter(drawn))
         return min(drawn, key=lambda spec: trial.loss(fixed(spec)))
 
-    def draw(self, budget: Budget, *, generator: torch.Generator) -> Policy:
+    def draw(self, budget: Budget, *, generator: torch.Generator, share: Share = ALONE) -> Policy:
+        del share
         random = Random(int(torch.randint(2**31, (), generator=generator)))
         return fixed(random_spec(self.prices, budget, random))
 
@@ -109,6 +111,7 @@ class EvolutionRouter(Router):
                 indices[site] = random.randrange(len(space.choices[site]))
         return grow(shrink(indices, self.prices, budget, random), self.prices, budget, random)
 
-    def draw(self, budget: Budget, *, generator: torch.Generator) -> Policy:
+    def draw(self, budget: Budget, *, generator: torch.Generator, share: Share = ALONE) -> Policy:
+        del share
         random = Random(int(torch.randint(2**31, (), generator=generator)))
         return fixed(random_spec(self.prices, budget, random))

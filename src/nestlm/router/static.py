@@ -8,6 +8,7 @@ from torch import Tensor
 from nestlm.cost.knapsack import cheapest_loss, use_up
 from nestlm.cost.table import PriceList
 from nestlm.nn.policy import Decision, Policy, constant
+from nestlm.parallel.ranks import ALONE, Share
 from nestlm.router import base
 from nestlm.router.networks import BUDGET_FEATURES, SiteNetworks, embed_share
 from nestlm.router.relaxed import gated_policy, gumbel_noise, sample_choices, soft_mask
@@ -29,15 +30,19 @@ class Router(base.Router):
         """Budgets (n,) as shares to logits (n, sites, max choices)."""
         return self.networks(embed_share(shares))
 
-    def draw(self, budget: Budget, *, generator: torch.Generator) -> Policy:
+    def draw(self, budget: Budget, *, generator: torch.Generator, share: Share = ALONE) -> Policy:
         """Choices sampled from the router's distribution, gated so that the loss reaches it."""
+        del share
         logits = self._logits(budget)
         probabilities = logits.softmax(-1)
         choices = sample_choices(logits.detach(), generator=generator)
         return gated_policy(self.prices.space, probabilities, choices)
 
-    def relaxed(self, shares_B: Tensor, *, generator: torch.Generator, temperature: float, gain: float) -> Policy:
+    def relaxed(
+        self, shares_B: Tensor, *, generator: torch.Generator, temperature: float, gain: float, share: Share = ALONE
+    ) -> Policy:
         """Soft masks over the whole sites for one budget, the first of the shares."""
+        del share
         decisions: dict[Site, Decision] = {}
         for row, (site, widths) in enumerate(self.prices.space.choices.items()):
             logits = self(shares_B[:1])[0, row, : len(widths)]

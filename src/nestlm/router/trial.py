@@ -14,6 +14,7 @@ from nestlm.data.batch import Batch
 from nestlm.nn.decoder import Decoder, DecoderOutput
 from nestlm.nn.loss import cross_entropy
 from nestlm.nn.policy import Policy, fixed, full
+from nestlm.parallel import ranks
 from nestlm.spec import SearchSpace
 
 
@@ -59,9 +60,9 @@ class Trial:
         return added
 
     def loss(self, policy: Policy) -> float:
-        """Mean negative log-likelihood of the text, in nats a token."""
+        """Mean negative log-likelihood of the text, in nats a token; all ranks go by what rank 0 found."""
         total, tokens = 0.0, 0
         for batch, output in self.outputs(policy):
             total += float(cross_entropy(output.logits_BLV, batch.targets_BL).sum())
             tokens += batch.targets_BL.numel()
-        return total / tokens
+        return ranks.agreed(total / tokens)

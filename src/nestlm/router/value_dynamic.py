@@ -7,6 +7,7 @@ from torch import Tensor
 
 from nestlm.cost.table import Bound, PriceList
 from nestlm.nn.policy import Policy
+from nestlm.parallel.ranks import ALONE, Share
 from nestlm.router.calibration import Plan, Tariff, settle
 from nestlm.router.networks import SiteNetworks, growth
 from nestlm.router.per_token import Granularity, Scorer, TokenRouter, mean_losses, with_router
@@ -79,12 +80,12 @@ class Router(TokenRouter):
         """A share of the run's cost as a ledger counts it."""
         return self.tariffs((Bound(self.planned.main, share),))
 
-    def draw(self, budget: Budget, *, generator: torch.Generator) -> Policy:
+    def draw(self, budget: Budget, *, generator: torch.Generator, share: Share = ALONE) -> Policy:
         """The choices at the next smaller budget that `prepare` knows, without ledgers."""
-        del generator
-        share = min(bound.share for bound in self.planned.bounds(budget))
+        del generator, share
+        least = min(bound.share for bound in self.planned.bounds(budget))
         known = self.curve.cpu()
-        number = max(0, int((known[:, 0] <= share).sum()) - 1)
+        number = max(0, int((known[:, 0] <= least).sum()) - 1)
         _, multiplier, *fixed = known[number].tolist()
         chosen = {row: int(index) for row, index in enumerate(fixed) if index >= 0}
-        return self.policy(Plan(share, self.bound_at(share), multiplier, chosen))
+        return self.policy(Plan(least, self.bound_at(least), multiplier, chosen))

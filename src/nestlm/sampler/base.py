@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nestlm.errors import ConfigError
 from nestlm.nn.policy import Policy, fixed, full, mixed
+from nestlm.parallel.ranks import Share
 from nestlm.spec import SearchSpace, SubnetSpec
 
 
@@ -19,6 +20,10 @@ class Mixture:
     """Specs that differ within a batch: choice index at every site, (sites, B), or (sites, B, L) by token."""
 
     indices: Tensor
+
+    def own(self, share: Share) -> Mixture:
+        """That of a rank's rows, of what was drawn for all rows of a step."""
+        return Mixture(share.own(self.indices, dim=1))
 
 
 Drawn = SubnetSpec | Mixture
@@ -30,7 +35,8 @@ class Sampler(Protocol):
     def draw(self, space: SearchSpace, *, seed: int, step: int, batch: tuple[int, int]) -> tuple[Drawn, ...]:
         """The specs of a step, each for the whole batch, or mixtures for a batch of (sequences, tokens a sequence).
 
-        A pure function of the arguments, so that all ranks draw alike; the full model comes first where it takes part.
+        A pure function of the arguments, so that all ranks draw alike, each for the rows of all of them; the full
+        model comes first where it takes part.
         """
         ...
 

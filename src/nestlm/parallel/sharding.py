@@ -1,0 +1,93 @@
+"""Where a model's weights lie: on one device, or in shards over the ranks that hold one copy between them (FSDP2)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+# It warns that a block's or decoder's output must not be changed in place, which we never do.
+warnings.filterwarnings("ignore", message=r".*returned a view tensor.*")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where models are held.
+
+    Attributes:
+        device: where this rank computes.
+        mesh: (copies, shards) of ranks, or (shards) of one copy; None where one process holds the whole model.
+        compute_dtype: that weights are gathered and matrices multiplied in; gradients are reduced in float32. None
+            leaves weights as they are.
+    """
+
+    device: torch.device
+    mesh: DeviceMesh | None = None
+    compute_dtype: torch.dtype | None = None
+
+    def place(self, model: nn.Module, *, blocks: nn.ModuleList) -> None:
+        """Give a model on the meta device its memory, unfilled; its blocks are gathered one at a time."""
+        if self.mesh is not None:
+            precision = MixedPrecisionPolicy(param_dtype=self.compute_dtype, reduce_dtype=torch.float32)
+            for block in blocks:
+                fully_shard(block, mesh=self.mesh, mp_policy=precision)
+            fully_shard(model, mesh=self.mesh, mp_policy=precision)
+        model.to_empty(device=self.device)
+
+
+@torch.no_grad()
+def fill(parameter: Tensor, value: Tensor) -> None:
+    """Copy a whole tensor into a parameter; into a sharded one only this rank's part."""
+    if isinstance(parameter, DTensor):
+        part = distribute_tensor(
+            value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
+        )
+        parameter.to_local().copy_(part.to_local())
+    else:
+        parameter.copy_(value)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor; of a sharded one, gathered: all ranks have to ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Names and whole tensors of a module's state, one at a time; all ranks have to ask."""
+    for name, tensor in module.state_dict().items():
+        yield name, whole(tensor)
+
+
+def read_state(module: nn.Module, path: Path) -> None:
+    """Fill a module from a safetensors file of its own state, one tensor at a time.
+
+    Raises:
+        ValueError: the file has other names.
+    """
+    state = module.state_dict()
+    with safe_open(path, framework="pt") as tensors:
+        names = set(tensors.keys())
+        if names != set(state):
+            raise ValueError(f"{path} is of another model: {sorted(names ^ set(state))[0]} is in one of both only")
+        for name in state:
+            fill(state[name], tensors.get_tensor(name))
+
+
+@contextmanager
+def gradients_held(model: nn.Module, *, held: bool) -> Iterator[None]:
+    """Where held, a backward pass keeps its gradients on the rank, and the next one that does not reduces them all."""
+    if isinstance(model, FSDPModule) and held:
+        model.set_requires_gradient_sync(False)
+        yield
+        model.set_requires_gradient_sync(True)
+    else:
+        yield

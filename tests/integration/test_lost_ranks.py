@@ -1,0 +1,189 @@
+"""Ranks that die, diverge, lack memory or are told to end: all end, the user learns why, and the run goes on."""
+
+import contextlib
+import csv
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+import many_runs
+from many_runs import CPU, assert_same_results
+from nestlm.callbacks.checkpoint import last_good_checkpoint
+from nestlm.cli import app
+from nestlm.errors import EXIT_PREEMPTED, CheckpointError, DeviceMemoryError, DivergenceError
+from nestlm.parallel import checkpoint
+from nestlm.parallel.launch import launch
+from plugins import NANO
+
+pytestmark = [pytest.mark.ranks, pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
+
+TRAIN = Path(__file__).parents[2] / "train.py"
+LENGTHS = [
+    "pretrain.steps=2",
+    "elastic.steps=120",
+    "router=uniform",
+    "joint.steps=0",
+    "budget=[0.7]",
+    "data.batch_size=12",
+]
+WITHIN_SECONDS = 60  # that a job ends when one of its ranks died
+
+
+def command(folder: Path, name: str, *overrides: str) -> list[str]:
+    """The command line of a run."""
+    return [
+        *(sys.executable, str(TRAIN), *NANO, *LENGTHS, "trainer=fsdp", *CPU, "checkpoint_seconds=0.2"),
+        *(f"run_dir={folder / name}", f"cache_dir={folder / 'cache'}", *overrides),
+    ]
+
+
+def start(arguments: list[str]) -> subprocess.Popen[str]:
+    """A job in a process group of its own, so that a failing test leaves nothing behind."""
+    return subprocess.Popen(arguments, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, process_group=0)
+
+
+def ranks_of(job: int) -> list[int]:
+    """The processes of a job's ranks."""
+    children = Path(f"/proc/{job}/task/{job}/children").read_text().split()
+    return [int(child) for child in children if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text()]
+
+
+def wait_for_checkpoint(job: subprocess.Popen[str], cache: Path, *, after: Path | None = None) -> None:
+    """Until elastic training has saved, or saved again."""
+    end = time.monotonic() + 240
+    while newest(cache) == after:
+        assert job.poll() is None, job.stderr.read() if job.stderr else ""
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def newest(cache: Path) -> Path | None:
+    """The newest checkpoint of elastic training."""
+    return max(cache.glob("elastic-*/checkpoints/*.ckpt"), default=None)
+
+
+def kill_all(group: int) -> None:
+    """What is left of a job."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
+
+
+def test_a_job_outlives_its_ranks(tmp_path):
+    """Killed with two ranks, told to end with three, ended with one: as if nothing had happened."""
+    cache = tmp_path / "cache"
+    job = start(command(tmp_path, "run", "trainer.devices=2"))
+    with contextlib.ExitStack() as last:
+        last.callback(kill_all, job.pid)
+        wait_for_checkpoint(job, cache)
+        pids = ranks_of(job.pid)
+        os.kill(pids[1], signal.SIGKILL)
+        _, says = job.communicate(timeout=WITHIN_SECONDS)
+    assert job.returncode not in (0, None)
+    assert "rank" in says
+    assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()], "no rank is left"
+    reached = newest(cache)
+    job = start(command(tmp_path, "run", "trainer.devices=3"))
+    with contextlib.ExitStack() as last:
+        last.callback(kill_all, job.pid)
+        wait_for_checkpoint(job, cache, after=reached)
+        job.terminate()
+        _, says = job.communicate(timeout=WITHIN_SECONDS)
+    assert job.returncode == EXIT_PREEMPTED, says
+    step = re.search(r"elastic: told to end after step (\d+)", says)
+    assert step is not None, says
+    assert newest(cache).name == f"step={int(step.group(1)):08d}.ckpt"
+    done = subprocess.run(command(tmp_path, "run", "trainer.devices=1"), check=True, capture_output=True, text=True)
+    assert "pretrain" in done.stderr
+    assert "(from the cache)" in done.stderr
+    rows = list(csv.DictReader((tmp_path / "run/timings.csv").read_text().splitlines()))
+    assert int(next(row for row in rows if row["what"] == "elastic")["resumed_at_step"]) > 0
+    whole = [*NANO, *LENGTHS, f"run_dir={tmp_path / 'whole'}", f"cache_dir={tmp_path / 'other'}"]
+    assert_same_results(many_runs.one(whole).folder, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("trouble", "error", "message"),
+    [
+        ("nan", DivergenceError, "rank 1: pretrain: the loss is nan at step 2"),
+        ("memory", DeviceMemoryError, "rank 1: pretrain: out of memory at step 2"),
+    ],
+)
+def test_what_stops_one_rank_is_named(trouble, error, message, tmp_path):
+    run = [*NANO, "trainer=ddp", "trainer.devices=2", *CPU, f"run_dir={tmp_path / 'run'}"]
+    with pytest.raises(error, match=message):
+        launch(many_runs.in_trouble, (trouble, [*run, f"cache_dir={tmp_path / 'cache'}"]), num_ranks=2)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A checkpoint as ranks write it, of one rank."""
+    model = torch.nn.ModuleDict({"decoder": torch.nn.Linear(3, 2), "router": torch.nn.Linear(2, 1)})
+    optimizer = torch.optim.AdamW(model.parameters())
+    folder = tmp_path / "step=00000001.ckpt"
+    dcp.save(checkpoint.state_of(model, optimizer), checkpoint_id=folder, no_dist=True)
+    torch.save({"epoch": 0}, folder / checkpoint.LOOPS)
+    torch.save(model.state_dict(), tmp_path / "expected.pt")
+    return folder
+
+
+def test_a_sharded_checkpoint_becomes_safetensors(saved, tmp_path):
+    out = tmp_path / "weights"
+    result = CliRunner().invoke(app, ["consolidate", str(saved), "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    expected = torch.load(tmp_path / "expected.pt", weights_only=True)
+    for part, file in (("decoder", "model.safetensors"), ("router", "router.safetensors")):
+        found = load_file(out / file)
+        assert found.keys() == {"weight", "bias"}
+        assert all(torch.equal(value, expected[f"{part}.{name}"]) for name, value in found.items())
+
+
+def test_a_sharded_checkpoint_that_is_cut_is_not_taken(saved, capsys):
+    whole = last_good_checkpoint(saved.parent, is_sharded=True)
+    assert whole == saved
+    assert last_good_checkpoint(saved.parent, is_sharded=False) is None, "single files are another kind"
+    shard = next(saved.glob("*.distcp"))
+    shard.write_bytes(shard.read_bytes()[:-10])
+    assert last_good_checkpoint(saved.parent, is_sharded=True) is None
+    assert "is cut or absent" in capsys.readouterr().err
+
+
+def test_nothing_unpickles_code_from_shards(saved, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'owned'}",)
+
+    (saved / checkpoint.INDEX).write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(CheckpointError, match=r"posix\.system is no part of an index"):
+        last_good_checkpoint(saved.parent, is_sharded=True)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_no_value_of_a_shard_runs_code(tmp_path):
+    """A value that is no tensor lies in a shard as a pickle of its own."""
+
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'owned'}",)
+
+    bad = {"model": {"decoder.weight": torch.ones(2), "value": Evil()}}
+    dcp.save(bad, checkpoint_id=tmp_path / "bad", no_dist=True)
+    state = {"model": {"value": None}}
+    with pytest.raises(dcp.api.CheckpointException, match="no plain values"):
+        dcp.load(
+            state,
+            storage_reader=checkpoint.SafeReader(tmp_path / "bad"),
+            planner=checkpoint.SafePlanner(),
+            no_dist=True,
+        )
+    assert not (tmp_path / "owned").exists()

@@ -1,0 +1,73 @@
+"""Several ranks (gloo, on the CPU) do what one process does: the same losses at every step, the same results."""
+
+import csv
+from pathlib import Path
+
+import pytest
+
+import many_runs
+from many_runs import CPU, assert_same_results
+from nestlm.parallel.launch import launch
+from plugins import NANO
+
+pytestmark = pytest.mark.ranks
+
+STEPS = ["pretrain.steps=20", "elastic.steps=20", "router.steps=20", "joint.steps=6", "budget=[0.7]"]
+# What is trained how.
+RUNS = {
+    "token-value": ["sampler=token", "router=value", "ranking=magnitude"],
+    "sandwich-surrogate": ["sampler=sandwich", "router=surrogate", "router.policy=static", "teacher=kd_inplace"],
+    "sequence-gumbel": ["sampler=sequence", "router=gumbel", "router.policy=dynamic", "axes=mlp_heads_depth"],
+}
+# Trainers, how many ranks, and which runs.
+TRAINERS = {
+    "fsdp": (["trainer=fsdp"], 2, list(RUNS)),
+    "ddp": (["trainer=ddp"], 2, ["sandwich-surrogate"]),
+    "copies_in_shards": (["trainer=fsdp", "trainer.strategy.shards=2"], 4, ["token-value"]),
+}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The runs by one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    found = many_runs.work([command(name, folder) for name in RUNS])
+    return dict(zip(RUNS, found, strict=True))
+
+
+def command(name: str, folder: Path) -> list[str]:
+    """The command line of a run, in a folder of its own."""
+    return [*NANO, *STEPS, *RUNS[name], f"run_dir={folder / name}", f"cache_dir={folder / 'cache'}"]
+
+
+def losses(run: Path) -> dict[tuple[str, int], float]:
+    """Everything that was logged at training steps, by name and step."""
+    found = {}
+    for path in sorted(run.glob("logs/**/metrics.csv")):
+        for row in csv.DictReader(path.read_text().splitlines()):
+            for name, value in row.items():
+                if value and "/" in name and "tokens_per_second" not in name and row["step"]:
+                    found[name, int(row["step"])] = float(value)
+    return found
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_ranks_do_what_one_process_does(trainer, alone, tmp_path):
+    overrides, num_ranks, names = TRAINERS[trainer]
+    runs = [[*command(name, tmp_path), *overrides, *CPU, f"trainer.devices={num_ranks}"] for name in names]
+    for name, run in zip(names, launch(many_runs.work, runs, num_ranks=num_ranks), strict=True):
+        expected, found = losses(alone[name]), losses(run)
+        assert {step for _, step in expected} >= set(range(20))
+        assert {key: found[key] for key in expected} == pytest.approx(expected, abs=1e-5, rel=1e-5), name
+        assert_same_results(alone[name], run)
+
+
+def test_gradients_are_reduced_once_a_step_however_many_sub_networks_it_sums(tmp_path):
+    short = ["pretrain.steps=1", "elastic.steps=2", "router=uniform", "joint.steps=0", "teacher=kd_inplace", *CPU]
+    runs = [
+        [*NANO, *short, f"trainer={trainer}", "trainer.devices=2", f"sampler={sampler}",
+         f"run_dir={tmp_path / trainer / sampler}", f"cache_dir={tmp_path / trainer}"]
+        for trainer in ("fsdp", "ddp") for sampler in ("one", "sandwich")
+    ]  # fmt: skip
+    blocks_and_root = 3
+    assert launch(many_runs.reductions, runs, num_ranks=2) == [blocks_and_root] * 4
