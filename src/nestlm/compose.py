@@ -16,7 +16,6 @@ import traceback
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -124,24 +123,25 @@ def verify(folder: Path, *, out: Path | None, tolerance: float) -> bool:
         except ConfigError as error:
             raise ConfigError(f"{folder} is of another version of nestlm, commit {commit}: {error}") from None
         with verification.workplace(out) as place:
-            again = partial(verify_as_rank, folder=folder, place=place, tolerance=tolerance)
-            return in_ranks(again, config, num_ranks=pipeline.ranks_to_start(build(config)))
+            again = (config, folder, place, tolerance)
+            return in_ranks(verify_as_rank, again, num_ranks=pipeline.ranks_to_start(build(config)))
 
 
-def verify_as_rank(config: dict[str, Any], *, folder: Path, place: Path, tolerance: float) -> bool:
-    """A rank's part of a run that is done again."""
+def verify_as_rank(again: tuple[dict[str, Any], Path, Path, float]) -> bool:
+    """A rank's part of a run that is done again: config, its folder, the new one, and the tolerance."""
     from nestlm import verification
 
+    config, folder, place, tolerance = again
     return verification.verify(folder, build(config), config=config, place=place, tolerance=tolerance)
 
 
-def in_ranks(work: Callable[[dict[str, Any]], T], config: dict[str, Any], *, num_ranks: int) -> T:
-    """Do work on a config in processes that are started for it; in this one where there are none to start."""
+def in_ranks(work: Callable[[Any], T], argument: Any, *, num_ranks: int) -> T:
+    """Do work in processes that are started for it; in this one where there are none to start."""
     if not num_ranks:
-        return work(config)
+        return work(argument)
     from nestlm.parallel.launch import launch
 
-    return launch(work, config, num_ranks=num_ranks)
+    return launch(work, argument, num_ranks=num_ranks)
 
 
 @contextmanager
