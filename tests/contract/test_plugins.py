@@ -1,5 +1,6 @@
 """Every router, sampler, ranking, cost and source keeps its contract; each is found by itself."""
 
+import shutil
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -24,6 +25,7 @@ from nestlm.ranking.base import order
 from nestlm.sampler.base import Mixture, Sampler, generator, independent
 from nestlm.spec import SearchSpace, SubnetSpec
 from plugins import build, choose, classes, compose, options, targets
+from streams import optimise
 
 CONFIG = decoder_config(num_kv_groups=2)
 DEPTH = Depth(share=0.5, layers=(0, 2))
@@ -262,6 +264,10 @@ def test_source_yields_the_same_named_documents_each_time(option, text_folder):
         return
     if option in ("hub", "hf_streaming"):
         pytest.importorskip("datasets")
+    if option == "litdata":
+        pytest.importorskip("litdata", reason="needs the package litdata")
+        optimise({"texts": ["one", "two", " ", "three"]}, text_folder)
+        shutil.copytree("texts", ".", dirs_exist_ok=True)
     first = list(source.documents())
     assert first == list(source.documents())
     names = [name for name, _ in first]

@@ -1,10 +1,8 @@
 """`kill -9` at any moment: the same command goes on, and ends with the same results, bit for bit."""
 
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ from nestlm import pipeline
 from nestlm.callbacks.checkpoint import last_good_checkpoint
 from nestlm.errors import CheckpointError
 from plugins import NANO
+from processes import kill_when
 
 TRAIN = Path(__file__).parents[2] / "train.py"
 # Long enough to be killed in the middle, and a checkpoint so often that the middle is reached.
@@ -22,20 +21,6 @@ LENGTHS = ["pretrain.steps=300", "elastic.steps=80", "router.steps=60", "joint.s
 
 def command(run_dir: Path, cache: Path) -> list[str]:
     return [sys.executable, str(TRAIN), *NANO, *LENGTHS, "budget=[0.9,0.7]", f"run_dir={run_dir}", f"cache_dir={cache}"]
-
-
-def kill_when(arguments: list[str], condition, *, deadline: float = 120) -> None:
-    """Start a run and kill it with SIGKILL as soon as the condition holds."""
-    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    end = time.monotonic() + deadline
-    while not condition():
-        assert process.poll() is None, process.stderr.read() if process.stderr else ""
-        assert time.monotonic() < end
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    if process.stderr:
-        process.stderr.close()
 
 
 def checkpoints(cache: Path, stage: str) -> list[Path]:

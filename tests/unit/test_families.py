@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -199,6 +200,23 @@ def test_tensors_that_do_not_fit_are_named(folder):
     save_file({key: value for key, value in tensors.items() if key != name}, shard)
     with pytest.raises(CheckpointError, match=f"lacks {name}"):
         family.load_weights(decoder)
+
+
+def test_reading_in_threads_is_bit_equal_and_leaves_their_number_alone(folder):
+    family, before = load(folder), torch.get_num_threads()
+    read, seen = [], []
+    try:
+        for number in (1, 3):
+            torch.set_num_threads(number)
+            decoder = Decoder.empty(family.decoder_config())
+            family.load_weights(decoder)
+            read.append(decoder.state_dict())
+            with ThreadPoolExecutor(1) as pool:  # of threads to come, too
+                seen.append((torch.get_num_threads(), pool.submit(torch.get_num_threads).result()))
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [(1, 1), (3, 3)]
+    assert all(torch.equal(value, read[1][name]) for name, value in read[0].items())
 
 
 def damage(folder: Path, dice: random.Random) -> str:

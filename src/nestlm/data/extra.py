@@ -8,13 +8,11 @@ from types import ModuleType
 from nestlm.errors import DataError
 
 
-def load_extra(module: str, *, wanted_for: str) -> ModuleType:
-    """Import a module of the optional extra `data`. Raises DataError, naming the extra, when it is not installed."""
+def load_extra(module: str, *, wanted_for: str, cure: str = "pip install 'nestlm[data]'") -> ModuleType:
+    """Import a module of an optional extra, by default `data`. Raises DataError with the cure when it is absent."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name != module.partition(".")[0]:
             raise
-        raise DataError(
-            f"data: {wanted_for} needs the package {error.name}, which is not installed; pip install 'nestlm[data]'"
-        ) from error
+        raise DataError(f"data: {wanted_for} needs the package {error.name}, which is not installed; {cure}") from error

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Set
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,9 @@ def read_config(folder: Path) -> dict[str, Any]:
 def read_tensors(
     folder: Path, parameters: Mapping[str, Tensor], *, names: Mapping[str, str], ignored: Set[str]
 ) -> None:
-    """Fill parameters from a folder's safetensors, one tensor at a time.
+    """Fill parameters from a folder's safetensors, a shard at a time, a tensor in each of torch's threads.
+
+    Beside the parameters only the shard's file is in memory, as mapped pages.
 
     Args:
         folder: with one file or the shards that its index names, and perhaps SHA256SUMS.
@@ -54,19 +58,38 @@ def read_tensors(
     shards = shard_files(folder)
     check_sums(folder)
     filled: dict[str, Path] = {}
-    for shard in track(shards, "read weights", total=len(shards)):
-        for theirs, value in tensors_of(shard):
-            if theirs in ignored or theirs.endswith(BUFFERS):
-                continue
-            if theirs not in names:
-                raise CheckpointError(f"model.weights: {shard.name} has {theirs}, which this family or size lacks")
-            if theirs in filled:
-                raise CheckpointError(f"model.weights: {theirs} is in {filled[theirs].name} and in {shard.name}")
-            fill_checked(parameters[names[theirs]], value, name=theirs)
-            filled[theirs] = shard
+    with workers() as pool:
+        for shard in track(shards, "read weights", total=len(shards)):
+            jobs = []
+            for theirs, value in tensors_of(shard):
+                if theirs in ignored or theirs.endswith(BUFFERS):
+                    continue
+                if theirs not in names:
+                    raise CheckpointError(f"model.weights: {shard.name} has {theirs}, which this family or size lacks")
+                if theirs in filled:
+                    raise CheckpointError(f"model.weights: {theirs} is in {filled[theirs].name} and in {shard.name}")
+                jobs.append(pool.submit(fill_checked, parameters[names[theirs]], value, name=theirs))
+                filled[theirs] = shard
+            for job in jobs:
+                job.result()
     missing = sorted(set(names) - set(filled))
     if missing:
         raise CheckpointError(f"model.weights: {folder} lacks {missing[0]} and {len(missing) - 1} more")
+
+
+@contextmanager
+def workers() -> Iterator[Executor]:
+    """As many threads as torch uses for one operation, each of which uses one.
+
+    Most of the time goes into the pages of new memory. Threads within one operation wait for each other by spinning: on
+    a machine that is busy otherwise, reading took two to three times as long.
+    """
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(threads)  # a worker's setting is that of all threads to come
 
 
 def shard_files(folder: Path) -> list[Path]:

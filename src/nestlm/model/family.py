@@ -207,7 +207,7 @@ class Family(ABC):
                 )
 
     def load_weights(self, decoder: Decoder) -> None:
-        """Fill a decoder from `weights`, one tensor at a time.
+        """Fill a decoder from `weights`, one shard at a time.
 
         Raises:
             CheckpointError: missing, damaged, left-over or wrongly shaped tensors.

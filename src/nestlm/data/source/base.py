@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from nestlm.errors import ConfigError
+
 
 class Document(NamedTuple):
     """A text and the name that decides which split it belongs to."""
@@ -53,6 +55,10 @@ class StreamSource(ABC):
     """
 
     heldout_documents: int
+
+    def __post_init__(self) -> None:
+        if self.heldout_documents <= 0:
+            raise ConfigError(f"data.source.heldout_documents: got {self.heldout_documents}, wanted 1 or more")
 
     @abstractmethod
     def numbered(self, start: int) -> Iterator[tuple[int, str]]:

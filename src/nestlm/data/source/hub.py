@@ -9,7 +9,7 @@ from typing import Any
 
 from nestlm.data.extra import load_extra
 from nestlm.data.source.base import Document, StreamSource
-from nestlm.errors import ConfigError, DataError
+from nestlm.errors import DataError
 
 PREFIX = "hf:"
 
@@ -48,10 +48,6 @@ class HubStream(StreamSource):
     path: str
     heldout_documents: int
     text_key: str = "text"
-
-    def __post_init__(self) -> None:
-        if self.heldout_documents <= 0:
-            raise ConfigError(f"data.source.heldout_documents: got {self.heldout_documents}, wanted 1 or more")
 
     def numbered(self, start: int) -> Iterator[tuple[int, str]]:
         rows = load(self.path, text_key=self.text_key, streaming=True)

@@ -1,0 +1,85 @@
+"""What every stream keeps: its own order for any number of ranks, and an exact resume on another number."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from nestlm.data.prepare import prepare
+from nestlm.data.source.base import StreamSource
+from nestlm.data.source.synthetic import Synthetic
+from nestlm.data.stream import StreamLoader
+from nestlm.data.tokenizer import for_texts, load, separator_id
+from nestlm.parallel.ranks import ALONE, Share
+
+HELD_OUT, LENGTH, BATCH = 60, 32, 6
+OPTIMISE = """
+import json, sys
+from pathlib import Path
+import litdata
+def same(item):
+    return item
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    for name, items in json.loads((folder / "items.json").read_text()).items():
+        litdata.optimize(
+            same, items, output_dir=str(folder / name), chunk_size=7, num_workers=1, compression_level="chunk",
+            compression="zstd" if name in sys.argv[2:] else None,
+        )
+"""
+
+
+def hundred_texts() -> list[str]:
+    """Texts, one of which is empty."""
+    documents = [text for _, text in Synthetic(num_documents=100, num_words=60, seed=0).documents()]
+    documents[70] = " "
+    return documents
+
+
+def optimise(datasets: dict[str, list], folder: Path, *packed: str) -> Path:
+    """Datasets that litdata writes, seven items a chunk, some of them packed; in a process of their own: it forks."""
+    script = folder / "optimise.py"
+    script.write_text(OPTIMISE)
+    (folder / "items.json").write_text(json.dumps(datasets))
+    subprocess.run([sys.executable, str(script), str(folder), *packed], check=True, capture_output=True)
+    return folder
+
+
+def loader(source: StreamSource, tokenizer: Path, *, num_steps: int, share: Share = ALONE) -> StreamLoader:
+    """One rank's rows."""
+    loaded = load(tokenizer)
+    return StreamLoader(
+        source, for_texts(loaded), num_steps=num_steps, batch_size=BATCH, sequence_length=LENGTH,
+        document_separator=separator_id(loaded), separate_documents=False, share=share,
+    )  # fmt: skip
+
+
+def check_order_and_resume(source: StreamSource, folder: Path) -> None:
+    """One epoch and a half on two ranks, then three, then one: every token once an epoch, in the stream's order."""
+    prepare(source, folder, vocab_size=288, tokenizer_file=None, heldout_share=0.4)
+    tokenizer = folder / "tokenizer.json"
+    encoder = for_texts(load(tokenizer))
+    once = [
+        token
+        for _, text in source.numbered(HELD_OUT)
+        for token in [0, *encoder.encode(text, add_special_tokens=False).ids]
+    ]
+    num_steps = int(1.5 * len(once) / (BATCH * LENGTH))
+    assert num_steps > 10
+    seen, state = [], {"next_step": 0, "number": HELD_OUT, "offset": 0}
+    for world_size, stop in ((2, 3), (3, 7), (1, num_steps)):
+        ranks = [loader(source, tokenizer, num_steps=stop, share=Share(r, world_size)) for r in range(world_size)]
+        for rank in ranks:
+            rank.load_state_dict(state)
+        for batches in zip(*ranks, strict=True):
+            rows = np.empty((BATCH, LENGTH), dtype=np.int64)
+            for number, batch in enumerate(batches):
+                rows[number::world_size] = batch.tokens_BL.numpy()
+            seen += rows.flatten().tolist()
+        states = [rank.state_dict() for rank in ranks]
+        state = states[0]
+        assert states == [state] * world_size
+        assert state["next_step"] == stop
+    assert seen == (once + once)[: num_steps * BATCH * LENGTH], "and begins again behind the held-out documents"
