@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.metadata
 import inspect
 import os
 import pkgutil
@@ -282,9 +283,9 @@ def locate(path: str, where: str) -> Callable[..., Any]:
     except ModuleNotFoundError as error:
         package_path, _, missing = module_path.rpartition(".")
         if error.name != module_path or package_path not in sys.modules:
-            raise ConfigError(
-                f"{where}._target_: cannot import {module_path!r} ({error}); is its package installed?"
-            ) from None
+            extras = importlib.metadata.metadata("nestlm").get_all("Provides-Extra") or []
+            cure = f"pip install 'nestlm[{error.name}]'" if error.name in extras else "is its package installed?"
+            raise ConfigError(f"{where}._target_: cannot import {module_path!r} ({error}); {cure}") from None
         siblings = [info.name for info in pkgutil.iter_modules(sys.modules[package_path].__path__)]
         raise ConfigError(f"{where}: {package_path} has no {missing!r}{nearest(missing, siblings)}") from None
     if not hasattr(module, name):

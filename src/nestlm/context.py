@@ -20,10 +20,11 @@ from nestlm.callbacks.throughput import StageThroughput
 from nestlm.cost.table import PriceList
 from nestlm.data.module import PackedTokens
 from nestlm.evaluation import Scores, evaluate
+from nestlm.layout import Precision
 from nestlm.module import NestedLM
 from nestlm.nn.decoder import Decoder
+from nestlm.nn.linear import hold_linear
 from nestlm.nn.policy import Policy
-from nestlm.objective.base import Objective, Parts
 from nestlm.parallel import ranks
 from nestlm.parallel.sharding import Placement, read_state, whole_state
 from nestlm.parallel.strategy import placement_of
@@ -32,6 +33,7 @@ from nestlm.progress import track
 from nestlm.router.base import Router
 from nestlm.router.trial import Trial
 from nestlm.settings import View
+from nestlm.tasks import Task
 from nestlm.training import fit, make_trainer, trainer_device
 
 MODEL, ROUTER, RECORD = "model.safetensors", "router.safetensors", "record.safetensors"
@@ -57,10 +59,28 @@ class Context:
 
     def decoder(self, stage: str | None = None) -> Decoder:
         """The model where the trainer computes: not filled yet, or as a stage left it behind."""
+        return self._placed(self._on_meta(), stage)
+
+    def teacher(self) -> Decoder | None:
+        """The model before conversion, where sub-networks learn from it.
+
+        Under mixed precision a device that holds it alone holds its linear maps in the dtype that they compute in: the
+        same numbers, half the memory. One in shards is gathered in that dtype.
+        """
+        if not self.settings.teacher.needs_teacher:
+            return None
+        decoder, precision = self._on_meta(), Precision.of(self.settings.trainer)
+        if precision is not None and precision.mixed and self.placement().mesh is None:
+            hold_linear(decoder, precision.dtype)
+        return self._placed(decoder, "pretrain")
+
+    def _on_meta(self) -> Decoder:
         settings = self.settings
-        decoder = Decoder.on_meta(
+        return Decoder.on_meta(
             settings.model.decoder_config(), activation_checkpointing=settings.activation_checkpointing
         )
+
+    def _placed(self, decoder: Decoder, stage: str | None) -> Decoder:
         self.placement().place(decoder, blocks=decoder.blocks)
         if stage is not None:
             read_state(decoder, self.inputs[stage] / MODEL)
@@ -119,26 +139,24 @@ class Context:
             self.settings.data, self.inputs["data"], seed=self.settings.seed, stream=stream, num_steps=num_steps
         )
 
-    def train(
-        self,
-        stage: str,
-        parts: Parts,
-        *,
-        objective: Objective,
-        trained: dict[str, tuple[nn.Module, float]],
-        steps: int,
-        callbacks: Sequence[L.Callback] = (),
-    ) -> dict[str, Any]:
-        """Run a training stage; reports its steps and tokens. Callbacks may look, and change nothing."""
+    def train(self, stage: str, task: Task, *, callbacks: Sequence[L.Callback] = ()) -> dict[str, Any]:
+        """Run a training stage; reports its steps and tokens, and on a GPU the most memory that tensors took.
+
+        Callbacks may look, and change nothing.
+        """
+        steps, device = task.steps, self.device()
+        on_cuda = device.type == "cuda"
+        if on_cuda:
+            torch.cuda.reset_peak_memory_stats(device)
         data = self.data(stream=stage, num_steps=steps)
         tokens_per_step = data.settings.batch_size * data.settings.sequence_length
         resumed = 0
         if steps:
             module = NestedLM(
-                parts,
+                task.parts,
                 stage=stage,
-                objective=objective,
-                trained=trained,
+                objective=task.objective,
+                trained=task.trained,
                 optim=self.settings.optim,
                 num_steps=steps,
             )
@@ -159,7 +177,8 @@ class Context:
                     *callbacks,
                 ],
             )
-        return {"steps": steps, "tokens": steps * tokens_per_step, "resumed_at_step": resumed}
+        peak = {"peak_bytes": torch.cuda.max_memory_allocated(device)} if on_cuda else {}
+        return {"steps": steps, "tokens": steps * tokens_per_step, "resumed_at_step": resumed} | peak
 
     def score(
         self, decoder: Decoder, policies: dict[str, Policy], *, prices: dict[str, PriceList] | None = None

@@ -1,4 +1,4 @@
-"""What a run would do: sizes, search space, and each stage's tokens and FLOPs, without weights or data."""
+"""What a run would do: sizes, search space, each stage's tokens, FLOPs and memory, without weights or data."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from rich.table import Table
 
 from nestlm.cost.latency import Latency
 from nestlm.cost.static import Flops
+from nestlm.layout import Layout, Precision
+from nestlm.memory import predict
 from nestlm.passes import flops_per_token
+from nestlm.rehearsal import PARTS
 from nestlm.report.console import output
 from nestlm.settings import Settings
 
 
 def describe(settings: Settings) -> None:
-    """Print parameters, search-space size, and stages with tokens and FLOPs; everything is on the meta device."""
+    """Print parameters, search-space size, and stages with tokens, FLOPs and memory; no weights have storage."""
     if not settings.is_priced:  # flops stand in, also for what signals of routers cost
         output.print("latency         (measured by the run; nestlm profile measures now)")
         cost = Flops(settings.data.sequence_length) if isinstance(settings.cost, Latency) else settings.cost
@@ -35,6 +38,36 @@ def describe(settings: Settings) -> None:
         tokens = steps * tokens_per_step
         stages.add_row(stage, f"{steps:,}", f"{tokens:,}", f"{tokens * flops_per_token(stage, settings):.3g}")
     output.print(stages)
+    describe_memory(settings)
+
+
+def describe_memory(settings: Settings) -> None:
+    """Print what each training stage is expected to take on a device of the trainer, and whether the device has it."""
+    layout, precision = Layout.of(settings.trainer), Precision.of(settings.trainer)
+    if precision is None:
+        output.print("memory          (not known for this trainer.precision)")
+        return
+    settings.data.check_ranks(layout.ranks)
+    table = Table("memory a device", *PARTS, "peak")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    highest = 0.0
+    for stage, steps in stage_steps(settings).items():
+        parts = predict(stage, settings, layout=layout, precision=precision) if steps else {}
+        if parts:
+            highest = max(highest, sum(parts.values()))
+            table.add_row(stage, *(gibibytes(parts[part]) for part in PARTS), gibibytes(sum(parts.values())))
+    output.print(table)
+    output.print(f"on              {layout}")
+    known = layout.device_memory()
+    if known is not None:
+        fits = "fits" if highest < known else "does not fit: lower data.batch_size, set activation_checkpointing=true"
+        output.print(f"device memory   {gibibytes(known)}: {fits}")
+
+
+def gibibytes(size: float) -> str:
+    """With three digits at least."""
+    return f"{size / 2**30:.1f} GiB" if size >= 100 * 2**30 else f"{size / 2**30:.3g} GiB"
 
 
 def stage_steps(settings: Settings) -> dict[str, int]:

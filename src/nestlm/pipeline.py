@@ -272,6 +272,8 @@ def run_stage(stage: Stage, folder: StageFolder, context: Context) -> FinishedSt
             drop_checkpoints(folder.path)
         ranks.wait()
     seconds = f"{result['seconds']:7.1f} s"
+    if "peak_bytes" in result:
+        seconds += f"  peak {result['peak_bytes'] / 2**30:.3g} GiB"
     console.print(f"{stage.name:>9} {seconds}{'  (from the cache)' if cached else ''}", highlight=False)
     return FinishedStage(stage.name, folder.path, result, cached=cached)
 

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from safetensors.torch import load_file
-from torch import nn
 
 from nestlm.axes.base import search_space
 from nestlm.axes.depth import with_layers
@@ -29,8 +28,6 @@ from nestlm.nn.decoder import Decoder
 from nestlm.nn.policy import fixed, full
 from nestlm.objective.base import Parts
 from nestlm.objective.elastic import Elastic
-from nestlm.objective.joint import Joint
-from nestlm.objective.pretrain import Pretrain
 from nestlm.parallel import ranks
 from nestlm.passes import flops_table
 from nestlm.profiling import profile as measure
@@ -40,6 +37,7 @@ from nestlm.router.base import Answer, Router
 from nestlm.router.trial import Trial
 from nestlm.router.uniform import UniformRouter
 from nestlm.spec import DEPTH, Budget
+from nestlm.tasks import elastic_task, joint_task, pretrain_task, router_task
 
 Result = dict[str, Any]
 PROBED_SEQUENCES = 16  # of calibration text
@@ -91,13 +89,7 @@ def pretrain(context: Context) -> Result:
         result = {"steps": 0, "tokens": settings.model.pretraining_tokens}
     else:
         decoder.init_weights(seed=settings.seed)
-        result = context.train(
-            "pretrain",
-            Parts(decoder),
-            objective=Pretrain(),
-            trained={"decoder": (decoder, settings.pretrain.lr)},
-            steps=settings.pretrain.steps,
-        )
+        result = context.train("pretrain", pretrain_task(settings, decoder))
     context.save(decoder, MODEL)
     return result | readings(context, context.score(decoder, {"full": full})["full"])
 
@@ -136,24 +128,12 @@ def calibration(context: Context, device: torch.device) -> Iterator[Batch]:
 
 def elastic(context: Context) -> Result:
     """Continue training so that every sub-network works."""
-    settings = context.settings
-    decoder, space = context.decoder("rank"), settings.space()
-    teacher = context.decoder("pretrain") if settings.teacher.needs_teacher else None
-    trained: dict[str, tuple[nn.Module, float]] = {"decoder": (decoder, settings.elastic.lr)}
-    values = settings.make_elastic_values()
-    if values is not None:
-        trained["values"] = (values, settings.elastic.values.lr)
-    objective = Elastic(space, sampler=settings.sampler, teaching=settings.teacher, values=values, seed=settings.seed)
-    result = context.train(
-        "elastic",
-        Parts(decoder, teacher),
-        objective=objective,
-        trained=trained,
-        steps=settings.elastic.steps,
-        callbacks=probes(context, decoder),
-    )
+    decoder, space = context.decoder("rank"), context.settings.space()
+    task = elastic_task(context.settings, decoder, teacher=context.teacher())
+    result = context.train("elastic", task, callbacks=probes(context, decoder))
     context.save(decoder, MODEL)
-    context.write(objective.record(), RECORD)
+    assert isinstance(task.objective, Elastic), "it records what sub-networks lost"
+    context.write(task.objective.record(), RECORD)
     scores = context.score(decoder, {"full": full, "smallest": fixed(space.smallest())})
     return result | {name: score.loss for name, score in scores.items()}
 
@@ -182,11 +162,7 @@ def train_router(context: Context) -> Result:
     result: Result = {"steps": 0, "tokens": 0}
     if objective is not None:
         objective.warm_up(router, load_file(context.inputs["elastic"] / RECORD))
-        trained: dict[str, tuple[nn.Module, float]] = {"router": (router, settings.router.lr)}
-        if list(objective.parameters()):
-            trained["signal"] = (objective, objective.lr)
-        parts = Parts(decoder, router=router)
-        result = context.train("router", parts, objective=objective, trained=trained, steps=settings.router.steps)
+        result = context.train("router", router_task(settings, decoder, router=router, signal=objective))
     trial = context.trial(decoder)
     ready(router, trial)
     if objective is not None:
@@ -206,24 +182,11 @@ def ready(router: Router, trial: Trial) -> None:
 
 def joint(context: Context) -> Result:
     """Tune model and router together."""
-    settings = context.settings
     decoder, router = context.decoder("elastic"), context.router("router")
-    teacher = context.decoder("pretrain") if settings.teacher.needs_teacher else None
-    trained: dict[str, tuple[nn.Module, float]] = {"decoder": (decoder, settings.joint.lr)}
-    if list(router.parameters()):
-        trained["router"] = (router, settings.router.joint_lr)
-    objective = Joint(
-        settings.teacher,
-        budgets_per_step=settings.joint.budgets_per_step,
-        cost_weight=settings.joint.cost_weight,
-        dead_zone=settings.joint.dead_zone,
-        seed=settings.seed,
-    )
-    result = context.train(
-        "joint", Parts(decoder, teacher, router), objective=objective, trained=trained, steps=settings.joint.steps
-    )
+    task = joint_task(context.settings, decoder, teacher=context.teacher(), router=router)
+    result = context.train("joint", task)
     context.save(decoder, MODEL)
-    if settings.joint.steps:
+    if task.steps:
         trial = context.trial(decoder)
         ready(router, trial)
     if router.state_dict():

@@ -12,7 +12,7 @@ import lightning as L
 import torch
 from lightning.pytorch.loggers import Logger
 
-from nestlm.callbacks.checkpoint import TimedCheckpoint, last_good_checkpoint
+from nestlm.callbacks.checkpoint import CheckpointFile, TimedCheckpoint, last_good_checkpoint
 from nestlm.callbacks.progress import StageProgress
 from nestlm.data.module import PackedTokens
 from nestlm.errors import ConfigError, DivergenceError
@@ -25,7 +25,6 @@ for package in ("lightning.pytorch", "lightning.fabric"):
     logging.getLogger(package).setLevel(logging.WARNING)
 # Lightning's own use of a name that torch renamed.
 warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
-
 
 LOG_EVERY_STEPS = 10
 
@@ -86,6 +85,8 @@ def fit(
         logger=logger,
         log_every_n_steps=min(LOG_EVERY_STEPS, module.num_steps),
     )
+    if not is_sharded(trainer):
+        trainer.strategy.checkpoint_io = CheckpointFile()
     checkpoint = ranks.agreed(last_good_checkpoint(folder / "checkpoints", is_sharded=is_sharded(trainer)))
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)

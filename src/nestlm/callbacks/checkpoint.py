@@ -13,6 +13,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from nestlm.errors import CheckpointError, Preempted
 from nestlm.parallel import checkpoint as sharded
@@ -22,6 +23,17 @@ from nestlm.progress import console
 
 KEPT = 2  # so that the one before is there when the last one is damaged
 GO_ON, SAVE, STOP = range(3)
+
+
+class CheckpointFile(TorchCheckpointIO):
+    """Lightning's, but to the CPU by name: a function, its default, cannot map tensors that are made of others."""
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """What was saved: tensors and plain values only. Optimizers move their states themselves."""
+        del map_location, weights_only
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 class TimedCheckpoint(L.Callback):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -19,3 +20,13 @@ class PrefixLinear(nn.Linear):
         if inputs is not None and inputs != self.in_features:
             weight = weight[:, :inputs]
         return F.linear(input, weight, bias)
+
+
+def hold_linear(module: nn.Module, dtype: torch.dtype) -> None:
+    """Hold the linear maps of a frozen module in the dtype that autocast would cast them to at every call.
+
+    Embeddings and norms stay as they are, so the module computes the same numbers.
+    """
+    for linear in module.modules():
+        if isinstance(linear, nn.Linear):
+            linear.to(dtype)

@@ -14,10 +14,11 @@ from nestlm.cache import write_json
 from nestlm.report.provenance import provenance
 from nestlm.report.tables import write_csv
 
-# Kept out of metrics.json: seconds go to timings.csv, rows to results.csv, specs to specs/.
+# Kept out of metrics.json: seconds and peaks of memory go to timings.csv, rows to results.csv, specs to specs/.
 ELSEWHERE = {
     "seconds",
     "resumed_at_step",
+    "peak_bytes",
     "rows",
     "specs",
     "full_spec",
@@ -92,7 +93,10 @@ def stage_metrics(results: dict[str, dict[str, Any]], *, router: str) -> dict[st
 
 
 def timing_rows(finished: list[FinishedStage]) -> list[dict[str, Any]]:
-    """Everything that was measured in seconds; `cached` says that an earlier run measured it."""
+    """Everything that was measured in seconds; `cached` says that an earlier run measured it.
+
+    `peak_bytes` is what a training stage's tensors took at most on a GPU.
+    """
     rows = [
         {
             "what": stage.name,
@@ -100,17 +104,19 @@ def timing_rows(finished: list[FinishedStage]) -> list[dict[str, Any]]:
             "cached": stage.cached,
             "tokens": stage.result.get("tokens", 0),
             "resumed_at_step": stage.result.get("resumed_at_step", 0),
+            "peak_bytes": stage.result.get("peak_bytes"),
         }
         for stage in finished
     ]
     last = finished[-1]
     whole = {"what": "forward full", "seconds": last.result["full_seconds"], "cached": last.cached}
-    rows.append(whole | {"tokens": 0, "resumed_at_step": 0})
+    nothing = {"tokens": 0, "resumed_at_step": 0, "peak_bytes": None}
+    rows.append(whole | nothing)
     outcomes = zip(last.result["rows"], last.result["find_seconds"], last.result["forward_seconds"], strict=True)
     for row, found, forward in outcomes:
         for what, seconds in (("find", found), ("forward", forward)):
             name = f"{what} {row['router']} {row['budget']}"
-            rows.append({"what": name, "seconds": seconds, "cached": last.cached, "tokens": 0, "resumed_at_step": 0})
+            rows.append({"what": name, "seconds": seconds, "cached": last.cached} | nothing)
     return rows
 
 

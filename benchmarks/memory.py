@@ -1,0 +1,174 @@
+"""Memory that `dry_run=true` predicts for training stages beside what they really take.
+
+python benchmarks/memory.py > docs/results/memory.md
+
+On a CPU the profiler counts what torch's allocator hands out; on a GPU torch counts itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import lightning as L
+import torch
+from safetensors.torch import save_file
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.data import DataLoader
+
+from nestlm import compose
+from nestlm.context import MODEL, RECORD, ROUTER, Context
+from nestlm.data.batch import Batch
+from nestlm.layout import Layout, Precision
+from nestlm.memory import predict
+from nestlm.nn.decoder import Decoder
+from nestlm.pipeline import STAGES
+from nestlm.profiling import device_name
+from nestlm.settings import Settings, View
+from nestlm.tasks import Task
+from nestlm.training import trainer_device
+
+SHORT = ("pretrain.steps=3", "elastic.steps=4", "router.steps=3", "joint.steps=3", "checkpoint_seconds=1e9")
+TINY = ("data.batch_size=4", "data.sequence_length=128")
+SMALL = ("model=small", "data.batch_size=1", "data.sequence_length=128")
+BF16, RECOMPUTED = "trainer.precision=bf16-mixed", "activation_checkpointing=true"
+ALL = ("pretrain", "elastic", "router", "joint")
+ROWS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
+    (ALL, TINY),
+    (ALL, (*TINY, BF16)),
+    (("pretrain", "elastic", "joint"), (*TINY, RECOMPUTED)),
+    (("elastic",), (*TINY, "sampler=sandwich")),
+    (("elastic",), (*TINY, "sampler=sandwich", "teacher=ce", "data.separate_documents=false")),
+    (("elastic", "joint"), (*TINY, "sampler=one", "teacher=kd_inplace")),
+    (("elastic",), (*TINY, "sampler=sequence", RECOMPUTED, BF16)),
+    (("elastic",), (*TINY, "axes=mlp_heads_depth")),
+    (("pretrain",), (*TINY, "optim=adamw_bf16")),
+    (("router", "joint"), (*TINY, "router=value")),
+    (("router", "joint"), (*TINY, "router=gumbel", "router.policy=dynamic")),
+    (("joint",), (*TINY, "router=knapsack")),
+    (ALL, SMALL),
+    (("pretrain", "elastic"), (*SMALL, BF16, RECOMPUTED)),
+    (("elastic",), (*SMALL, "sampler=sandwich")),
+    (("elastic",), (*SMALL, "sampler=one", "optim=adamw_bf16")),
+)
+
+
+class Measured(Exception):  # noqa: N818
+    """What a stage's training took; it ends a stage of which nothing else is wanted."""
+
+    def __init__(self, peak: int) -> None:
+        super().__init__(peak)
+        self.peak = peak
+
+
+class RandomTokens(L.LightningDataModule):
+    """Batches of random tokens, in two documents a row."""
+
+    def __init__(self, settings: Settings, *, num_steps: int) -> None:
+        super().__init__()
+        self.settings, self.num_steps, self.vocab_size = settings.data, num_steps, settings.model.vocab_size
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """One batch a step."""
+        shape = (self.settings.batch_size, self.settings.sequence_length + 1)
+        documents_BL = torch.arange(shape[1] - 1).ge(shape[1] // 2).long().expand(shape[0], -1).contiguous()
+        tokens = torch.randint(self.vocab_size, (self.num_steps, *shape))
+        kept = documents_BL if self.settings.separate_documents else None
+        batches = [Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), kept) for rows in tokens]
+        return DataLoader(batches, batch_size=None)
+
+
+class MeasuringContext(Context):
+    """Trains under a meter on random tokens, and ends the stage there."""
+
+    def data(self, *, stream: str, num_steps: int = 0) -> Any:
+        """No text is needed."""
+        return RandomTokens(self.settings, num_steps=num_steps)
+
+    def train(self, stage: str, task: Task, *, callbacks: Sequence[L.Callback] = ()) -> dict[str, Any]:
+        """Train and raise what it took."""
+        device = self.device()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            super().train(stage, task, callbacks=callbacks)
+            raise Measured(torch.cuda.max_memory_allocated(device))
+        parts = (task.parts.decoder, task.parts.teacher, task.parts.router, task.objective)
+        modules = torch.nn.ModuleList([part for part in parts if part is not None])
+        before = sum(tensor.nbytes for tensor in (*modules.parameters(), *modules.buffers()))
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+            super().train(stage, task, callbacks=callbacks)
+        raise Measured(before + highest(profiler))
+
+
+def highest(profiler: profile) -> int:
+    """The most that was allocated at once since the profiler began, in bytes."""
+    results: Any = profiler.profiler
+    events = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
+    total = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        total += event.nbytes()
+        most = max(most, total)
+    return most
+
+
+def both(stage: str, overrides: Sequence[str], *, folder: Path) -> tuple[float, int]:
+    """Bytes predicted and taken at most by a stage of a command line."""
+    settings = compose.build(compose.compose([*SHORT, *overrides]))
+    precision = Precision.of(settings.trainer)
+    assert precision is not None, "it is one of torch's"
+    parts = predict(stage, settings, layout=Layout.of(settings.trainer), precision=precision)
+    return sum(parts.values()), measure(stage, settings, folder=folder)
+
+
+def measure(stage: str, settings: Settings, *, folder: Path) -> int:
+    """Bytes that a stage takes at most while it trains, on random weights and made-up text."""
+    known = next(each for each in STAGES if each.name == stage)
+    inputs = folder / "inputs"
+    if not inputs.is_dir():
+        inputs.mkdir()
+        decoder = Decoder.empty(settings.model.decoder_config())
+        decoder.init_weights(seed=0)
+        save_file(decoder.state_dict(), inputs / MODEL)
+        nothing = {"choices": torch.zeros(0, 0), "losses": torch.zeros(0), "gaps": torch.zeros(0)}
+        save_file(nothing, inputs / RECORD)
+    router = settings.make_router().state_dict()
+    if router:
+        save_file({name: tensor.contiguous() for name, tensor in router.items()}, inputs / ROUTER)
+    out = folder / "out"
+    out.mkdir(exist_ok=True)
+    logger = settings.logger(save_dir=out, name=stage)
+    before = dict.fromkeys(("pretrain", "rank", "elastic", "router"), inputs)
+    context = MeasuringContext(View(settings, known.reads), out, inputs=before, logger=logger)
+    try:
+        known.run(context)
+    except Measured as measured:
+        return measured.peak
+    raise AssertionError("the stage trains")
+
+
+def main() -> None:
+    """Print the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trainer", default="cpu", help="as in trainer=NAME")
+    parser.add_argument("overrides", nargs="*", help="of one command line; default: the rows of the page")
+    arguments = parser.parse_args()
+    rows = ((ALL, tuple(arguments.overrides)),) if arguments.overrides else ROWS
+    given = ("data=synthetic", f"trainer={arguments.trainer}")
+    device = trainer_device(compose.build(compose.compose(list(given))).trainer)
+    print("# Memory: predicted and taken\n")
+    print(f"{device_name(device)}, torch {torch.__version__}. {' '.join(SHORT[:-1])}; random weights and tokens.")
+    print("Generated by `python benchmarks/memory.py`.\n")
+    print("| stage | command line | predicted, MiB | taken, MiB | ratio |\n|---|---|---|---|---|")
+    for stages, overrides in rows:
+        for stage in stages:
+            with TemporaryDirectory() as folder:
+                predicted, taken = both(stage, (*given, *overrides), folder=Path(folder))
+            numbers = f"{predicted / 2**20:,.1f} | {taken / 2**20:,.1f} | {predicted / taken:.3f}"
+            print(f"| {stage} | `{' '.join(overrides)}` | {numbers} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
