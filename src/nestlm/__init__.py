@@ -1,1 +1,24 @@
 """Nested language models: one set of weights, many sub-networks, any budget."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # heavy to import
+    from nestlm.nested import NestedModel
+
+
+def load(run: str | Path, *, device: str | None = None) -> NestedModel:
+    """The nested model that a finished run left.
+
+    Args:
+        run: the run's folder.
+        device: as torch names it; None: that of the run's trainer.
+
+    Raises:
+        NestlmError: it is no finished run, of another version of nestlm, damaged, or the device is not there.
+    """
+    from nestlm.compose import load as load_run
+
+    return load_run(Path(run), device=device)

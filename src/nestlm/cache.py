@@ -19,7 +19,7 @@ from nestlm.progress import console
 # Packages whose version decides numbers.
 DETERMINING = ("torch", "lightning", "tokenizers", "numpy", "scipy")
 # What is written from results, after them: a change there makes no cached result stale.
-AFTER_RESULTS = ("report", "cli.py")
+AFTER_RESULTS = ("report", "generation", "harness.py", "nested.py", "scoring.py", "terminal.py", "cli.py")
 
 
 @lru_cache(maxsize=1)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from nestlm.errors import EXIT_USER_ERROR, NestlmError
+from nestlm.errors import EXIT_USER_ERROR, ConfigError, NestlmError
 
 EXIT_DIFFERENT = 1
 
@@ -109,6 +109,107 @@ def consolidate(
 
     for path in together(checkpoint, out):
         typer.echo(f"written: {path}")
+
+
+@app.command()
+def generate(
+    run: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
+    prompt: Annotated[str, typer.Option(help="The start of a document.")],
+    budget: Annotated[
+        str, typer.Option(help="As in budget=: 0.6, 60%, 8GiB; limits that hold together: 0.6+8GiB.")
+    ] = "1.0",
+    compare: Annotated[
+        str | None, typer.Option(help="Several budgets, such as 1.0,0.7,0.5: continuations side by side.")
+    ] = None,
+    router: Annotated[str | None, typer.Option(help="static or dynamic; default: the run's own.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Of the continuation, at most.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that hold this much probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
+    device: Annotated[str | None, typer.Option(help="Such as cpu or cuda; default: the run's own.")] = None,
+) -> None:
+    """Continue a prompt at a budget, token by token; what is written where the speed is goes to standard error.
+
+    Example: nestlm generate runs/default/surrogate-static-seed0-1a2b3c4d --budget 0.6 --prompt "def main("
+
+    Example: nestlm generate runs/default/surrogate-static-seed0-1a2b3c4d --compare 1.0,0.7,0.5 --prompt "def main("
+    """
+    from nestlm.spec import Budget
+
+    budgets = [Budget.from_str(each) for each in (compare or budget).split(",")]
+    from nestlm.compose import load
+
+    model = load(run, device=device)
+    from nestlm import terminal
+    from nestlm.generation.sampling import Sampling
+
+    sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
+    if compare is not None:
+        terminal.compare(model, prompt, budgets=budgets, router=router, max_tokens=max_tokens, sampling=sampling)
+    else:
+        terminal.write(model, prompt, budget=budgets[0], router=router, max_tokens=max_tokens, sampling=sampling)
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Of the data group, as for train.py: data=text data.path=FOLDER.")
+    ] = None,
+    budgets: Annotated[str | None, typer.Option(help="Such as 1.0,0.6,0.5; default: the run's own.")] = None,
+    tasks: Annotated[str, typer.Option(help="Of the EleutherAI harness, such as arc_easy,hellaswag.")] = "",
+    task_files: Annotated[
+        Path | None, typer.Option(help="A folder with tasks in YAML files: the only ones known.")
+    ] = None,
+    shots: Annotated[str, typer.Option(help="Examples before a question, such as piqa=5; default: the paper's.")] = "",
+    limit: Annotated[int | None, typer.Option(help="Of the questions of each task, the first ones only.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Of the tasks; default: data.eval_batch_size.")] = None,
+    router: Annotated[str | None, typer.Option(help="static or dynamic; default: the run's own.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Writes OUT.csv and OUT.md; default: RUN/evaluation.")] = None,
+    device: Annotated[str | None, typer.Option(help="Such as cpu or cuda; default: the run's own.")] = None,
+) -> None:
+    """Score budgets on held-out text, the run's or another, and on tasks: a row a budget, on one set of weights.
+
+    Example: nestlm evaluate runs/default/surrogate-static-seed0-1a2b3c4d --budgets 1.0,0.6,0.5
+
+    Example: nestlm evaluate runs/default/surrogate-static-seed0-1a2b3c4d --tasks arc_easy,hellaswag,mmlu
+
+    Example: nestlm evaluate runs/default/surrogate-static-seed0-1a2b3c4d data=text data.path=FOLDER
+    """
+    from nestlm.spec import Budget
+
+    asked = None if budgets is None else [Budget.from_str(each) for each in budgets.split(",")]
+    numbers = shots_of(shots)
+    from nestlm.compose import data_settings, load, plain_errors
+
+    with plain_errors():
+        model = load(run, device=device)
+        data = data_settings(overrides, run=run) if overrides else None
+        rows = model.evaluate(
+            asked,
+            router=router,
+            data=data,
+            tasks=[name for name in tasks.split(",") if name],
+            task_files=task_files,
+            shots=numbers,
+            limit=limit,
+            batch_size=batch_size,
+        )
+    from nestlm.terminal import print_scores
+
+    text = "the run's own" if overrides is None else " ".join(overrides)
+    print_scores(rows, out=out or run / "evaluation", title=f"{run.name}: held-out text of {text}")
+
+
+def shots_of(text: str) -> dict[str, int]:
+    """Numbers by task from `piqa=5,mmlu=0`. Raises ConfigError for anything else."""
+    found = {}
+    for part in filter(None, text.split(",")):
+        name, _, number = part.partition("=")
+        if not number.isdigit():
+            raise ConfigError(f"--shots: got {part!r}, wanted TASK=NUMBER, such as piqa=5")
+        found[name] = int(number)
+    return found
 
 
 @app.command()

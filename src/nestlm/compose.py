@@ -35,6 +35,8 @@ from nestlm.gpus import own_gpu, visible_gpus
 from nestlm.sweep import JobFailed, failures, in_sweep, job_failed, link_run, shares_machine
 
 if TYPE_CHECKING:  # heavy to import
+    from nestlm.data.module import DataSettings
+    from nestlm.nested import NestedModel
     from nestlm.pipeline import FinishedRun
 
 T = TypeVar("T")
@@ -43,6 +45,7 @@ SETTINGS = "nestlm.settings.Settings"
 PRETRAINED = "nestlm.model.pretrained.pretrained"
 INSTANTIATE_KEYS = {"_target_", "_partial_"}
 PLUGGED_IN = ("joblib", "submitit_local", "submitit_slurm")  # launchers that are not Hydra's own
+RUNS_OWN_SIZES = ("sequence_length", "eval_batch_size", "heldout_share", "separate_documents")
 USER_ERRORS = (NestlmError, HydraException, OmegaConfBaseException)
 
 
@@ -118,14 +121,10 @@ def verify(folder: Path, *, out: Path | None, tolerance: float) -> bool:
     with plain_errors():
         from nestlm import pipeline, verification
 
-        config, commit = verification.read(folder)
-        try:
-            check_node({"_target_": SETTINGS, **config}, "")
-        except ConfigError as error:
-            raise ConfigError(f"{folder} is of another version of nestlm, commit {commit}: {error}") from None
+        settings, config = settings_of(folder)
         with verification.workplace(out) as place:
             again = (config, folder, place, tolerance)
-            return in_ranks(verify_as_rank, again, num_ranks=pipeline.ranks_to_start(build(config)))
+            return in_ranks(verify_as_rank, again, num_ranks=pipeline.ranks_to_start(settings))
 
 
 def verify_as_rank(again: tuple[dict[str, Any], Path, Path, float]) -> bool:
@@ -143,6 +142,51 @@ def in_ranks(work: Callable[[Any], T], argument: Any, *, num_ranks: int) -> T:
     from nestlm.parallel.launch import launch
 
     return launch(work, argument, num_ranks=num_ranks)
+
+
+def load(folder: Path, *, device: str | None) -> NestedModel:
+    """The nested model of a finished run."""
+    from nestlm.report.runs import read_provenance
+
+    read_provenance(folder)  # before the heavy imports
+    from nestlm.nested import NestedModel
+
+    settings, _ = settings_of(folder)
+    return NestedModel.open(folder, settings, device=device)
+
+
+def data_settings(overrides: list[str], *, run: Path) -> DataSettings:
+    """The data group of `data=NAME data.FIELD=VALUE ...`; sizes that are not named are those of a run.
+
+    Raises:
+        NestlmError, HydraException: something else is overridden, or cannot be used.
+    """
+    from nestlm import verification
+
+    strangers = [override for override in overrides if not re.match(r"\+{0,2}data[.=]", override)]
+    if strangers:
+        raise ConfigError(f"{strangers[0]}: only the data group can be another than the run's; wanted data.FIELD=VALUE")
+    node, own = compose(overrides)["data"], verification.read(run)[0]["data"]
+    named = {override.partition("=")[0].lstrip("+") for override in overrides}
+    node |= {name: own[name] for name in RUNS_OWN_SIZES if f"data.{name}" not in named}
+    check_node(node, "data")
+    return instantiate(node, _convert_="all")
+
+
+def settings_of(folder: Path) -> tuple[Any, dict[str, Any]]:
+    """The settings of a finished run, and the same as plain values.
+
+    Raises:
+        NestlmError: it is no finished run, or of another version of nestlm.
+    """
+    from nestlm import verification
+
+    config, commit = verification.read(folder)
+    try:
+        check_node({"_target_": SETTINGS, **config}, "")
+    except ConfigError as error:
+        raise ConfigError(f"{folder} is of another version of nestlm, commit {commit}: {error}") from None
+    return build(config), config
 
 
 @contextmanager

@@ -12,7 +12,6 @@ import lightning as L
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch.loggers import Logger
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nestlm.cache import write_json
@@ -26,7 +25,7 @@ from nestlm.nn.decoder import Decoder
 from nestlm.nn.linear import hold_linear
 from nestlm.nn.policy import Policy
 from nestlm.parallel import ranks
-from nestlm.parallel.sharding import Placement, read_state, whole_state
+from nestlm.parallel.sharding import Placement, whole_state
 from nestlm.parallel.strategy import placement_of
 from nestlm.passes import flops_per_token
 from nestlm.progress import track
@@ -35,6 +34,7 @@ from nestlm.router.trial import Trial
 from nestlm.settings import View
 from nestlm.tasks import Task
 from nestlm.training import fit, make_trainer, trainer_device
+from nestlm.weights_files import load_weights, save_weights
 
 MODEL, ROUTER, RECORD = "model.safetensors", "router.safetensors", "record.safetensors"
 LATENCY_TABLE = "latency_table.json"
@@ -83,14 +83,14 @@ class Context:
     def _placed(self, decoder: Decoder, stage: str | None) -> Decoder:
         self.placement().place(decoder, blocks=decoder.blocks)
         if stage is not None:
-            read_state(decoder, self.inputs[stage] / MODEL)
+            load_weights(decoder, self.inputs[stage] / MODEL)
         return decoder
 
     def router(self, stage: str | None = None) -> Router:
         """The router: new, or as a stage left it behind."""
         router = self.settings.make_router()
         if stage is not None and router.state_dict():
-            router.load_state_dict(load_file(self.inputs[stage] / ROUTER))
+            load_weights(router, self.inputs[stage] / ROUTER)
         return router
 
     def trial(self, decoder: Decoder) -> Trial:
@@ -120,9 +120,7 @@ class Context:
     def write(self, tensors: dict[str, Tensor], name: str) -> None:
         """Leave tensors behind: rank 0's, and all ranks go on when they are there."""
         if ranks.rank() == 0:
-            partial = self.folder / f".{name}.partial"
-            save_file(tensors, partial)
-            partial.replace(self.folder / name)
+            save_weights(tensors, self.folder / name)
         ranks.wait()
 
     def placement(self) -> Placement:

@@ -109,26 +109,30 @@ class NestedLM(L.LightningModule):
             total += term.loss.detach()
             for name, value in term.logs.items():
                 logs[name].append(value)
-        self.check_finite("loss", total, batch, number)
+        norms: list[Tensor] = []
         for module, _ in self.trained.values():  # each by itself: a router's errors must not slow the model
             ranks.average_gradients(module.parameters())
-            norm = clip_grad_norm_(module.parameters(), self.optim.clip_norm)
-            self.check_finite("gradient's norm", whole(norm), batch, number)
+            norms.append(whole(clip_grad_norm_(module.parameters(), self.optim.clip_norm)))
+        logged = {f"{self.stage}/{name}": sum(values) / len(values) for name, values in logs.items()}
+        means = dict(ranks.means({"": total, **logged}, device=self.device))
+        if not all(math.isfinite(float(value)) for value in (means.pop(""), *norms)):  # on all ranks, or on none
+            self.diverged(float(total), norms, batch, number)
         optimizer.step()
         scheduler.step()
-        means = {f"{self.stage}/{name}": sum(values) / len(values) for name, values in logs.items()}
-        self.log_dict(ranks.means(means, device=self.device))
+        self.log_dict(means)
         return total
 
-    def check_finite(self, name: str, value: Tensor, batch: Batch, step: int) -> None:
-        """Raise DivergenceError where a number of a step is not finite."""
-        if not math.isfinite(float(value)):
-            raise DivergenceError(
-                ranks.named(
-                    f"{self.stage}: the {name} is {float(value)} at step {step}, batch {fingerprint(batch)}; "
-                    "lower the stage's lr, or look at the data"
-                )
-            )
+    def diverged(self, total: float, norms: list[Tensor], batch: Batch, step: int) -> None:
+        """Raise the same DivergenceError on all ranks; it names a rank whose loss is not finite, where there is one."""
+        found = ranks.gathered([(total, fingerprint(batch))])
+        bad = next((rank for rank, (loss, _) in enumerate(found) if not math.isfinite(loss)), None)
+        norm = next((float(norm) for norm in norms if not math.isfinite(float(norm))), 0.0)
+        what = f"the gradient's norm is {norm}" if bad is None else f"the loss is {found[bad][0]}"
+        where = f"rank {bad}: " if bad is not None and len(found) > 1 else ""
+        raise DivergenceError(
+            f"{where}{self.stage}: {what} at step {step}, batch {found[bad or 0][1]}; lower the stage's lr, or look at "
+            "the data"
+        )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave the frozen teacher out: the stage that made it has it."""

@@ -145,6 +145,17 @@ class SearchSpace:
         """The narrowest choice everywhere."""
         return self.spec(dict.fromkeys(self.sites, 0))
 
+    def spec_by_axis(self, lists: Mapping[str, list[int]]) -> SubnetSpec:
+        """The spec that `SubnetSpec.by_axis` gave as lists. Raises ValueError where it is none of this space."""
+        if set(lists) != set(self.axes):
+            raise ValueError(f"got widths of {sorted(lists)}, wanted those of {sorted(self.axes)}")
+        widths = {
+            site: width for axis, sites in self.axes.items() for site, width in zip(sites, lists[axis], strict=True)
+        }
+        spec = SubnetSpec(self.sites, tuple(widths[site] for site in self.sites))
+        self.indices(spec)
+        return spec
+
     def indices(self, spec: SubnetSpec) -> tuple[int, ...]:
         """Choice index per site. Raises ValueError when a width is none of the site's choices."""
         return tuple(self.choices[site].index(spec[site]) for site in self.sites)
@@ -227,6 +238,15 @@ class Budget:
         if not values:
             raise BudgetError("budget: got an empty list, wanted at least one limit, such as budget=[0.8,0.6]")
         return cls(tuple(Limit.parse(item) for item in values))
+
+    @classmethod
+    def from_str(cls, text: str) -> Budget:
+        """The budget that `str` gives: limits that hold together are joined by `+`.
+
+        Raises:
+            BudgetError: what `Limit.parse` refuses.
+        """
+        return cls(tuple(Limit.parse(part) for part in re.split(r"(?<![eE])\+", text)))
 
     @classmethod
     def parse_all(cls, value: Any) -> tuple[Budget, ...]:

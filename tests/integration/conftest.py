@@ -1,5 +1,6 @@
 """Runs of the whole pipeline, small enough for a test."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,3 +31,33 @@ def run(tmp_path: Path, shared_cache: Path, monkeypatch: pytest.MonkeyPatch) -> 
         return finished.folder
 
     return run_with
+
+
+# Small enough, and wide enough that deciding for each token pays.
+STATIC = ["budget=[1.0,0.8,[0.7,0.9params]]"]
+DYNAMIC = ["router=surrogate", "router.policy=dynamic", "model.mlp_width=384", "budget=[1.0,0.8,0.7]"]
+
+
+def whole_run(place: Path, *overrides: str) -> Path:
+    """A finished run, to be read only; its stages lie beside it."""
+    small = ["router.steps=3", "router.num_sequences=4", f"run_dir={place / 'run'}", f"cache_dir={place / 'cache'}"]
+    plain = compose([*NANO, *small, *overrides])
+    finished = pipeline.run(build(plain), config=plain)
+    assert finished is not None
+    return finished.folder
+
+
+@pytest.fixture(scope="session")
+def static_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run whose router names one sub-network for a budget. Its cache is gone."""
+    folder = whole_run(tmp_path_factory.mktemp("static"), *STATIC)
+    shutil.rmtree(folder.with_name("cache"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def dynamic_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run whose router decides for each token. Its cache is gone."""
+    folder = whole_run(tmp_path_factory.mktemp("dynamic"), *DYNAMIC)
+    shutil.rmtree(folder.with_name("cache"))
+    return folder

@@ -12,7 +12,7 @@ from plugins import NANO
 
 pytestmark = pytest.mark.ranks
 
-STEPS = ["pretrain.steps=20", "elastic.steps=20", "router.steps=20", "joint.steps=6", "budget=[0.7]"]
+STEPS = ["pretrain.steps=5", "elastic.steps=20", "router.steps=20", "joint.steps=3", "budget=[0.7]"]
 # What is trained how.
 RUNS = {
     "token-value": ["sampler=token", "router=value", "ranking=magnitude"],

@@ -13,6 +13,8 @@ from nestlm.errors import DataError
 SEPARATOR = "<|endoftext|>"
 # What model families call the token that starts a document.
 KNOWN_SEPARATORS = (SEPARATOR, "<|begin_of_text|>", "<s>", "</s>")
+# What they call the one that ends a text, where that is another.
+KNOWN_ENDS = ("</s>", "<|end_of_text|>", "<|eot_id|>", "<|im_end|>")
 
 
 def train(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
@@ -58,6 +60,12 @@ def separator_id(tokenizer: Tokenizer) -> int:
     raise DataError(f"data.tokenizer: has none of {', '.join(KNOWN_SEPARATORS)} to separate documents")
 
 
+def end_ids(tokenizer: Tokenizer) -> set[int]:
+    """Ids of the tokens at which a document ends: its own end, or the next one's start."""
+    ends = (tokenizer.token_to_id(name) for name in KNOWN_ENDS)
+    return {separator_id(tokenizer), *(token for token in ends if token is not None)}
+
+
 def tokenizer_hash(tokenizer: Tokenizer) -> str:
     """SHA-256 of the tokenizer as the library writes it: equal for equal ones, however their files are laid out."""
     return hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
@@ -75,3 +83,30 @@ def for_texts(tokenizer: Tokenizer) -> Tokenizer:
     copy.no_padding()
     copy.encode_special_tokens = True
     return copy
+
+
+def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Token ids of a text, after the separator that starts a document.
+
+    Args:
+        tokenizer: as `for_texts` returns it.
+        text: the prompt.
+
+    Raises:
+        DataError: the tokenizer cannot say the text: it is no Unicode text, or characters would be left out.
+    """
+    try:
+        encoding = tokenizer.encode(text, add_special_tokens=False)
+    except (TypeError, UnicodeEncodeError) as error:
+        raise DataError(f"prompt: {text!r} is no Unicode text ({error}); wanted UTF-8") from error
+    unknown = getattr(tokenizer.model, "unk_token", None)
+    covered = {
+        place
+        for token, (start, end) in zip(encoding.tokens, encoding.offsets, strict=True)
+        if token != unknown
+        for place in range(start, end)
+    }
+    lost = "".join(" " if place in covered else sign for place, sign in enumerate(text)).split()
+    if lost:
+        raise DataError(f"prompt: the tokenizer has no token for {', '.join(map(repr, lost))}; leave it out")
+    return [separator_id(tokenizer), *encoding.ids]

@@ -67,19 +67,49 @@ class GroupedQueryAttention(nn.Module):
         """(B, L, D) to (B, L, D)."""
         width = decision.width
         if isinstance(width, Mixed):
+            if hidden_BLD.shape[1] == 1 and decision.gate is None:
+                return self.forward_next(hidden_BLD, width, sight=sight, cache=cache)
             run = self.forward_tokens if width.index.ndim == 2 else self.forward_sequences
             return run(hidden_BLD, width, decision.gate, sight=sight, cache=cache)
         groups = self.num_groups if width is None else width
-        heads = groups * self.heads_per_group
-        q_BHLE = turn(self.heads(self.q(hidden_BLD, outputs=heads * self.head_dim)), self.q_norm, sight.rotary)
+        k_BGLE, v_BGLE = self.keys_and_values(hidden_BLD, groups=groups, sight=sight, cache=cache)
+        return self.read_out(hidden_BLD, Decision(groups, decision.gate), k_BGLE, v_BGLE, sight=sight)
+
+    def keys_and_values(
+        self, hidden_BLD: Tensor, *, groups: int, sight: Sight, cache: LayerCache | None
+    ) -> tuple[Tensor, Tensor]:
+        """Those of the first groups, of all tokens so far: (B, G, tokens so far, E) each."""
         k_BGLE = turn(self.heads(self.k(hidden_BLD, outputs=groups * self.head_dim)), self.k_norm, sight.rotary)
         v_BGLE = self.heads(self.v(hidden_BLD, outputs=groups * self.head_dim))
-        if cache is not None:
-            k_BGLE, v_BGLE = cache.extend(k_BGLE, v_BGLE, groups=slice(groups))
-        heads_BLHE = self.attend(q_BHLE, k_BGLE, v_BGLE, sight=sight).transpose(1, 2)
+        return (k_BGLE, v_BGLE) if cache is None else cache.extend(k_BGLE, v_BGLE, groups=slice(groups))
+
+    def read_out(
+        self, hidden_BLD: Tensor, decision: Decision, k_BGLE: Tensor, v_BGLE: Tensor, *, sight: Sight
+    ) -> Tensor:
+        """What the query heads of the decision's groups find, (B, L, D)."""
+        groups = decision.width
+        assert isinstance(groups, int), "one width for all"
+        heads = groups * self.heads_per_group
+        q_BHLE = turn(self.heads(self.q(hidden_BLD, outputs=heads * self.head_dim)), self.q_norm, sight.rotary)
+        heads_BLHE = self.attend(q_BHLE, k_BGLE[:, :groups], v_BGLE[:, :groups], sight=sight).transpose(1, 2)
         if decision.gate is not None:
             heads_BLHE = heads_BLHE * decision.gate.repeat_interleave(self.heads_per_group, dim=-1).unsqueeze(-1)
         return self.o(heads_BLHE.flatten(2), inputs=heads * self.head_dim)
+
+    def forward_next(self, hidden_B1D: Tensor, width: Mixed, *, sight: Sight, cache: LayerCache | None) -> Tensor:
+        """One token a sequence, each with KV groups or query heads of its own.
+
+        Where widths are of tokens, later ones may look at wider keys and values than this one has queries.
+        """
+        decision = width.gated()
+        groups = width.widths[-1] if width.index.ndim == 2 else decision.width
+        assert isinstance(groups, int), "one width for all"
+        if groups == 0:
+            return torch.zeros_like(hidden_B1D)
+        k_BGLE, v_BGLE = self.keys_and_values(hidden_B1D, groups=groups, sight=sight, cache=cache)
+        if decision.width == 0:
+            return torch.zeros_like(hidden_B1D)
+        return width.close(self.read_out(hidden_B1D, decision, k_BGLE, v_BGLE, sight=sight))
 
     def heads(self, flat_BLE: Tensor) -> Tensor:
         """(B, L, heads * E) to (B, heads, L, E)."""

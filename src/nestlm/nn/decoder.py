@@ -105,8 +105,9 @@ class Decoder(nn.Module):
         *,
         documents_BL: Tensor | None = None,
         cache: KVCache | None = None,
+        last: int | None = None,
     ) -> DecoderOutput:
-        """Logits of the next token at every position.
+        """Logits of the next token at every position, or at the last ones.
 
         Args:
             tokens_BL: token ids, (B, L), with those in the cache at most the context length.
@@ -114,6 +115,8 @@ class Decoder(nn.Module):
             documents_BL: number of the document that a token belongs to; tokens of different documents don't
                 attend to each other, and negative numbers are padding. None: each row is one document.
             cache: of the tokens before these, which are then added to it. Without gradients only.
+            last: logits of this many positions at the end of the rows only, the one thing that a large vocabulary makes
+                dear; None: of all.
 
         Raises:
             ConfigError: the rows are longer than the model's context, or than the cache.
@@ -138,7 +141,7 @@ class Decoder(nn.Module):
             decisions |= decided
         if cache is not None:
             cache.num_tokens += length
-        return DecoderOutput(self.project(hidden_BLD), decisions)
+        return DecoderOutput(self.project(hidden_BLD if last is None else hidden_BLD[:, -last:]), decisions)
 
     def project(self, hidden_BLD: Tensor) -> Tensor:
         """From the residual stream to logits: final norm and head."""

@@ -41,7 +41,11 @@ class MLP(nn.Module):
         """(B, L, D) to (B, L, D)."""
         width = decision.width
         if isinstance(width, Mixed):
+            if hidden_BLD.shape[1] == 1 and decision.gate is None:
+                return width.close(self.forward(hidden_BLD, width.gated()))
             return self.forward_mixed(hidden_BLD, width, decision.gate)
+        if width == 0:
+            return torch.zeros_like(hidden_BLD)
         gate_BLF = None if self.gate is None else self.gate(hidden_BLD, outputs=width)
         neurons_BLF = self.neurons(self.up(hidden_BLD, outputs=width), gate_BLF)
         if decision.gate is not None:

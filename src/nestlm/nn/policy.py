@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -22,6 +23,27 @@ class Mixed:
 
     widths: tuple[int, ...]
     index: Tensor
+
+    def gated(self) -> Decision:
+        """The same for one token a sequence: all run at the widest of their widths, gates close what is beyond a row's.
+
+        The widest row's weights are read whatever the others ask for, and a band a choice costs more than it saves.
+        """
+        widths_B = self.widths_of_rows
+        widest, least = int(widths_B.max()), int(widths_B.min())
+        if widest == least:
+            return Decision(widest)
+        units = torch.arange(widest, device=widths_B.device)
+        return Decision(widest, (units < widths_B[:, None])[:, None])
+
+    def close(self, added_B1D: Tensor) -> Tensor:
+        """What a site adds to one token a sequence: nothing, not even a bias, where a row's width is 0."""
+        return added_B1D * (self.widths_of_rows > 0)[:, None, None] if self.widths[0] == 0 else added_B1D
+
+    @cached_property
+    def widths_of_rows(self) -> Tensor:
+        """The width of each sequence or token, (n,)."""
+        return torch.tensor(self.widths, device=self.index.device)[self.index.flatten()]
 
 
 @dataclass(frozen=True)

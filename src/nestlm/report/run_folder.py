@@ -27,6 +27,16 @@ ELSEWHERE = {
     "full_seconds",
     "forward_seconds",
 }
+# Files that a run keeps of its stages' folders.
+KEPT = (
+    "*.safetensors",
+    "SHA256SUMS",
+    "tokenizer.json",
+    "manifest.json",
+    "portions.json",
+    "calibration-*",
+    "validation-*",
+)
 
 
 @dataclass(frozen=True)
@@ -57,7 +67,7 @@ def write_run_folder(
     write_csv(run_dir / "results.csv", results["evaluate"]["rows"])
     write_csv(run_dir / "timings.csv", timing_rows(finished))
     write_specs(run_dir / "specs", results["evaluate"], router=router)
-    link_weights(run_dir / "checkpoints", finished)
+    link_checkpoints(run_dir / "checkpoints", finished)
     for stage in finished:
         for table in stage.folder.glob("latency_table.json"):
             shutil.copy2(table, run_dir / table.name)
@@ -133,15 +143,16 @@ def write_specs(folder: Path, outcome: dict[str, Any], *, router: str) -> None:
             write_json(folder / f"{row['budget']}.json", chosen | choice | whole)
 
 
-def link_weights(folder: Path, finished: list[FinishedStage]) -> None:
-    """The weights that stages left behind, as hard links where the file system allows, else as copies."""
+def link_checkpoints(folder: Path, finished: list[FinishedStage]) -> None:
+    """What `nestlm.load` needs, as hard links where the file system allows, else as copies: the weights that stages
+    left behind with their hashes, the tokenizer, and the held-out text.
+    """  # noqa: D205
     shutil.rmtree(folder, ignore_errors=True)  # of an earlier run in this folder
-    folders = {stage.name: stage.folder for stage in finished}
-    sources = [(stage.name, path) for stage in finished for path in sorted(stage.folder.glob("*.safetensors"))]
-    for stage, source in [*sources, ("data", folders["data"] / "tokenizer.json")]:
-        target = folder / stage / source.name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(source, target)
-        except OSError:  # another file system
-            shutil.copy2(source, target)
+    for stage in finished:
+        for source in sorted({path for pattern in KEPT for path in stage.folder.glob(pattern)}):
+            target = folder / stage.name / source.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(source, target)
+            except OSError:  # another file system
+                shutil.copy2(source, target)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -32,7 +32,13 @@ class Answer:
 
 
 class Router(nn.Module):
-    """Finds policies within budgets. One whose choice is the same for every token only defines `spec`."""
+    """Finds policies within budgets. One whose choice is the same for every token only defines `spec`.
+
+    Attributes:
+        needs_trial: whether it cannot answer well without calibration text.
+    """
+
+    needs_trial: ClassVar[bool] = False
 
     def __init__(self, prices: PriceList) -> None:
         super().__init__()
@@ -70,6 +76,14 @@ class Router(nn.Module):
         """
         spec = self.spec(budget, trial=trial)
         return Answer(fixed(spec), spec)
+
+    def recall(self, budget: Budget, plan: Mapping[str, Any]) -> Answer:
+        """The answer to a budget that was found before, from its plan.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is no plan of this router's.
+        """
+        raise TypeError(f"{type(self).__name__} names one sub-network for a budget: it makes no plans")
 
     def draw(self, budget: Budget, *, generator: torch.Generator, share: Share = ALONE) -> Policy:
         """A policy for training at a budget. A router that learns samples it, with gradients to its own weights.

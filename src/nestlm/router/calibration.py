@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -123,6 +124,42 @@ class Plan:
             )
             for row, pace in self.paces.items()
         }
+
+    def to_json(self) -> dict[str, Any]:
+        """All but the tariffs, which follow from the budget, as plain values: sites by their names."""
+        names = [str(site) for site in self.tariffs[0].table.space.sites]
+        return {
+            "share": self.share,
+            "multiplier": self.multiplier,
+            "held": self.held,
+            "aim": self.aim,
+            "fixed": {names[row]: index for row, index in self.fixed.items()},
+            "incomes": [list(incomes) for incomes in self.incomes],
+            "paces": {names[row]: pace.to_json() for row, pace in self.paces.items()},
+            "units": UNITS,
+        }
+
+    @classmethod
+    def from_json(cls, kept: Mapping[str, Any], *, tariffs: tuple[Tariff, ...]) -> Plan:
+        """The plan that `to_json` wrote, for the same budget.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is no such plan, or of other sites.
+        """
+        rows = {str(site): row for row, site in enumerate(tariffs[0].table.space.sites)}
+        if kept["units"] != UNITS:
+            raise ValueError(f"got a ledger in units of {kept['units']}, wanted {UNITS}")
+        device = tariffs[0].prices[0].device
+        return cls(
+            kept["share"],
+            tariffs,
+            kept["multiplier"],
+            {rows[name]: index for name, index in kept["fixed"].items()},
+            tuple(tuple(incomes) for incomes in kept["incomes"]),
+            {rows[name]: Pace.from_json(pace, device=device) for name, pace in kept["paces"].items()},
+            kept["aim"],
+            kept["held"],
+        )
 
     @property
     def funded(self) -> list[tuple[Tariff, tuple[int, ...]]]:

@@ -8,8 +8,10 @@ would have been affordable. Counts are integers and look back only. (Our choice.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,6 +59,16 @@ class Pace:
             low, high = torch.where(dear, middle, low), torch.where(dear, high, middle)
         priced_JK = high[:, None] * cost_K
         return cls(priced_JK, demand(scores_NK, priced_JK, prices))
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values, in full."""
+        return {"priced": self.priced_JK.tolist(), "demands": [demands_J.tolist() for demands_J in self.demands]}
+
+    @classmethod
+    def from_json(cls, kept: Mapping[str, Any], *, device: torch.device) -> Pace:
+        """As `to_json` wrote it."""
+        priced_JK = torch.tensor(kept["priced"], dtype=torch.float64, device=device)
+        return cls(priced_JK, tuple(torch.tensor(demands, device=device) for demands in kept["demands"]))
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,6 @@ from nestlm.cost.table import Bound, CostTable, PriceList, TokenTable
 from nestlm.nn.policy import WHOLE, Decision, Mixed, Policy, Stream, fixed, full
 from nestlm.router import base
 from nestlm.router.calibration import Plan, Tariff, solve
-from nestlm.router.ledger import UNITS
 from nestlm.router.trial import Trial
 from nestlm.spec import Budget, Site
 
@@ -44,6 +44,7 @@ class TokenRouter(base.Router):
     """Scores the choices of each token at each site from its hidden state, which no later token has touched."""
 
     per_token = True
+    needs_trial = True
     measured: Tensor
 
     def __init__(self, prices: PriceList, *, hidden_size: int, granularity: Granularity) -> None:
@@ -86,15 +87,13 @@ class TokenRouter(base.Router):
         if len(plan.fixed) == len(self.rows):
             spec = self.prices.space.spec({site: plan.fixed[row] for site, row in self.rows.items()})
             return base.Answer(fixed(spec), spec)
-        kept = {
-            "share": plan.share,
-            "multiplier": plan.multiplier,
-            "held": plan.held,
-            "fixed": {str(self.prices.space.sites[row]): index for row, index in plan.fixed.items()},
-            "incomes": plan.incomes,
-            "units": UNITS,
-        }
-        return base.Answer(self.policy(plan), plan=kept)
+        return base.Answer(self.policy(plan), plan=plan.to_json())
+
+    @torch.no_grad()
+    def recall(self, budget: Budget, plan: Mapping[str, Any]) -> base.Answer:
+        return base.Answer(
+            self.policy(Plan.from_json(plan, tariffs=self.tariffs(self.planned.bounds(budget)))), plan=plan
+        )
 
     def calibrate(self, budget: Budget, *, trial: Trial) -> Plan:
         """The best on the trial's text of a few plans. In some no site decides: nothing may be better than that.

@@ -52,6 +52,8 @@ def grow(indices: dict[Site, int], prices: PriceList, budget: Budget, random: Ra
 class RandomRouter(Router):
     """The best of `candidates` random specs that use their budget up."""
 
+    needs_trial = True
+
     def __init__(self, *, prices: PriceList, candidates: int, seed: int) -> None:
         super().__init__(prices)
         if candidates <= 0:
@@ -73,6 +75,8 @@ class RandomRouter(Router):
 
 class EvolutionRouter(Router):
     """Evolutionary search (Cai et al., arXiv 1908.09791): the best parents, crossed and mutated, within the budget."""
+
+    needs_trial = True
 
     def __init__(self, *, prices: PriceList, population: int, generations: int, parents: int, seed: int) -> None:
         super().__init__(prices)

@@ -1,0 +1,357 @@
+"""A finished run as one nested model: name a budget, and generate, evaluate or export at it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.loggers.logger import DummyLogger
+from tokenizers import Tokenizer
+
+from nestlm.axes.base import Axis
+from nestlm.context import SKIPPABLE, Context
+from nestlm.cost.table import PriceList
+from nestlm.data import tokenizer as tokenizers
+from nestlm.data.module import DataSettings
+from nestlm.data.shards import TOKENIZER
+from nestlm.data.source.auto import by_path
+from nestlm.errors import BudgetError, CheckpointError, ConfigError
+from nestlm.evaluation import evaluate
+from nestlm.generation.generate import generate
+from nestlm.generation.rows import policy_of_rows
+from nestlm.generation.sampling import GREEDY, Sampling
+from nestlm.generation.text import continuation
+from nestlm.model.family import Family
+from nestlm.nn.decoder import Decoder
+from nestlm.nn.policy import Policy, fixed
+from nestlm.pipeline import check_trainer
+from nestlm.progress import track
+from nestlm.report.runs import read_provenance
+from nestlm.router.base import Answer, Router
+from nestlm.router.knapsack import KnapsackRouter
+from nestlm.router.per_token import TokenRouter
+from nestlm.router.trial import Trial
+from nestlm.scoring import HeldOut, RunTasks, held_out, task_runner
+from nestlm.settings import Settings, View
+from nestlm.spec import Budget, SubnetSpec
+from nestlm.training import make_trainer
+from nestlm.verification import own_table
+from nestlm.weights_files import CURE
+
+READS = ("model", "axes", "cost", "costs", "router", "trainer", "data", "seed")
+POLICIES = ("static", "dynamic")
+
+
+@dataclass(frozen=True)
+class AtBudget:
+    """What a router answers to a budget.
+
+    Attributes:
+        budget: as it was asked.
+        router: its label, as in the run's tables.
+        answer: the policy; with the one sub-network that it stands for, or the plan by which tokens differ.
+        achieved: cost as a share of the whole model's, of the kind that the run counts; None where tokens differ and
+            nothing has been counted yet.
+        prices: of what the router chooses.
+    """
+
+    budget: Budget
+    router: str
+    answer: Answer
+    achieved: float | None
+    prices: PriceList
+
+    @property
+    def policy(self) -> Policy:
+        """As the decoder takes it."""
+        return self.answer.policy
+
+    @property
+    def spec(self) -> SubnetSpec | None:
+        """The one sub-network that serves all tokens; None where tokens differ."""
+        return self.answer.spec
+
+
+class NestedModel:
+    """One set of weights, and a router that finds a sub-network for any budget.
+
+    Attributes:
+        folder: of the run.
+        settings: of the run, on the device that was asked for.
+        decoder: after the last stage, on that device.
+        router: the run's own.
+    """
+
+    def __init__(self, folder: Path, settings: Settings) -> None:
+        self.folder, self.settings = folder, settings
+        checkpoints = folder / "checkpoints"
+        inputs = {path.name: path for path in checkpoints.iterdir()} if checkpoints.is_dir() else {}
+        for stage in ("data", "joint"):
+            if stage not in inputs:
+                raise CheckpointError(f"{checkpoints / stage} does not exist; {CURE}")
+        self.context = Context(View(settings, READS), folder, inputs=inputs, logger=DummyLogger())
+        self.decoder: Decoder = self.context.decoder("joint").to(self.device).eval()
+        self.router: Router = self.context.router("joint").to(self.device).eval()
+        self.known: dict[tuple[Budget, str], AtBudget] = {}
+
+    @classmethod
+    def open(cls, folder: Path, settings: Settings, *, device: str | None) -> NestedModel:
+        """The model of a run.
+
+        Args:
+            folder: of the finished run.
+            settings: its own, as this code understands them.
+            device: as torch names it; None: that of the run's trainer.
+
+        Raises:
+            NestlmError: something is missing or damaged, or the device is not there.
+        """
+        settings = own_table(settings, folder)
+        skippable = json.loads((folder / "metrics.json").read_text())["rank"].get(SKIPPABLE)
+        if skippable is not None:
+            settings = settings.with_skippable(skippable)
+        return cls(folder, on_device(settings, device))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self.context.device()
+
+    @property
+    def family(self) -> Family:
+        """What the model was made from."""
+        return self.settings.model
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        """What is elastic."""
+        return self.settings.axis_list
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """The folder that holds tokenizer.json."""
+        return self.context.inputs["data"]
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """As prompts and texts are encoded."""
+        return tokenizers.for_texts(tokenizers.load(self.tokenizer_folder / TOKENIZER))
+
+    @cached_property
+    def metrics(self) -> dict[str, dict[str, Any]]:
+        """What the run's stages measured."""
+        return json.loads((self.folder / "metrics.json").read_text())
+
+    @cached_property
+    def provenance(self) -> dict[str, Any]:
+        """Where the run's numbers come from; `data_fingerprint` names its text."""
+        return read_provenance(self.folder)
+
+    @property
+    def budgets(self) -> tuple[Budget, ...]:
+        """Those that the run was asked for."""
+        return self.settings.budgets
+
+    @cached_property
+    def prices(self) -> PriceList:
+        """What sub-networks cost, in all kinds that a budget may limit."""
+        return self.settings.prices()
+
+    @cached_property
+    def trial(self) -> Trial:
+        """The calibration text on which the run's router was tried."""
+        return self.context.trial(self.decoder)
+
+    def at(self, budget: Any, *, router: str | None = None) -> AtBudget:
+        """The sub-network, or the policy, for a budget.
+
+        One of the run's budgets is answered as the run did; to others its router finds an answer now.
+
+        Args:
+            budget: as in `budget=`: 0.6, "60%", "8GiB", or a list of limits that hold together.
+            router: `static` or `dynamic`; None: the run's own. A dynamic run's static router is an exact knapsack on
+                what its router has measured.
+
+        Raises:
+            BudgetError: no budget, or one that cannot be met.
+            ConfigError: the run has no such router.
+        """
+        asked = budget if isinstance(budget, Budget) else Budget.parse(budget)
+        policy = self.settings.router.policy if router is None else router
+        if (asked, policy) not in self.known:
+            self.known[asked, policy] = self.find(asked, policy=policy)
+        return self.known[asked, policy]
+
+    def generate(self, prompt: str, *, budget: Any = 1.0, **options: Any) -> str:
+        """Continue a prompt until its document ends, or `max_tokens` are there; see `generate_batch`."""
+        return self.generate_batch([prompt], budgets=[budget], **options)[0]
+
+    def generate_batch(
+        self,
+        prompts: Sequence[str],
+        *,
+        budgets: Sequence[Any],
+        router: str | None = None,
+        max_tokens: int = 64,
+        sampling: Sampling = GREEDY,
+    ) -> list[str]:
+        """Continue prompts in one batch, each at a budget of its own. No row depends on the others.
+
+        Args:
+            prompts: texts; each is the start of a document.
+            budgets: one a prompt, as in `at`.
+            router: as in `at`.
+            max_tokens: of each continuation, at most.
+            sampling: how tokens are chosen; by default the likeliest.
+
+        Raises:
+            BudgetError, ConfigError: as `at` does.
+            DataError: a prompt that does not fit into the context, or that the tokenizer cannot say.
+        """
+        encoded = [tokenizers.encode_prompt(self.tokenizer, prompt) for prompt in prompts]
+        found = [self.at(budget, router=router) for budget in budgets]
+        steps = list(self.tokens(encoded, found, max_tokens=max_tokens, sampling=sampling))
+        rows = [[token for step in steps if (token := step[row]) is not None] for row in range(len(encoded))]
+        return [continuation(self.tokenizer, prompt, row) for prompt, row in zip(encoded, rows, strict=True)]
+
+    def tokens(
+        self, prompts: Sequence[Sequence[int]], found: Sequence[AtBudget], *, max_tokens: int, sampling: Sampling
+    ) -> Iterator[list[int | None]]:
+        """The next token of each prompt under its answer, step by step; None for one that has ended."""
+        if len(prompts) != len(found):
+            raise ConfigError(f"budgets: got {len(found)} for {len(prompts)} prompts, wanted one a prompt")
+        policy = policy_of_rows([each.answer for each in found], space=self.prices.space, device=self.device)
+        return generate(
+            self.decoder,
+            prompts,
+            policy,
+            max_tokens=max_tokens,
+            sampling=sampling,
+            stop=tokenizers.end_ids(self.tokenizer),
+            precision=make_trainer(self.settings.trainer).precision_plugin.forward_context,
+        )
+
+    def evaluate(
+        self,
+        budgets: Sequence[Any] | None = None,
+        *,
+        router: str | None = None,
+        data: DataSettings | str | None = None,
+        tasks: Sequence[str] = (),
+        task_files: str | Path | None = None,
+        shots: Mapping[str, int] | None = None,
+        limit: int | None = None,
+        batch_size: int | None = None,
+    ) -> list[dict[str, Any]]:
+        """Score budgets on held-out text and on tasks of the EleutherAI harness: a row a budget, one set of weights.
+
+        Args:
+            budgets: as in `at`; None: those of the run.
+            router: as in `at`.
+            data: where held-out text comes from: settings of the data group, or what `data.path=` takes; its validation
+                split counts. None: the run's own.
+            tasks: of the harness, by name.
+            task_files: a folder of task files, which then are the only ones known.
+            shots: examples before a question, by task; by default the paper's, and else what the task says.
+            limit: of the questions of each task, the first ones only; None: all.
+            batch_size: of the tasks; None: data.eval_batch_size.
+
+        Raises:
+            NestlmError: a budget, a text or a task that cannot be used.
+        """
+        found = [self.at(budget, router=router) for budget in (self.budgets if budgets is None else budgets)]
+        run = None
+        if tasks:
+            run = task_runner(
+                self.decoder,
+                tasks,
+                tokenizer=self.tokenizer,
+                precision=make_trainer(self.settings.trainer).precision_plugin.forward_context,
+                files=None if task_files is None else Path(task_files),
+                shots=shots or {},
+                limit=limit,
+                batch_size=self.settings.data.eval_batch_size if batch_size is None else batch_size,
+            )
+        if isinstance(data, str):
+            data = replace(self.settings.data, source=by_path(data), path=data)
+        with held_out(data, settings=self.settings, context=self.context) as text:
+            rows = [self.row(each, text, run) for each in track(found, "evaluate", total=len(found))]
+        return rows
+
+    def row(self, found: AtBudget, text: HeldOut, run: RunTasks | None) -> dict[str, Any]:
+        """What a budget scores, under the names of results.csv."""
+        trainer = make_trainer(self.settings.trainer)
+        scores = evaluate(self.decoder, found.policy, loader=text.loader, trainer=trainer, prices=found.prices)
+        spent = scores.spending[self.prices.main.name].mean
+        return {
+            "router": found.router,
+            "budget": str(found.budget),
+            "achieved": spent if found.spec is None else self.prices.main.share(found.spec),
+            "val_loss": scores.loss,
+            "perplexity": scores.perplexity,
+            "bits_per_byte": scores.bits_per_byte(tokens=text.split.tokens, num_bytes=text.split.bytes),
+            "accuracy": scores.accuracy,
+            **({} if run is None else run(found.policy)),
+        }
+
+    def find(self, budget: Budget, *, policy: str) -> AtBudget:
+        """As `at`, which asks once for each budget."""
+        label, router = self.router_of(policy)
+        kept = self.folder / "specs" / f"{budget}.json"
+        if router is self.router and kept.is_file():
+            return self.recall(budget, kept)
+        router.check(budget)
+        answer = router.find(budget, trial=self.trial if router.needs_trial else None)
+        achieved = None if answer.spec is None else self.prices.main.share(answer.spec)
+        return AtBudget(budget, label, answer, achieved, router.prices)
+
+    def recall(self, budget: Budget, path: Path) -> AtBudget:
+        """What the run's router answered. Raises CheckpointError where the file does not say so."""
+        try:
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            plan, space = kept.get("plan"), self.router.prices.space
+            if plan is not None:
+                answer = self.router.recall(budget, plan)
+            else:
+                spec = space.spec_by_axis(kept["widths"])
+                answer = Answer(fixed(spec), spec)
+            return AtBudget(budget, kept["router"], answer, kept["achieved"], self.router.prices)
+        except BudgetError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{path} is damaged, or of another version of nestlm ({error!r}); {CURE}") from error
+
+    def router_of(self, policy: str) -> tuple[str, Router]:
+        """Label and router of a policy. Raises ConfigError where the run has none."""
+        own = self.settings.router
+        if policy == own.policy:
+            return own.label, self.router
+        if policy == "static" and isinstance(self.router, TokenRouter):
+            static = KnapsackRouter(prices=self.prices)
+            static.sensitivities.copy_(self.router.measured)
+            return "knapsack", static
+        if policy not in POLICIES:
+            raise ConfigError(f"router: got {policy!r}, wanted {' or '.join(POLICIES)}")
+        raise ConfigError(
+            f"router: got {policy}, but the run's router is {own.label}; train one with router=value "
+            "router.policy=dynamic"
+        )
+
+
+def on_device(settings: Settings, device: str | None) -> Settings:
+    """The settings with a trainer of one device, also of a run of several. Raises ConfigError where it is not there."""
+    chosen: dict[str, Any] = {"devices": 1, "num_nodes": 1, "strategy": "auto"}
+    if device is not None:
+        kind, _, number = device.partition(":")
+        chosen |= {"accelerator": kind} | ({"devices": [int(number)]} if number.isdigit() else {})
+    settings = replace(settings, trainer=partial(settings.trainer, **chosen))
+    try:
+        check_trainer(settings)
+    except ConfigError as error:
+        raise ConfigError(f"device: got {device or 'none, so that of the run'}; {error}; try device=cpu") from error
+    return settings

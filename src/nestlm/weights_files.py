@@ -1,0 +1,62 @@
+"""Weights that a stage leaves: written whole, with their hash beside them, and checked when they are read again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from nestlm.errors import CheckpointError
+from nestlm.model.checkpoint import CHECKSUMS, sha256
+from nestlm.parallel import ranks
+from nestlm.parallel.sharding import read_state
+
+CURE = "copy the run again, or do it again"
+
+
+def save_weights(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write tensors, and their file's hash to the folder's SHA256SUMS."""
+    partial = path.with_name(f".{path.name}.partial")
+    save_file(tensors, partial)
+    sums = path.with_name(CHECKSUMS)
+    known = read_sums(sums) if sums.is_file() else {}
+    known[path.name] = sha256(partial)
+    partial.replace(path)
+    listed = path.with_name(f".{CHECKSUMS}.partial")
+    listed.write_text("".join(f"{digest}  {name}\n" for name, digest in known.items()), encoding="utf-8")
+    listed.replace(sums)
+
+
+def load_weights(module: nn.Module, path: Path) -> None:
+    """Fill a module from a file that `save_weights` wrote; of several ranks, rank 0 checks it.
+
+    Raises:
+        CheckpointError: the file is absent, not the one that was written, or of another model.
+    """
+    if ranks.rank() == 0:
+        check_weights(path)
+    try:
+        read_state(module, path)
+    except (SafetensorError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{path} holds the weights of another model ({reason}); {CURE}") from error
+
+
+def check_weights(path: Path) -> None:
+    """Raise CheckpointError unless a file is there as it was written."""
+    sums = path.with_name(CHECKSUMS)
+    for file in (path, sums):
+        if not file.is_file():
+            raise CheckpointError(f"{file} does not exist; {CURE}")
+    if read_sums(sums).get(path.name) != sha256(path):
+        raise CheckpointError(f"{path} is damaged: it is not the file that {CHECKSUMS} lists; {CURE}")
+
+
+def read_sums(path: Path) -> dict[str, str]:
+    """Hashes by file name. Raises CheckpointError for a file of something else."""
+    lines = [line.split("  ", 1) for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
+    if any(len(line) != 2 for line in lines):
+        raise CheckpointError(f"{path} is damaged: wanted lines of a hash and a name; {CURE}")
+    return {name: digest for digest, name in lines}

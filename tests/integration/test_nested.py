@@ -1,0 +1,148 @@
+"""`nestlm.load`: a run's folder alone, without the cache, answers budgets as the run did."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import nestlm
+from nestlm.axes.depth import Depth
+from nestlm.data.prepare import prepare
+from nestlm.data.source.synthetic import Synthetic
+from nestlm.data.tokenizer import train
+from nestlm.errors import BudgetError, CheckpointError, ConfigError, DataError
+from nestlm.evaluation import evaluate
+from nestlm.report.tables import read_csv
+from nestlm.training import make_trainer
+
+SOURCE = Synthetic(num_documents=100, num_words=100, seed=0)
+
+
+def recorded(folder: Path) -> dict[tuple[str, str], float]:
+    return {(row["router"], str(row["budget"])): row["val_loss"] for row in read_csv(folder / "results.csv")}
+
+
+def answers_are_the_runs(folder: Path) -> None:
+    """Every budget's loss is the recorded one, bit for bit."""
+    model, known = nestlm.load(folder), recorded(folder)
+    loader = model.context.data(stream="validation").heldout_dataloader("validation")
+    for budget in model.budgets:
+        found = model.at(str(budget).split("+"))
+        scores = evaluate(model.decoder, found.policy, loader=loader, trainer=make_trainer(model.settings.trainer))
+        assert scores.loss == known[found.router, str(budget)]
+        plan = json.loads((folder / f"specs/{budget}.json").read_text()).get("plan")
+        assert (found.spec is None) == (plan is not None) == (found.answer.plan is not None)
+
+
+def test_budgets_of_a_run_are_answered_as_the_run_did_without_its_cache(static_run, dynamic_run):
+    answers_are_the_runs(static_run)
+    answers_are_the_runs(dynamic_run)
+    assert nestlm.load(dynamic_run).at(0.8).spec is None, "tokens differ"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [["axes=mlp_heads_depth"], ["router=value", "router.granularity=prompt", "router.prompt_tokens=4"]],
+    ids=str,
+)
+def test_skipped_blocks_and_decisions_by_prompt_are_answered_as_well(run, overrides):
+    folder = run(*overrides, "budget=0.8", "router.num_sequences=4", "model.mlp_width=384")
+    answers_are_the_runs(folder)
+    model = nestlm.load(folder)
+    for axis in model.axes:
+        if isinstance(axis, Depth):
+            assert list(axis.layers or ()) == model.metrics["rank"]["skippable"]
+
+
+def test_other_budgets_are_found_now_and_kept(static_run, dynamic_run):
+    for folder in (static_run, dynamic_run):
+        model = nestlm.load(folder)
+        for budget in (0.75, "90%"):
+            found = model.at(budget)
+            assert found is model.at(budget)
+            if found.spec is not None:
+                assert found.achieved == model.prices.main.share(found.spec) <= found.budget.limits[0].amount
+
+
+def test_a_dynamic_run_has_a_static_router_as_well_which_takes_all_budgets(dynamic_run):
+    model = nestlm.load(dynamic_run)
+    assert model.at(0.8).answer.plan is not None
+    static = model.at(0.8, router="static")
+    assert (static.router, static.answer.plan) == ("knapsack", None)
+    assert static.achieved <= 0.8
+    assert model.prices.tables["params"].share(model.at("0.8params", router="static").spec) <= 0.8
+    with pytest.raises(BudgetError, match="FLOP and latency budgets only"):
+        model.at("0.8params")
+
+
+def test_what_cannot_be_answered_is_said(static_run):
+    model = nestlm.load(static_run)
+    with pytest.raises(BudgetError, match=r"got 0.01 .* ask for at least that"):
+        model.at(0.01)
+    with pytest.raises(BudgetError, match="got 'small', wanted a share"):
+        model.at("small")
+    with pytest.raises(ConfigError, match="router is surrogate-static; train one with router=value"):
+        model.at(0.8, router="dynamic")
+    with pytest.raises(ConfigError, match="got 'fast', wanted static or dynamic"):
+        model.at(0.8, router="fast")
+
+
+def copied(folder: Path, place: Path) -> Path:
+    """A copy of a run, without hard links to its cache."""
+    return Path(shutil.copytree(folder, place))
+
+
+def test_damages_of_a_run_are_named(dynamic_run, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    for number, name in enumerate(["joint/model.safetensors", "joint/router.safetensors"] * 8):
+        place = copied(dynamic_run, tmp_path / f"flipped-{number}")
+        path = place / "checkpoints" / name
+        content = bytearray(path.read_bytes())
+        content[int(torch.randint(len(content), (), generator=generator))] ^= 1 << (number % 8)
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=f"{name} is damaged.*copy the run again"):
+            nestlm.load(place)
+    for number, name in enumerate(["joint/model.safetensors", "joint/SHA256SUMS", "data", "joint"]):
+        place = copied(dynamic_run, tmp_path / f"gone-{number}")
+        path = place / "checkpoints" / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        with pytest.raises(CheckpointError, match=f"{name} does not exist"):
+            nestlm.load(place)
+    place = copied(dynamic_run, tmp_path / "plan")
+    (place / "specs/0.8.json").write_text('{"router": "value-dynamic", "achieved": 0.8, "plan": {"share": 1}}')
+    with pytest.raises(CheckpointError, match=r"0.8.json is damaged.*KeyError"):
+        nestlm.load(place).at(0.8)
+    (place / "specs/0.7.json").write_text('{"router": "value-dynamic", "achieved": 0.8, "widths": {"mlp_width": [1]}}')
+    with pytest.raises(CheckpointError, match=r"0.7.json is damaged.*wanted those of"):
+        nestlm.load(place).at(0.7)
+
+
+def test_what_is_no_finished_run_is_refused(static_run, tmp_path):
+    with pytest.raises(DataError, match="is no finished run"):
+        nestlm.load(tmp_path)
+    place = copied(static_run, tmp_path / "unfinished")
+    (place / "provenance.json").unlink()
+    with pytest.raises(DataError, match="is no finished run"):
+        nestlm.load(place)
+
+
+def test_text_that_was_prepared_elsewhere_is_missed_only_where_a_router_tries_things_on_it(run, tmp_path):
+    prepared = tmp_path / "prepared"
+    prepared.mkdir()
+    model = tmp_path / "tokenizer.json"
+    model.write_text(train((document.text for document in SOURCE.documents()), vocab_size=288).to_str())
+    prepare(SOURCE, prepared, vocab_size=288, tokenizer_file=model, heldout_share=0.1)
+    loaded = nestlm.load(run("budget=0.8", "router=evolution", "data=shards", f"data.path={prepared}"))
+    shutil.rmtree(prepared)
+    assert loaded.at(0.8).achieved <= 0.8
+    with pytest.raises(DataError, match=r"prepared holds no manifest.json"):
+        loaded.at(0.7)
+
+
+def test_a_device_that_is_not_there_is_an_error(static_run):
+    assert nestlm.load(static_run, device="cpu").device.type == "cpu"
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match=r"device: got cuda.*try device=cpu"):
+            nestlm.load(static_run, device="cuda")
