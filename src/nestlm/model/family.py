@@ -61,6 +61,7 @@ class Family(ABC):
     activation: ClassVar[Literal["silu", "relu2"]]  # of the MLP
     norm_eps_key: ClassVar[str]
     default_norm_eps: ClassVar[float]
+    heads_divide_hidden_size: ClassVar[bool] = False  # transformers' class wants it, whatever the head width
 
     weights: str | None
     init: str | None

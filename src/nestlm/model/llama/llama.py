@@ -26,6 +26,7 @@ class Llama(Family):
     activation: ClassVar[Literal["silu", "relu2"]] = "silu"
     norm_eps_key: ClassVar[str] = "rms_norm_eps"
     default_norm_eps: ClassVar[float] = 1e-6
+    heads_divide_hidden_size: ClassVar[bool] = True
 
     qk_norm: bool
     qkv_bias: bool

@@ -16,6 +16,7 @@ class Mistral(Llama):
 
     model_type: ClassVar[str] = "mistral"
     architecture: ClassVar[str] = "MistralForCausalLM"
+    heads_divide_hidden_size: ClassVar[bool] = False
 
     @classmethod
     def read_own(cls, config: Mapping[str, Any]) -> dict[str, Any]:

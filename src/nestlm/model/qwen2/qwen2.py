@@ -16,6 +16,7 @@ class Qwen2(Llama):
 
     model_type: ClassVar[str] = "qwen2"
     architecture: ClassVar[str] = "Qwen2ForCausalLM"
+    heads_divide_hidden_size: ClassVar[bool] = False
 
     @classmethod
     def read_own(cls, config: Mapping[str, Any]) -> dict[str, Any]:
