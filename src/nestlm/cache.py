@@ -19,7 +19,9 @@ from nestlm.progress import console
 # Packages whose version decides numbers.
 DETERMINING = ("torch", "lightning", "tokenizers", "numpy", "scipy")
 # What is written from results, after them: a change there makes no cached result stale.
-AFTER_RESULTS = ("report", "generation", "harness.py", "nested.py", "scoring.py", "terminal.py", "cli.py")
+AFTER_RESULTS = (
+    "report", "generation", "export", "exporting.py", "harness.py", "nested.py", "scoring.py", "terminal.py", "cli.py",
+)  # fmt: skip
 
 
 @lru_cache(maxsize=1)

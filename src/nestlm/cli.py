@@ -235,6 +235,46 @@ def verify(
         raise typer.Exit(EXIT_DIFFERENT)
 
 
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
+    budget: Annotated[str, typer.Option(help="As in budget=: 0.6, 60%, 8GiB; several limits as 0.6+8GiB.")],
+    out: Annotated[Path, typer.Option(help="The folder to write, a new one.")],
+    form: Annotated[str, typer.Option("--format", help="hf for transformers, gguf for llama.cpp.")] = "hf",
+    uniform: Annotated[
+        bool, typer.Option("--uniform", help="The best sub-network of equal widths in all layers.")
+    ] = False,
+    router: Annotated[
+        str | None, typer.Option(help="static: one sub-network; dynamic: tokens decide; default: as the run.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="f32, f16, bf16, or q8_0 of gguf; default: the parent's, else f32.")
+    ] = None,
+    push_to_hub: Annotated[str | None, typer.Option(help="OWNER/NAME, a private repository.")] = None,
+) -> None:
+    """Write a stand-alone model for a budget, and check that it computes what the nested one does.
+
+    Example: nestlm export runs/default/surrogate-static-seed0-1a2b3c4d --budget 0.6 --out small
+    """
+    from nestlm.spec import Budget
+
+    asked = Budget.from_str(budget)
+    from nestlm.compose import load
+    from nestlm.report.console import output
+
+    check = load(run, device="cpu").export(
+        out,
+        budget=asked,
+        form=form,
+        uniform=uniform,
+        router=router,
+        precision=dtype,
+        push_to=push_to_hub,
+    )
+    for line in [f"written: {out}", *check.lines()]:
+        output.print(line, markup=False, highlight=False)
+
+
 def main() -> None:
     """Entry point: errors that a user can cure are one line and exit code 2."""
     try:

@@ -22,6 +22,8 @@ from nestlm.data.shards import TOKENIZER
 from nestlm.data.source.auto import by_path
 from nestlm.errors import BudgetError, CheckpointError, ConfigError
 from nestlm.evaluation import evaluate
+from nestlm.export.check import Check
+from nestlm.exporting import Request, Run, export
 from nestlm.generation.generate import generate
 from nestlm.generation.rows import policy_of_rows
 from nestlm.generation.sampling import GREEDY, Sampling
@@ -36,6 +38,7 @@ from nestlm.router.base import Answer, Router
 from nestlm.router.knapsack import KnapsackRouter
 from nestlm.router.per_token import TokenRouter
 from nestlm.router.trial import Trial
+from nestlm.router.uniform import best_uniform
 from nestlm.scoring import HeldOut, RunTasks, held_out, task_runner
 from nestlm.settings import Settings, View
 from nestlm.spec import Budget, SubnetSpec
@@ -341,6 +344,46 @@ class NestedModel:
             f"router: got {policy}, but the run's router is {own.label}; train one with router=value "
             "router.policy=dynamic"
         )
+
+    def uniform(self, budget: Any) -> AtBudget:
+        """The best sub-network with the same widths in all layers. Raises BudgetError where none keeps the budget."""
+        asked = budget if isinstance(budget, Budget) else Budget.parse(budget)
+        spec = best_uniform(self.prices, asked, trial=lambda: self.trial)
+        return AtBudget(asked, "uniform", Answer(fixed(spec), spec), self.prices.main.share(spec), self.prices)
+
+    def export(
+        self,
+        out: Path | str,
+        *,
+        budget: Any,
+        form: str = "hf",
+        uniform: bool = False,
+        router: str | None = None,
+        precision: str | None = None,
+        push_to: str | None = None,
+    ) -> Check:
+        """Write a stand-alone model, on the CPU, and check that it computes what the nested model does.
+
+        Args:
+            out: a folder that does not exist yet, or is empty; it appears whole or not at all.
+            budget: as `at` takes it.
+            form: `hf` for transformers, `gguf` for llama.cpp.
+            uniform: the best sub-network with the same widths in all layers, whatever the router would choose.
+            router: as `at` takes it.
+            precision: `f32`, `f16`, `bf16`, or `q8_0` of GGUF; None: the parent's.
+            push_to: OWNER/NAME on the hub; None: nowhere.
+
+        Raises:
+            NestlmError: the budget cannot be met, or nothing is written: see `exporting.export`.
+        """
+        request = Request(Path(out), form, precision, push_to)
+        request.check(self.family)
+        if uniform and router == "dynamic":
+            raise ConfigError("export: got uniform and router=dynamic, wanted one of them")
+        model = self if self.device.type == "cpu" else NestedModel.open(self.folder, self.settings, device="cpu")
+        found = model.uniform(budget) if uniform else model.at(budget, router=router)
+        run = Run(model.context, model.decoder, model.router, model.prices, model.metrics, model.provenance)
+        return export(run, found.answer, request, budget=found.budget, router=found.router, achieved=found.achieved)
 
 
 def on_device(settings: Settings, device: str | None) -> Settings:

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from nestlm.export import remote
-from nestlm.export.place import new_folder
+from nestlm.export.place import new_folder, writing
 from nestlm.export.routing import Routing
 from nestlm.model import hub
 from nestlm.model.checkpoint import read_config, shard_files
@@ -24,6 +24,10 @@ from nestlm.nn.config import BlockConfig
 from nestlm.nn.decoder import Decoder
 
 OURS_TO_WRITE = {"config.json", "model.safetensors.index.json"}
+TOKENIZER = {  # files of a tokenizer
+    "added_tokens.json", "chat_template.jinja", "chat_template.json", "merges.txt", "special_tokens_map.json",
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt",
+}  # fmt: skip
 SIZES = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")
 NESTED, ROUTED = "modeling_nested", "modeling_routed"  # files of `remote`, where the family is called Llama
 
@@ -41,7 +45,7 @@ def export(decoder: Decoder, family: Family, out: Path, *, shard_size: str = "5G
     Raises:
         ExportError: a folder that holds something, or cannot be written.
     """
-    with new_folder(out) as folder:
+    with new_folder(out) as folder, writing(out):
         write(decoder, family, folder, shard_size=shard_size)
 
 
@@ -52,6 +56,7 @@ def write(
     *,
     routing: Routing | None = None,
     dtype: torch.dtype | None = None,
+    tokenizer: bool = True,
     shard_size: str = "5GB",
 ) -> None:
     """Fill a folder with a stand-alone model; see `export`.
@@ -62,6 +67,7 @@ def write(
         folder: an empty one.
         routing: where tokens decide in it; None: nowhere.
         dtype: of the weights; None: the parent's.
+        tokenizer: whether the parent's is the model's.
         shard_size: of a file, at most.
     """
     weights = state(decoder, family, dtype=dtype)
@@ -78,7 +84,7 @@ def write(
         set_dtype(folder, weights)
     save_torch_state_dict(weights, folder, max_shard_size=shard_size)
     if family.weights is not None:
-        copy_side_files(family.folder, folder)
+        copy_side_files(family.folder, folder, besides=OURS_TO_WRITE if tokenizer else OURS_TO_WRITE | TOKENIZER)
 
 
 def modelling(decoder: Decoder, family: Family, routing: Routing | None) -> str | None:
@@ -174,9 +180,9 @@ def parent_dtypes(folder: Path) -> dict[str, torch.dtype]:
     return dtypes
 
 
-def copy_side_files(parent: Path, folder: Path) -> None:
+def copy_side_files(parent: Path, folder: Path, *, besides: set[str]) -> None:
     """Tokenizer, generation settings and what else small lies beside a checkpoint, unchanged."""
     for pattern in hub.SMALL:
         for path in parent.glob(pattern):
-            if path.name not in OURS_TO_WRITE:
+            if path.name not in besides:
                 shutil.copyfile(path, folder / path.name)

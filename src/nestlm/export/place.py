@@ -18,25 +18,36 @@ def new_folder(out: Path) -> Iterator[Path]:
     """A folder to fill, beside `out`; it becomes `out` when the block ends well, and is gone when it does not.
 
     Raises:
-        ExportError: `out` holds something, or what is written does not fit the disk.
+        ExportError: `out` holds something, or nothing can be written there.
     """
     check_free(out)
     place = out.absolute()
-    try:
+    with writing(out):
         place.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=f".{place.name}-", dir=place.parent) as partial:
-            folder = Path(partial) / "model"
+        beside = TemporaryDirectory(prefix=f".{place.name}-", dir=place.parent)
+    with beside as partial:
+        folder = Path(partial) / "model"
+        with writing(out):
             folder.mkdir()
-            yield folder
+        yield folder
+        with writing(out):
             sums = "".join(f"{sha256(path)}  {path.name}\n" for path in sorted(folder.iterdir()))
             (folder / CHECKSUMS).write_text(sums, encoding="utf-8")
             if place.exists():
                 place.rmdir()
             folder.rename(place)
+
+
+@contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Name what keeps a file from being written, a full disk above all, as an ExportError."""
+    try:
+        yield
     except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        said = error.strerror if isinstance(error, OSError) else None
         raise ExportError(
-            f"export: cannot write {out} ({reason}); nothing is left of it; free some space, or choose another folder"
+            f"export: cannot write {out} ({said or f'not all was taken: {error}'}); nothing is left of it; "
+            "free some space, or choose another folder"
         ) from error
 
 

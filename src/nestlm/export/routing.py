@@ -49,7 +49,10 @@ class Routing:
             sites.append({"axis": site.axis, "layer": place[site.layer], "widths": list(space.choices[site])})
             prefix = f"model.layers.{place[site.layer]}.choosers.{site.axis}"
             parts = network(router, plan, row) | ledger(plan, row)
-            weights |= {f"{prefix}.{name}": value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in parts.items()}
+            weights |= {
+                f"{prefix}.{name}": value.detach().cpu().clone(memory_format=torch.contiguous_format)
+                for name, value in parts.items()
+            }
         first = f"model.layers.{sites[0]['layer']}.choosers.{sites[0]['axis']}"
         known = {
             "kind": kind(router),

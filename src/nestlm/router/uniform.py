@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import product
+
 from nestlm.cost.table import PriceList
+from nestlm.nn.policy import fixed
 from nestlm.router.base import Router
 from nestlm.router.trial import Trial
 from nestlm.spec import Budget, SubnetSpec
@@ -38,3 +42,36 @@ class UniformRouter(Router):
             else:
                 growing.remove(axis)
         return spec_at(level)
+
+
+def best_uniform(prices: PriceList, budget: Budget, *, trial: Callable[[], Trial]) -> SubnetSpec:
+    """The sub-network of equal widths in all layers that loses least on calibration text, within a budget.
+
+    Only those are tried that no wider one within the budget contains.
+
+    Args:
+        prices: of the choices.
+        budget: what must be kept.
+        trial: makes the text, where several are to be tried.
+
+    Raises:
+        BudgetError: even the smallest sub-network costs more.
+    """
+    prices.check(budget)
+    space = prices.space
+    heights = [len(space.choices[sites[0]]) for sites in space.axes.values()]
+    fitting = {}
+    for levels in product(*map(range, heights)):
+        at = dict(zip(space.axes, levels, strict=True))
+        spec = space.spec({site: at[site.axis] for site in space.sites})
+        if prices.fits(spec, budget):
+            fitting[levels] = spec
+    widest = [
+        spec
+        for levels, spec in fitting.items()
+        if not any(other != levels and all(map(int.__ge__, other, levels)) for other in fitting)
+    ]
+    if len(widest) == 1:
+        return widest[0]
+    text = trial()
+    return min(dict.fromkeys(widest), key=lambda spec: text.loss(fixed(spec)))

@@ -1,6 +1,7 @@
 """A decoder whose layers have widths of their own, named by `per_layer_config`. Opens with `trust_remote_code=True`."""
 
 import copy
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from torch import nn
@@ -31,14 +32,15 @@ class NestedLlamaModel(LlamaModel):
 
     def __init__(self, config: NestedLlamaConfig) -> None:
         sizes = [copy.copy(layer) for layer in config.per_layer_config]
-        outer = copy.copy(sizes[0])
+        outer: Any = copy.copy(sizes[0])
         outer.num_hidden_layers = 0  # the family would build its layers in one size
         super().__init__(outer)
         config._attn_implementation = outer._attn_implementation
         self.config = config
         self.layers = nn.ModuleList(self.layer_class(size, index) for index, size in enumerate(sizes))
-        for layer in self.layers:
-            layer.self_attn.config = config  # one place that says how attention is computed
+        each: Any
+        for each in self.layers:
+            each.self_attn.config = config  # one place that says how attention is computed
         self.post_init()
 
 

@@ -1,17 +1,19 @@
 """A decoder that decides for each token how wide its layers run, within a budget. Opens with `trust_remote_code=True`.
 
 Decisions look at the tokens before only. What a sequence has spent so far lives in its KV cache, so decoding token by
-token decides as one pass over all tokens does. Letters of shapes: B batch, L tokens, D model width, K choices of a site,
-J multipliers, n scattered tokens.
+token decides as one pass over all tokens does.
+
+Letters of shapes: B batch, L tokens, D model width, K choices of a site, J multipliers, n scattered tokens.
 """
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, apply_rotary_pos_emb
 
 from .modeling_nested import NestedLlamaConfig, NestedLlamaForCausalLM, NestedLlamaModel
@@ -127,7 +129,7 @@ class Chooser(nn.Module):
     def affordable(self, wanted_B: Tensor, memory: dict) -> Tensor:
         """At most this site's income and what the sites that decided before it left of theirs."""
         for bound, (prices_K, income) in enumerate(zip(self.prices, self.incomes, strict=True)):
-            left_B = income.expand_as(wanted_B)
+            left_B = income.repeat(len(wanted_B))
             for kept, other in memory.values():
                 decided_B = kept[:, -1].long()
                 saved_B = other.incomes[bound] - other.prices[bound].take(decided_B.clamp_min(0))
@@ -176,6 +178,9 @@ def inside(chosen: Widths | None, block: Widths | None, *, whole: int) -> Widths
 def bands(chosen: Widths) -> list[tuple[int, slice, Tensor]]:
     """Units between neighbouring widths, and the tokens (flat) that reach them, widest first: nothing runs in vain."""
     widths, index = chosen[0], chosen[1].flatten()
+    if len(index) == 1:  # one product, not one a band
+        width = widths[int(index)]
+        return [(int(index), slice(0, width), torch.zeros_like(index))] if width else []
     order = index.argsort(descending=True, stable=True)
     reached = torch.bincount(index, minlength=len(widths)).flip(0).cumsum(0).flip(0).tolist()
     edges = pairwise((0, *widths))
@@ -201,15 +206,18 @@ class RoutedLlamaDecoderLayer(LlamaDecoderLayer):
         own = [site for site in config.router["sites"] if site["layer"] == layer_idx]
         self.widths = {site["axis"]: tuple(site["widths"]) for site in own}
         self.choosers = nn.ModuleDict({axis: Chooser(config, choices=len(each)) for axis, each in self.widths.items()})
-        self.num_groups, self.mlp_width = config.num_key_value_heads, config.intermediate_size
+        self.num_groups = config.num_key_value_heads or config.num_attention_heads
+        self.mlp_width = config.intermediate_size
 
     def forward(
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = False,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
-        past_key_values: DynamicCache | None = None,
-        **kwargs: object,
+        **kwargs: Any,
     ) -> Tensor:
         """The residual stream, (B, L, D) to (B, L, D)."""
         assert past_key_values is not None, "the model makes one"
@@ -221,8 +229,8 @@ class RoutedLlamaDecoderLayer(LlamaDecoderLayer):
         def choose(axis: str) -> Widths | None:
             if axis not in self.choosers:
                 return None
-            index_BL = self.choosers[axis].decide(hidden_states, real_BL, memory, (axis, layer))
-            return self.widths[axis], index_BL
+            chooser: Any = self.choosers[axis]
+            return self.widths[axis], chooser.decide(hidden_states, real_BL, memory, (axis, layer))
 
         block = choose("depth")
         heads = inside(choose("attn_heads"), block, whole=self.num_groups)
@@ -249,7 +257,12 @@ class RoutedLlamaDecoderLayer(LlamaDecoderLayer):
         return total.view_as(hidden_BLD)
 
     def attend(
-        self, hidden_BLD: Tensor, chosen: Widths, mask: Tensor | None, rotary: tuple[Tensor, Tensor], cache: DynamicCache
+        self,
+        hidden_BLD: Tensor,
+        chosen: Widths,
+        mask: Tensor | None,
+        rotary: tuple[Tensor, Tensor],
+        cache: Cache,
     ) -> Tensor:
         """Attention, of which each token runs the queries of a prefix of the groups; all give keys and values."""
         attn, (batch, length, _) = self.self_attn, hidden_BLD.shape
@@ -258,11 +271,11 @@ class RoutedLlamaDecoderLayer(LlamaDecoderLayer):
         v_BGLE = attn.v_proj(hidden_BLD).unflatten(-1, (-1, attn.head_dim)).transpose(1, 2)
         k_BGLE, v_BGLE = cache.update(k_BGLE, v_BGLE, attn.layer_idx)
         rows, bias, total = hidden_BLD.flatten(0, 1), attn.o_proj.bias, torch.zeros_like(hidden_BLD.flatten(0, 1))
-        turns = [table.expand(batch, -1, -1).flatten(0, 1) for table in rotary]
+        cos, sin = (table.expand(batch, -1, -1).flatten(0, 1) for table in rotary)
         per_unit = attn.num_key_value_groups * attn.head_dim
         for band, groups, tokens in bands(chosen):
             q_nHE = self.split(F.linear(rows[tokens], *part(attn.q_proj, groups, per_unit)), "q_norm")
-            q_nHE = apply_rotary_pos_emb(q_nHE, q_nHE, *(table[tokens] for table in turns))[0]
+            q_nHE = apply_rotary_pos_emb(q_nHE, q_nHE, cos[tokens], sin[tokens])[0]
             seated = take_seats(chosen[1] >= band, tokens)
             heads = self.look(q_nHE, k_BGLE[:, groups], v_BGLE[:, groups], mask, tokens, seated, length)
             columns = slice(groups.start * per_unit, groups.stop * per_unit)
@@ -318,7 +331,7 @@ def real_tokens(mask: Tensor, start: int, hidden_BLD: Tensor) -> Tensor:
     return (own if mask.dtype == torch.bool else own == 0).expand(batch, -1)
 
 
-def memory_of(cache: DynamicCache) -> dict:
+def memory_of(cache: Cache) -> dict:
     """What the sequences of a cache have decided and spent so far, by site."""
     return cache.__dict__.setdefault("routing", {})
 
@@ -332,7 +345,7 @@ class RoutedLlamaModel(NestedLlamaModel):
     _supports_flash_attn = False
     _supports_flex_attn = False
 
-    def forward(self, *args: object, past_key_values: DynamicCache | None = None, **kwargs: object) -> object:
+    def forward(self, *args: Any, past_key_values: Cache | None = None, **kwargs: Any) -> Any:
         """As the family's; without a cache, one is made for this call: decisions are kept in it."""
         if past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
@@ -348,14 +361,17 @@ class RoutedLlamaForCausalLM(NestedLlamaForCausalLM):
     _supports_flash_attn = False
     _supports_flex_attn = False
 
-    def generate(self, *args: object, **kwargs: object) -> object:
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As the family's, one continuation at a time: what was spent cannot be handed from beam to beam, or undone.
 
         Raises:
             ValueError: beams, or tokens that are guessed first.
         """
         settings = kwargs.get("generation_config") or self.generation_config
-        asked = {name: kwargs.get(name, getattr(settings, name, None)) for name in ("num_beams", "prompt_lookup_num_tokens")}
+        asked = {
+            name: kwargs.get(name, getattr(settings, name, None)) for name in ("num_beams", "prompt_lookup_num_tokens")
+        }
         if (asked["num_beams"] or 1) > 1 or asked["prompt_lookup_num_tokens"] or kwargs.get("assistant_model"):
             raise ValueError(f"got {asked}, wanted greedy decoding or sampling: this model decides as it goes")
-        return super().generate(*args, **kwargs)
+        family: Any = super()
+        return family.generate(*args, **kwargs)

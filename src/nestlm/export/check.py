@@ -1,0 +1,267 @@
+"""Whether an export computes what the nested model computes: reloaded with the library that it is for."""
+
+from __future__ import annotations
+
+import importlib.util
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nestlm.errors import ExportError
+from nestlm.export import gguf, hf, llama
+from nestlm.model.family import Family
+from nestlm.nn.decoder import Decoder
+
+LIMITS = {"hf": 1e-4, "gguf": 1e-3}  # of logits in float32
+WARM_UP, REPEATS = 1, 5  # forward passes that are not counted, and that are
+
+Run = Callable[[Tensor], Tensor]  # tokens (1, L) to logits (1, L, V)
+
+
+@dataclass(frozen=True)
+class Question:
+    """What an export is held to.
+
+    Attributes:
+        wanted: the nested model at its budget.
+        decoder: the whole model.
+        family: its size.
+        text_BL: tokens of real text.
+        limit: on the difference of logits; None only reports it.
+    """
+
+    wanted: Run
+    decoder: Decoder
+    family: Family
+    text_BL: Tensor
+    limit: float | None
+
+    def whole(self, tokens_BL: Tensor) -> Tensor:
+        """Logits of the whole model."""
+        return self.decoder(tokens_BL).logits_BLV
+
+
+@dataclass(frozen=True)
+class Check:
+    """What was found.
+
+    Attributes:
+        library: by which the export was opened.
+        difference: largest, of logits.
+        deviation: of the logits, to compare with.
+        tokens: of text on which they were compared.
+        loss: of the export on that text, nats a token.
+        full_loss: of the whole model.
+        parameters: of the export.
+        full_parameters: of the whole model.
+        size: on disk, bytes.
+        seconds: of a forward pass of one row of the text.
+        full_seconds: of the whole model, in the same library.
+        timed_in: that library.
+        notes: what was not checked.
+    """
+
+    library: str
+    difference: float
+    deviation: float
+    tokens: int
+    loss: float
+    full_loss: float
+    parameters: int
+    full_parameters: int
+    size: int
+    seconds: float
+    full_seconds: float
+    timed_in: str
+    notes: tuple[str, ...]
+
+    def lines(self) -> list[str]:
+        """As it is printed."""
+        return [
+            f"largest difference of logits {self.difference:.1e} in {self.library} "
+            f"({self.tokens:,} tokens of text; their deviation is {self.deviation:.2f})",
+            f"loss {self.loss:.4f} on that text, {self.full_loss:.4f} the whole model",
+            f"{self.parameters:,} parameters of {self.full_parameters:,}, {self.size / 1e6:,.1f} MB on disk",
+            f"{self.seconds * 1e3:.1f} ms a forward pass in {self.timed_in}, {self.full_seconds * 1e3:.1f} ms "
+            f"the whole model ({self.seconds / self.full_seconds:.2f})",
+            *self.notes,
+        ]
+
+
+def check_hf(folder: Path, question: Question) -> Check:
+    """Reload a Hugging Face folder with transformers and compare.
+
+    Raises:
+        ExportError: above the limit, or transformers is not installed.
+    """
+    if importlib.util.find_spec("transformers") is None:
+        raise ExportError("export: --format hf is checked with transformers; pip install 'nestlm[hf]'")
+    import transformers
+
+    with quiet(transformers):
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=True).eval()
+        whole = whole_in_transformers(question, dtype=model.dtype)
+
+    def run(tokens_BL: Tensor) -> Tensor:
+        return model(tokens_BL).logits.float()
+
+    library = f"transformers {transformers.__version__}"
+    return compare(
+        run,
+        question,
+        library=library,
+        timed={library: (run, lambda tokens_BL: whole(tokens_BL).logits)},
+        parameters=sum(each.numel() for each in model.parameters()),
+        folder=folder,
+    )
+
+
+def check_gguf(path: Path, question: Question, *, small: Decoder) -> Check:
+    """Read a GGUF file back with the gguf package, and run it in llama.cpp where llama-cpp-python is installed.
+
+    Args:
+        path: the export.
+        question: what it is held to.
+        small: the sub-network that was written.
+
+    Raises:
+        ExportError: above the limit, or llama.cpp cannot run it.
+    """
+    back = gguf.read(path, question.family)
+    known: dict[str, Any] = {
+        "timed": {"nestlm": (lambda tokens_BL: small(tokens_BL).logits_BLV, question.whole)},
+        "parameters": sum(each.numel() for each in small.parameters()),
+        "folder": path.parent,
+    }
+    name = llama.library()
+    missing = "llama.cpp did not run it, since llama-cpp-python is not installed; its tensors and sizes were read back"
+    check = compare(
+        lambda tokens_BL: back(tokens_BL).logits_BLV,
+        question,
+        library="nestlm, from what the gguf package reads",
+        notes=() if name else (missing,),
+        **known,
+    )
+    if name is None:
+        return check
+    try:
+        logits_BLV = llama.logits(path, question.text_BL.numpy(), threads=torch.get_num_threads())
+    except ChildProcessError as error:
+        raise ExportError(
+            f"export: {name} cannot run the file ({error}); uninstall llama-cpp-python to do without this check"
+        ) from error
+    rows = iter(torch.from_numpy(logits_BLV).split(1))
+    return compare(lambda tokens_BL: next(rows), question, library=name, **known)
+
+
+@torch.no_grad()
+def compare(
+    run: Run,
+    question: Question,
+    *,
+    library: str,
+    timed: dict[str, tuple[Run, Run]],
+    parameters: int,
+    folder: Path,
+    notes: tuple[str, ...] = (),
+) -> Check:
+    """Hold an export's logits to those wanted, row by row; a dynamic router decides alike in a batch of one.
+
+    Args:
+        run: the export.
+        question: what it is held to.
+        library: by which the export was opened.
+        timed: by library, what is timed there: the export, and the whole model.
+        parameters: of the export.
+        folder: what lies on disk.
+        notes: see `Check`.
+
+    Raises:
+        ExportError: logits that differ by more than the limit, or are no numbers.
+    """
+    differences, logits, losses, full_losses = [], [], [], []
+    for tokens_1L in question.text_BL.split(1):
+        got, wanted = run(tokens_1L).float(), question.wanted(tokens_1L).float()
+        differences.append((got - wanted).abs().max())
+        logits.append(wanted.std())
+        losses.append(loss(got, tokens_1L))
+        full_losses.append(loss(question.whole(tokens_1L), tokens_1L))
+    difference = float(torch.stack(differences).max())
+    limit = torch.inf if question.limit is None else question.limit
+    if not difference <= limit:
+        raise ExportError(
+            f"export: logits in {library} differ by {difference:.1e}, wanted at most {limit:.0e}; "
+            "nothing is left of it; please report this with the run's config.yaml"
+        )
+    ((timed_in, runs),) = timed.items()
+    seconds, full_seconds = forward_seconds(runs, question.text_BL[:1])
+    return Check(
+        library=library,
+        difference=difference,
+        deviation=float(torch.stack(logits).mean()),
+        tokens=question.text_BL.numel(),
+        loss=float(torch.stack(losses).mean()),
+        full_loss=float(torch.stack(full_losses).mean()),
+        parameters=parameters,
+        full_parameters=sum(each.numel() for each in question.decoder.parameters()),
+        size=sum(each.stat().st_size for each in folder.iterdir()),
+        seconds=seconds,
+        full_seconds=full_seconds,
+        timed_in=timed_in,
+        notes=notes,
+    )
+
+
+def loss(logits_1LV: Tensor, tokens_1L: Tensor) -> Tensor:
+    """Mean negative log-likelihood of the row's own next tokens, nats."""
+    return F.cross_entropy(logits_1LV[0, :-1].float(), tokens_1L[0, 1:])
+
+
+def forward_seconds(runs: tuple[Run, Run], tokens_1L: Tensor) -> tuple[float, float]:
+    """Seconds of a forward pass, medians over repeats in which both take turns."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for repeat in range(WARM_UP + REPEATS):
+        for run, found in zip(runs, times, strict=True):
+            started = time.perf_counter()
+            run(tokens_1L)
+            if repeat >= WARM_UP:
+                found.append(time.perf_counter() - started)
+    return statistics.median(times[0]), statistics.median(times[1])
+
+
+def whole_in_transformers(question: Question, *, dtype: torch.dtype) -> Any:
+    """The whole model as transformers runs it; it shares our weights where the dtype is theirs."""
+    import transformers
+
+    sizes = question.family.write()
+    config = transformers.AutoConfig.for_model(sizes.pop("model_type"), **sizes)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    weights = hf.state(question.decoder, question.family, dtype=dtype)
+    model.load_state_dict(weights, strict=False, assign=True)
+    model.tie_weights()
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    return model.eval()
+
+
+@contextmanager
+def quiet(transformers: Any) -> Iterator[None]:
+    """Without its bars and its warnings: what matters is compared."""
+    logging = transformers.utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,241 @@
+"""Export to a GGUF file, which llama.cpp runs: the Llama family, with widths by layer in its `deci` architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nestlm.errors import ExportError
+from nestlm.export.vocabulary import Vocabulary
+from nestlm.model.family import Family
+from nestlm.nn.config import BlockConfig, DecoderConfig
+from nestlm.nn.decoder import Decoder
+from nestlm.nn.rope import LinearScaling, Llama3Scaling
+
+Precision = Literal["f32", "f16", "bf16", "q8_0"]
+FAMILIES = ("llama", "mistral")  # decoders that llama.cpp computes alike
+OUTER = {"embed": "token_embd", "norm": "output_norm", "head": "output"}
+BLOCK = {
+    "attn_norm": "attn_norm",
+    "attn.q": "attn_q",
+    "attn.k": "attn_k",
+    "attn.v": "attn_v",
+    "attn.o": "attn_output",
+    "mlp_norm": "ffn_norm",
+    "mlp.gate": "ffn_gate",
+    "mlp.up": "ffn_up",
+    "mlp.down": "ffn_down",
+}
+FACTORS = "rope_freqs.weight"  # what frequencies of rotary positions are divided by
+
+
+def library() -> Any:
+    """The gguf package. Raises ExportError where it is not installed."""
+    try:
+        return import_module("gguf")
+    except ImportError as error:
+        raise ExportError("export: --format gguf needs the package gguf; pip install 'nestlm[gguf]'") from error
+
+
+def check(family: Family) -> None:
+    """Raise ExportError for a family that has no place in a GGUF file of ours."""
+    if family.model_type not in FAMILIES:
+        raise ExportError(
+            f"export: llama.cpp has widths by layer for the Llama family only, this is {family.architecture}; "
+            "try --format hf"
+        )
+    if not isinstance(family.rope_scaling, LinearScaling | Llama3Scaling | None):
+        kind = type(family.rope_scaling).__name__
+        raise ExportError(f"export: {kind} of rotary positions is not written to GGUF; try --format hf")
+    library()
+
+
+@dataclass(frozen=True)
+class Ends:
+    """Ids of the tokens before and after a text."""
+
+    start: int
+    end: int
+
+
+def write(
+    decoder: Decoder, family: Family, path: Path, *, precision: Precision, tokenizer: Path, ends: Ends, name: str
+) -> None:
+    """Write a stand-alone model, a tensor at a time.
+
+    Args:
+        decoder: of the family's size, or a sub-network of it.
+        family: one that `check` takes.
+        path: the file.
+        precision: of matrices; rows that q8_0 cannot divide stay f16, and vectors f32.
+        tokenizer: a tokenizer.json.
+        ends: as texts were seen in training.
+        name: for people.
+
+    Raises:
+        ExportError: a tokenizer that llama.cpp does not have.
+    """
+    gguf = library()
+    vocabulary = Vocabulary.read(tokenizer, size=family.vocab_size)
+    writer = gguf.GGUFWriter(path, "deci" if len(set(decoder.config.blocks)) > 1 else "llama")
+    try:
+        add_sizes(writer, decoder.config)
+        writer.add_name(name)
+        writer.add_file_type(gguf.LlamaFileType["ALL_F32" if precision == "f32" else f"MOSTLY_{precision.upper()}"])
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        add_vocabulary(writer, vocabulary, ends)
+        rows = list(tensors(decoder))
+        for label, value in rows:
+            kind = stored_as(value, precision)
+            size = int(np.prod(gguf.quants.quant_shape_to_byte_shape(tuple(value.shape), kind)))
+            writer.add_tensor_info(label, tuple(value.shape), np.dtype(np.float32), size, raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for label, value in rows:
+            data = arranged(label, value, decoder.config).detach().float().cpu().numpy()
+            writer.write_tensor_data(gguf.quants.quantize(data, stored_as(value, precision)))
+    finally:
+        writer.close()
+
+
+def add_sizes(writer: Any, config: DecoderConfig) -> None:
+    """What llama.cpp builds the model from; one number where all layers have it, else one a layer."""
+    gguf = library()
+
+    def by_layer(field: str) -> int | list[int]:
+        values = [getattr(block, field) for block in config.blocks]
+        return values[0] if len(set(config.blocks)) == 1 else values
+
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.context_length)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(len(config.blocks))
+    writer.add_head_count(by_layer("num_heads"))
+    writer.add_head_count_kv(by_layer("num_kv_groups"))
+    writer.add_feed_forward_length(by_layer("mlp_width"))
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    if isinstance(config.rope_scaling, LinearScaling):
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(config.rope_scaling.factor)
+
+
+def add_vocabulary(writer: Any, vocabulary: Vocabulary, ends: Ends) -> None:
+    """The tokenizer, by which a text starts as it did in training."""
+    writer.add_tokenizer_model(vocabulary.model)
+    writer.add_tokenizer_pre(vocabulary.split)
+    writer.add_token_list(vocabulary.tokens)
+    writer.add_token_types(vocabulary.kinds)
+    if vocabulary.merges is not None:
+        writer.add_token_merges(vocabulary.merges)
+    if vocabulary.scores is not None:
+        writer.add_token_scores(vocabulary.scores)
+        writer.add_add_space_prefix(vocabulary.leading_space)
+    writer.add_bos_token_id(ends.start)
+    writer.add_eos_token_id(ends.end)
+    writer.add_add_bos_token(True)
+    writer.add_add_eos_token(False)
+
+
+def tensors(decoder: Decoder) -> Iterator[tuple[str, Tensor]]:
+    """Names in the file, and our tensors."""
+    for ours, value in decoder.named_parameters():
+        yield file_name(ours), value
+    factors = frequency_factors(decoder.config)
+    if factors is not None:
+        yield FACTORS, factors
+
+
+def file_name(ours: str) -> str:
+    """llama.cpp's name of a parameter."""
+    module, _, kind = ours.rpartition(".")
+    if not module.startswith("blocks."):
+        return f"{OUTER[module]}.{kind}"
+    _, layer, module = module.split(".", 2)
+    return f"blk.{layer}.{BLOCK[module]}.{kind}"
+
+
+def frequency_factors(config: DecoderConfig) -> Tensor | None:
+    """What the scaling of Llama 3.1 divides each frequency by, (E/2,)."""
+    if not isinstance(config.rope_scaling, Llama3Scaling):
+        return None
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    frequencies = 1.0 / config.rope_theta**exponents
+    return frequencies / config.rope_scaling.stretch(frequencies, theta=config.rope_theta)
+
+
+def arranged(label: str, value: Tensor, config: DecoderConfig, *, back: bool = False) -> Tensor:
+    """Rows of queries and keys as llama.cpp turns them: pairs side by side, not half a head apart; or back."""
+    if not label.endswith(("attn_q.weight", "attn_q.bias", "attn_k.weight", "attn_k.bias")):
+        return value
+    half = config.head_dim // 2
+    shape = (-1, half, 2) if back else (-1, 2, half)
+    return value.unflatten(0, shape).transpose(1, 2).flatten(0, 2)
+
+
+def stored_as(value: Tensor, precision: Precision) -> Any:
+    """The type of a tensor in the file."""
+    kinds = library().GGMLQuantizationType
+    if value.ndim == 1:
+        return kinds.F32
+    if precision == "q8_0" and value.shape[-1] % library().GGML_QUANT_SIZES[kinds.Q8_0][0]:
+        return kinds.F16
+    return kinds[precision.upper()]
+
+
+def read(path: Path, family: Family) -> Decoder:
+    """The model of a file that `write` wrote, in float32, built from the file's own sizes.
+
+    Raises:
+        ExportError: a tensor that is absent, left over, or of another shape.
+    """
+    gguf = library()
+    reader = gguf.GGUFReader(path)
+
+    def said(key: str) -> Any:
+        return reader.get_field(key).contents()
+
+    kind = said("general.architecture")
+    layers = said(f"{kind}.block_count")
+
+    def by_layer(key: str) -> list[int]:
+        value = said(f"{kind}.{key}")
+        return value if isinstance(value, list) else [value] * layers
+
+    blocks = zip(
+        by_layer("attention.head_count"), by_layer("attention.head_count_kv"), by_layer("feed_forward_length"),
+        strict=True,
+    )  # fmt: skip
+    config = replace(
+        family.decoder_config(),
+        hidden_size=said(f"{kind}.embedding_length"),
+        head_dim=said(f"{kind}.attention.key_length"),
+        context_length=said(f"{kind}.context_length"),
+        vocab_size=len(said("tokenizer.ggml.tokens")),
+        rope_theta=said(f"{kind}.rope.freq_base"),
+        norm_eps=said(f"{kind}.attention.layer_norm_rms_epsilon"),
+        blocks=tuple(BlockConfig(*sizes) for sizes in blocks),
+    )
+    decoder = Decoder.empty(config)
+    wanted = {file_name(ours): parameter for ours, parameter in decoder.named_parameters()}
+    found = {tensor.name: tensor for tensor in reader.tensors}
+    if set(found) - {FACTORS} != set(wanted):
+        raise ExportError(f"export: {path.name} holds {sorted(set(found) ^ set(wanted))[0]}, or lacks it")
+    with torch.no_grad():
+        for label, parameter in wanted.items():
+            value = torch.from_numpy(gguf.quants.dequantize(found[label].data, found[label].tensor_type).copy())
+            if value.shape != parameter.shape:
+                raise ExportError(f"export: {label} of {path.name} has shape {tuple(value.shape)}")
+            parameter.copy_(arranged(label, value, config, back=True))
+    return decoder

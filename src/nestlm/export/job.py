@@ -1,0 +1,202 @@
+"""One export from beginning to end: a folder that is written, checked and described, or that never was."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+from torch import Tensor
+
+from nestlm.axes.base import Axis
+from nestlm.data.tokenizer import load, separator_id
+from nestlm.elastic.weights import extract
+from nestlm.errors import ExportError
+from nestlm.export import gguf, hf
+from nestlm.export.card import Facts, card
+from nestlm.export.check import LIMITS, Check, Question, check_gguf, check_hf
+from nestlm.export.place import check_free, new_folder, writing
+from nestlm.export.push import check_token, push
+from nestlm.export.routing import Routing
+from nestlm.model.checkpoint import read_config
+from nestlm.model.family import Family
+from nestlm.nn.decoder import Decoder
+from nestlm.nn.policy import Policy, fixed
+from nestlm.router.calibration import Plan
+from nestlm.router.per_token import TokenRouter
+from nestlm.spec import SubnetSpec
+
+Format = Literal["hf", "gguf"]
+DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Nested:
+    """What a run holds, whatever the budget.
+
+    Attributes:
+        decoder: the whole model, in float32, for evaluation, on the CPU.
+        family: its size, and where it came from.
+        axes: along which it is cut.
+        tokenizer: its tokenizer.json.
+        text_BL: tokens of real text that it was not trained on.
+    """
+
+    decoder: Decoder
+    family: Family
+    axes: tuple[Axis, ...]
+    tokenizer: Path
+    text_BL: Tensor
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What is exported of it: one sub-network, or a router that keeps a budget by a plan."""
+
+    spec: SubnetSpec | None = None
+    routed: tuple[TokenRouter, Plan] | None = None
+
+    @property
+    def policy(self) -> Policy:
+        """As the decoder takes it."""
+        if self.routed is not None:
+            router, plan = self.routed
+            return router.policy(plan)
+        assert self.spec is not None, "one of both"
+        return fixed(self.spec)
+
+
+def run(
+    nested: Nested,
+    chosen: Chosen,
+    out: Path,
+    *,
+    form: Format,
+    precision: gguf.Precision | None,
+    facts: Facts,
+    push_to: str | None = None,
+) -> Check:
+    """Export, and check that the export computes the same.
+
+    Args:
+        nested: the model.
+        chosen: what of it.
+        out: a folder that does not exist yet, or is empty; it appears whole or not at all.
+        form: what opens it: transformers or llama.cpp.
+        precision: of the weights; None: the parent's, float32 where it has none.
+        facts: for the model card.
+        push_to: OWNER/NAME on the hub, a private repository.
+
+    Raises:
+        ExportError: the format cannot hold it, the folder cannot be written, or it computes something else.
+    """
+    check_form(chosen, form=form, precision=precision)
+    routing = None if chosen.routed is None else Routing.of(*chosen.routed, config=nested.decoder.config)
+    spec = chosen.spec if routing is None else routing.spec
+    assert spec is not None, "a router has stored widths"
+    small = extract(nested.decoder, spec, axes=nested.axes).eval()
+    dtype = None if precision is None and nested.family.weights is not None else DTYPES.get(precision or "f32")
+    precision = precision or parent_precision(nested.family)
+    question = Question(
+        wanted=lambda tokens_BL: nested.decoder(tokens_BL, chosen.policy).logits_BLV,
+        decoder=nested.decoder,
+        family=nested.family,
+        text_BL=nested.text_BL,
+        limit=LIMITS[form] if precision == "f32" else None,
+    )
+    with new_folder(out) as folder:
+        if form == "gguf":
+            path = folder / f"{out.name}-{precision}.gguf"
+            told = {"tokenizer": nested.tokenizer, "ends": ends(nested), "name": out.name}
+            with writing(out):
+                gguf.write(small, nested.family, path, precision=precision, **told)
+            check = check_gguf(path, question, small=small)
+        else:
+            brought = brings_tokenizer(nested)
+            with writing(out):
+                hf.write(small, nested.family, folder, routing=routing, dtype=dtype, tokenizer=brought)
+                if not brought:
+                    write_tokenizer(nested, folder)
+            check = check_hf(folder, question)
+        text = card(facts, small.config, check, routing=routing, form=form, precision=precision, name=out.name)
+        with writing(out):
+            (folder / "README.md").write_text(text, encoding="utf-8")
+    if push_to is not None:
+        push(out, push_to)
+    return check
+
+
+def check_target(family: Family, out: Path, *, form: str, push_to: str | None) -> None:
+    """Raise ExportError, before anything is computed, where the family or the place will not do."""
+    check_free(out)
+    if form == "gguf":
+        gguf.check(family)
+    if push_to is not None:
+        check_token(push_to)
+
+
+def check_form(chosen: Chosen, *, form: str, precision: str | None) -> None:
+    """Raise ExportError for what a format cannot hold."""
+    if form == "gguf":
+        if chosen.routed is not None:
+            raise ExportError(
+                "export: llama.cpp runs one sub-network for all tokens, this router decides for each; "
+                "try --format hf, or --router static"
+            )
+    elif precision is not None and precision not in DTYPES:
+        raise ExportError(f"export: --dtype {precision} is of GGUF; wanted one of {', '.join(DTYPES)} with --format hf")
+
+
+def parent_precision(family: Family) -> gguf.Precision:
+    """That of the parent's matrices; float32 of what was trained from scratch."""
+    if family.weights is None:
+        return "f32"
+    found = set(hf.parent_dtypes(family.folder).values()) - {torch.float32}
+    names: dict[torch.dtype, gguf.Precision] = {torch.float16: "f16", torch.bfloat16: "bf16"}
+    return names.get(found.pop(), "f32") if len(found) == 1 else "f32"
+
+
+def brings_tokenizer(nested: Nested) -> bool:
+    """Whether the parent's own tokenizer was used, so that its files serve."""
+    theirs = nested.family.tokenizer_file
+    return theirs is not None and theirs.is_file() and theirs.read_bytes() == nested.tokenizer.read_bytes()
+
+
+def ends(nested: Nested) -> gguf.Ends:
+    """The token that starts a document, and the one that the parent ends texts with, or the same."""
+    start = separator_id(load(nested.tokenizer))
+    if not brings_tokenizer(nested):
+        return gguf.Ends(start, start)
+    said = read_config(nested.family.folder).get("eos_token_id")
+    end = said[0] if isinstance(said, list) else said
+    return gguf.Ends(start, start if end is None else end)
+
+
+def write_tokenizer(nested: Nested, folder: Path) -> None:
+    """The run's own tokenizer as transformers opens it. A text starts as documents did in training."""
+    tokenizer = load(nested.tokenizer)
+    start = separator_id(tokenizer)
+    token = str(tokenizer.id_to_token(start))
+    with_start(tokenizer, token, start).save(str(folder / "tokenizer.json"), pretty=False)
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": token,
+        "eos_token": token,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": nested.family.context_length,
+    }
+    hf.write_json(folder / "tokenizer_config.json", settings)
+    ids = {"bos_token_id": start, "eos_token_id": start}
+    hf.write_json(folder / "generation_config.json", ids)
+    hf.write_json(folder / "config.json", read_config(folder) | ids)
+
+
+def with_start(tokenizer: Tokenizer, token: str, token_id: int) -> Tokenizer:
+    """A copy that puts a token before a text, unless it does something there already."""
+    copy = Tokenizer.from_str(tokenizer.to_str())
+    if copy.post_processor is None:
+        copy.post_processor = TemplateProcessing(single=f"{token} $A", special_tokens=[(token, token_id)])
+    return copy

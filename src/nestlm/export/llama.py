@@ -1,0 +1,61 @@
+"""Runs a GGUF file in llama.cpp, in a process of its own: where something is wrong, llama.cpp ends the process."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+
+TOKENS, LOGITS = "tokens.npy", "logits.npy"
+
+
+def library() -> str | None:
+    """Name and version; None where llama-cpp-python is not installed."""
+    if importlib.util.find_spec("llama_cpp") is None:
+        return None
+    return f"llama.cpp (llama-cpp-python {version('llama-cpp-python')})"
+
+
+def logits(path: Path, tokens_BL: np.ndarray, *, threads: int) -> np.ndarray:
+    """Logits of every row, (B, L, V) in float32.
+
+    Raises:
+        ChildProcessError: llama.cpp cannot load or run the file; its last line.
+    """
+    with TemporaryDirectory(prefix="nestlm-llama-") as scratch:
+        np.save(Path(scratch, TOKENS), tokens_BL)
+        # the safe path: a file beside this one bears the name of a package
+        command = [sys.executable, "-P", __file__, str(path), scratch, str(threads)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            said = done.stderr.strip().splitlines() or ["no word"]
+            raise ChildProcessError(f"exit code {done.returncode}, {said[-1]}")
+        return np.load(Path(scratch, LOGITS))
+
+
+def main(path: str, scratch: str, threads: int) -> None:
+    """What the other process does."""
+    llama_cpp = importlib.import_module("llama_cpp")
+    tokens_BL = np.load(Path(scratch, TOKENS))
+    length = tokens_BL.shape[1]
+    model = llama_cpp.Llama(
+        path, n_ctx=length, n_batch=length, n_threads=threads, logits_all=True, verbose=False,
+        type_k=llama_cpp.GGML_TYPE_F32, type_v=llama_cpp.GGML_TYPE_F32,  # its own cache is float16
+    )  # fmt: skip
+    rows = []
+    for tokens_L in tokens_BL:
+        model.reset()
+        model.eval(tokens_L.tolist())
+        rows.append(np.array(model.scores[:length]))
+    np.save(Path(scratch, LOGITS), np.stack(rows))
+    model.close()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))

@@ -1,0 +1,123 @@
+"""A tokenizer.json as llama.cpp's vocabulary."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nestlm.errors import ExportError
+
+# Patterns by which texts are split before merges, and llama.cpp's names of them.
+SPLITS = {
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+    r"\s+(?!\S)|\s+": "llama-bpe",
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": (
+        "qwen2"
+    ),
+}
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # llama.cpp's kinds of tokens
+SPACE = "\u2581"  # of SentencePiece
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What llama.cpp has to know of a tokenizer.
+
+    Attributes:
+        model: `gpt2`, merges of bytes, or `llama`, SentencePiece.
+        split: how texts are split before merges, of `gpt2`.
+        tokens: by id, as many as the model has.
+        kinds: of the tokens.
+        merges: in their order, of `gpt2`.
+        scores: of the tokens; the highest is merged first, of `llama`.
+        leading_space: whether texts start with one, of `llama`.
+    """
+
+    model: str
+    split: str
+    tokens: list[str]
+    kinds: list[int]
+    merges: list[str] | None
+    scores: list[float] | None
+    leading_space: bool
+
+    @classmethod
+    def read(cls, path: Path, *, size: int) -> Vocabulary:
+        """From a tokenizer.json, for a model of `size` tokens.
+
+        Raises:
+            ExportError: what llama.cpp has no counterpart of.
+        """
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            model, added = data["model"], data["added_tokens"]
+            by_id = {index: token for token, index in model["vocab"].items()} | {
+                each["id"]: each["content"] for each in added
+            }
+            kind, merges = model["type"], [tuple(merge_of(merge)) for merge in model["merges"]]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ExportError(
+                f"export: {path} is no tokenizer.json of byte pairs ({error!r}), which GGUF takes"
+            ) from error
+        tokens = [by_id.get(index, f"[unused {index}]") for index in range(size)]
+        kinds = [NORMAL if index in by_id else UNUSED for index in range(size)]
+        for each in added:
+            kinds[each["id"]] = CONTROL if each["special"] else USER_DEFINED
+        steps = list(parts(data.get("pre_tokenizer"), "pretokenizers"))
+        if kind == "BPE" and any(step["type"] == "ByteLevel" for step in steps):
+            split = split_name(steps, data.get("normalizer"), path)
+            return cls("gpt2", split, tokens, kinds, [" ".join(merge) for merge in merges], None, False)
+        if kind == "BPE" and model.get("byte_fallback"):
+            return cls.sentences(data, tokens, kinds, merges, steps)
+        raise ExportError(f"export: {path} is a {kind} of neither bytes nor SentencePiece, which llama.cpp lacks")
+
+    @classmethod
+    def sentences(
+        cls, data: dict[str, Any], tokens: list[str], kinds: list[int], merges: list[tuple[str, ...]], steps: list[Any]
+    ) -> Vocabulary:
+        """A SentencePiece model: the earlier a merge, the higher its token's score."""
+        ranks: dict[str, int] = {}
+        for rank, pair in enumerate(merges):
+            ranks.setdefault("".join(pair), rank)
+        unknown = data["model"].get("unk_token")
+        for index, token in enumerate(tokens):
+            if kinds[index] == NORMAL and len(token) == 6 and token.startswith("<0x"):
+                kinds[index] = BYTE
+            elif token == unknown:
+                kinds[index] = UNKNOWN
+        scores = [-float(ranks.get(token, len(merges))) for token in tokens]
+        normal = parts(data.get("normalizer"), "normalizers")
+        leading = any(step["type"] == "Prepend" for step in normal) or any(
+            step.get("prepend_scheme") in ("first", "always") for step in steps
+        )
+        return cls("llama", "default", tokens, kinds, None, scores, leading)
+
+
+def merge_of(merge: str | list[str]) -> list[str]:
+    """The two halves of a merge, as older or newer files write it."""
+    return merge.split(" ") if isinstance(merge, str) else merge
+
+
+def parts(step: dict[str, Any] | None, key: str) -> Iterator[dict[str, Any]]:
+    """The steps of a sequence of them, or the one."""
+    if step is None:
+        return
+    yield from step[key] if step["type"] == "Sequence" else [step]
+
+
+def split_name(steps: list[dict[str, Any]], normalizer: Any, path: Path) -> str:
+    """llama.cpp's name of how a byte-level tokenizer splits texts. Raises ExportError where it has none."""
+    *first, last = steps
+    if normalizer is None and not last.get("add_prefix_space"):
+        if not first and last.get("use_regex", True):
+            return "gpt-2"
+        patterns = [SPLITS.get(step.get("pattern", {}).get("Regex")) for step in first]
+        if len(patterns) == 1 and patterns[0] is not None and not last.get("use_regex", True):
+            return patterns[0]
+    raise ExportError(
+        f"export: llama.cpp has no name for how {path} prepares texts; wanted the way of GPT-2, Llama 3 or Qwen2; "
+        "try --format hf"
+    )
