@@ -15,7 +15,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from safetensors.torch import save_file
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 
@@ -30,6 +29,7 @@ from nestlm.profiling import device_name
 from nestlm.settings import Settings, View
 from nestlm.tasks import Task
 from nestlm.training import trainer_device
+from nestlm.weights_files import save_weights
 
 SHORT = ("pretrain.steps=3", "elastic.steps=4", "router.steps=3", "joint.steps=3", "checkpoint_seconds=1e9")
 TINY = ("data.batch_size=4", "data.sequence_length=128")
@@ -131,12 +131,12 @@ def measure(stage: str, settings: Settings, *, folder: Path) -> int:
         inputs.mkdir()
         decoder = Decoder.empty(settings.model.decoder_config())
         decoder.init_weights(seed=0)
-        save_file(decoder.state_dict(), inputs / MODEL)
+        save_weights(decoder.state_dict(), inputs / MODEL)
         nothing = {"choices": torch.zeros(0, 0), "losses": torch.zeros(0), "gaps": torch.zeros(0)}
-        save_file(nothing, inputs / RECORD)
+        save_weights(nothing, inputs / RECORD)
     router = settings.make_router().state_dict()
     if router:
-        save_file({name: tensor.contiguous() for name, tensor in router.items()}, inputs / ROUTER)
+        save_weights({name: tensor.contiguous() for name, tensor in router.items()}, inputs / ROUTER)
     out = folder / "out"
     out.mkdir(exist_ok=True)
     logger = settings.logger(save_dir=out, name=stage)
