@@ -24,8 +24,9 @@ CPU = ["trainer.accelerator=cpu", "trainer.precision=32-true"]
 
 def work(runs: list[list[str]]) -> list[Path]:
     """Do runs as their command lines say, with every step logged; returns their folders."""
-    training.LOG_EVERY_STEPS = 1
-    return [one(overrides).folder for overrides in runs]
+    with pytest.MonkeyPatch.context() as patch:  # a test's own process goes on to other tests
+        patch.setattr(training, "LOG_EVERY_STEPS", 1)
+        return [one(overrides).folder for overrides in runs]
 
 
 def one(overrides: list[str]) -> Any:
