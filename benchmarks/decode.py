@@ -7,8 +7,6 @@ Prints the table and writes docs/results/generate.md. Weights are random: how th
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -22,6 +20,7 @@ from nestlm.nn.decoder import Decoder
 from nestlm.profiling import cpu_name
 from nestlm.router.base import Answer
 from nestlm.spec import Budget
+from turns import Spread, ratio, take_turns
 
 PAGE = Path("docs/results/generate.md")
 HEAD = """# Mixed budgets in one batch
@@ -80,24 +79,6 @@ def jobs(overrides: Sequence[str]) -> tuple[Decoder, dict[str, Callable[[], None
     }
 
 
-def speeds(timed: dict[str, Callable[[], None]]) -> dict[str, list[float]]:
-    """Tokens a second, a number a repeat."""
-    found: dict[str, list[float]] = {name: [] for name in timed}
-    for repeat in range(REPEATS + 1):
-        for name, work in timed.items():
-            started = time.perf_counter()
-            work()
-            if repeat:  # the first warms up
-                found[name].append(len(BUDGETS) * TOKENS / (time.perf_counter() - started))
-    return found
-
-
-def shown(values: list[float], digits: int = 0) -> str:
-    """Median and quartiles."""
-    low, middle, high = statistics.quantiles(values, n=4)
-    return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
-
-
 def main() -> None:
     """Time all models, print the table, and write the page."""
     page = HEAD.format(
@@ -106,12 +87,13 @@ def main() -> None:
     )  # fmt: skip
     for name, overrides in MODELS.items():
         decoder, timed = jobs(overrides)
-        found = speeds(timed)
-        ratios = [batch / apart for batch, apart in zip(found["batch"], found["apart"], strict=True)]
+        seconds = take_turns(timed, repeats=REPEATS, warm_up=1)
+        speeds = {way: Spread.of([len(BUDGETS) * TOKENS / turn for turn in turns]) for way, turns in seconds.items()}
+        gain = ratio(seconds["apart"], seconds["batch"])
         size = sum(parameter.numel() for parameter in decoder.parameters()) / 1e6
         page += (
-            f"| {name} | {size:.1f}M | {shown(found['apart'])} | {shown(found['batch'])} | {shown(ratios, 2)} | "
-            f"{shown(found['whole'])} |\n"
+            f"| {name} | {size:.1f}M | {speeds['apart']:.0f} | {speeds['batch']:.0f} | {gain:.2f} | "
+            f"{speeds['whole']:.0f} |\n"
         )
     print(page)
     PAGE.write_text(page, encoding="utf-8")

@@ -2,7 +2,8 @@
 
 python benchmarks/memory.py > docs/results/memory.md
 
-On a CPU the profiler counts what torch's allocator hands out; on a GPU torch counts itself.
+It ends with stages in two ranks that hold the model in shards, each with half of the rows. On a CPU the profiler counts
+what torch's allocator hands out; on a GPU torch counts itself.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Any
 
 import lightning as L
 import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 
@@ -24,17 +27,21 @@ from nestlm.data.batch import Batch
 from nestlm.layout import Layout, Precision
 from nestlm.memory import predict
 from nestlm.nn.decoder import Decoder
+from nestlm.parallel import ranks
+from nestlm.parallel.launch import launch
 from nestlm.pipeline import STAGES
 from nestlm.profiling import device_name
 from nestlm.settings import Settings, View
 from nestlm.tasks import Task
 from nestlm.training import trainer_device
 from nestlm.weights_files import save_weights
+from turns import highest
 
 SHORT = ("pretrain.steps=3", "elastic.steps=4", "router.steps=3", "joint.steps=3", "checkpoint_seconds=1e9")
 TINY = ("data.batch_size=4", "data.sequence_length=128")
 SMALL = ("model=small", "data.batch_size=1", "data.sequence_length=128")
 BF16, RECOMPUTED = "trainer.precision=bf16-mixed", "activation_checkpointing=true"
+SHARDS = ("trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true")
 ALL = ("pretrain", "elastic", "router", "joint")
 ROWS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (ALL, TINY),
@@ -53,6 +60,10 @@ ROWS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (("pretrain", "elastic"), (*SMALL, BF16, RECOMPUTED)),
     (("elastic",), (*SMALL, "sampler=sandwich")),
     (("elastic",), (*SMALL, "sampler=one", "optim=adamw_bf16")),
+    (ALL, (*TINY, *SHARDS)),
+    (("pretrain", "elastic"), (*TINY, *SHARDS[:-1])),
+    (("elastic",), (*TINY, *SHARDS, "sampler=sandwich")),
+    (("pretrain",), (*TINY, *SHARDS, "trainer.strategy.shards=1")),
 )
 
 
@@ -73,11 +84,12 @@ class RandomTokens(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """One batch a step."""
-        shape = (self.settings.batch_size, self.settings.sequence_length + 1)
+        share = ranks.Share(ranks.rank(), ranks.num_ranks())
+        shape = (self.settings.batch_size // share.num_ranks, self.settings.sequence_length + 1)
         documents_BL = torch.arange(shape[1] - 1).ge(shape[1] // 2).long().expand(shape[0], -1).contiguous()
         tokens = torch.randint(self.vocab_size, (self.num_steps, *shape))
         kept = documents_BL if self.settings.separate_documents else None
-        batches = [Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), kept) for rows in tokens]
+        batches = [Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), kept, share) for rows in tokens]
         return DataLoader(batches, batch_size=None)
 
 
@@ -97,50 +109,52 @@ class MeasuringContext(Context):
             raise Measured(torch.cuda.max_memory_allocated(device))
         parts = (task.parts.decoder, task.parts.teacher, task.parts.router, task.objective)
         modules = torch.nn.ModuleList([part for part in parts if part is not None])
-        before = sum(tensor.nbytes for tensor in (*modules.parameters(), *modules.buffers()))
+        before = sum(held(tensor).nbytes for tensor in (*modules.parameters(), *modules.buffers()))
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
             super().train(stage, task, callbacks=callbacks)
         raise Measured(before + highest(profiler))
 
 
-def highest(profiler: profile) -> int:
-    """The most that was allocated at once since the profiler began, in bytes."""
-    results: Any = profiler.profiler
-    events = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
-    total = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        total += event.nbytes()
-        most = max(most, total)
-    return most
+def held(tensor: Tensor) -> Tensor:
+    """What this rank has of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def both(stage: str, overrides: Sequence[str], *, folder: Path) -> tuple[float, int]:
-    """Bytes predicted and taken at most by a stage of a command line."""
-    settings = compose.build(compose.compose([*SHORT, *overrides]))
-    precision = Precision.of(settings.trainer)
+    """Bytes predicted and taken at most by a stage of a command line; of several ranks, by rank 0."""
+    command = [*SHORT, *overrides]
+    settings = compose.build(compose.compose(command))
+    precision, layout = Precision.of(settings.trainer), Layout.of(settings.trainer)
     assert precision is not None, "it is one of torch's"
-    parts = predict(stage, settings, layout=Layout.of(settings.trainer), precision=precision)
-    return sum(parts.values()), measure(stage, settings, folder=folder)
+    parts = predict(stage, settings, layout=layout, precision=precision)
+    make_inputs(settings, folder / "inputs")
+    work = (stage, command, str(folder))
+    taken = measure(work) if layout.ranks == 1 else launch(measure, work, num_ranks=layout.ranks)
+    return sum(parts.values()), taken
 
 
-def measure(stage: str, settings: Settings, *, folder: Path) -> int:
-    """Bytes that a stage takes at most while it trains, on random weights and made-up text."""
-    known = next(each for each in STAGES if each.name == stage)
-    inputs = folder / "inputs"
-    if not inputs.is_dir():
-        inputs.mkdir()
-        decoder = Decoder.empty(settings.model.decoder_config())
-        decoder.init_weights(seed=0)
-        save_weights(decoder.state_dict(), inputs / MODEL)
-        nothing = {"choices": torch.zeros(0, 0), "losses": torch.zeros(0), "gaps": torch.zeros(0)}
-        save_weights(nothing, inputs / RECORD)
+def make_inputs(settings: Settings, folder: Path) -> None:
+    """Random weights in place of what earlier stages would leave behind."""
+    folder.mkdir()
+    decoder = Decoder.empty(settings.model.decoder_config())
+    decoder.init_weights(seed=0)
+    save_weights(decoder.state_dict(), folder / MODEL)
+    nothing = {"choices": torch.zeros(0, 0), "losses": torch.zeros(0), "gaps": torch.zeros(0)}
+    save_weights(nothing, folder / RECORD)
     router = settings.make_router().state_dict()
     if router:
-        save_weights({name: tensor.contiguous() for name, tensor in router.items()}, inputs / ROUTER)
-    out = folder / "out"
+        save_weights({name: tensor.contiguous() for name, tensor in router.items()}, folder / ROUTER)
+
+
+def measure(work: tuple[str, list[str], str]) -> int:
+    """Bytes that a stage takes at most while it trains, on random weights and made-up text; as a rank, or alone."""
+    stage, command, folder = work
+    settings = compose.build(compose.compose(command))
+    known = next(each for each in STAGES if each.name == stage)
+    out = Path(folder, "out")
     out.mkdir(exist_ok=True)
     logger = settings.logger(save_dir=out, name=stage)
-    before = dict.fromkeys(("pretrain", "rank", "elastic", "router"), inputs)
+    before = dict.fromkeys(("pretrain", "rank", "elastic", "router"), Path(folder, "inputs"))
     context = MeasuringContext(View(settings, known.reads), out, inputs=before, logger=logger)
     try:
         known.run(context)
@@ -152,20 +166,21 @@ def measure(stage: str, settings: Settings, *, folder: Path) -> int:
 def main() -> None:
     """Print the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trainer", default="cpu", help="as in trainer=NAME")
+    parser.add_argument("--trainer", default="cpu", help="as in trainer=NAME, where a row does not name one")
     parser.add_argument("overrides", nargs="*", help="of one command line; default: the rows of the page")
     arguments = parser.parse_args()
     rows = ((ALL, tuple(arguments.overrides)),) if arguments.overrides else ROWS
-    given = ("data=synthetic", f"trainer={arguments.trainer}")
-    device = trainer_device(compose.build(compose.compose(list(given))).trainer)
+    given = f"trainer={arguments.trainer}"
+    device = trainer_device(compose.build(compose.compose(["data=synthetic", given])).trainer)
     print("# Memory: predicted and taken\n")
     print(f"{device_name(device)}, torch {torch.__version__}. {' '.join(SHORT[:-1])}; random weights and tokens.")
     print("Generated by `python benchmarks/memory.py`.\n")
     print("| stage | command line | predicted, MiB | taken, MiB | ratio |\n|---|---|---|---|---|")
     for stages, overrides in rows:
+        trainer = () if any(override.startswith("trainer=") for override in overrides) else (given,)
         for stage in stages:
             with TemporaryDirectory() as folder:
-                predicted, taken = both(stage, (*given, *overrides), folder=Path(folder))
+                predicted, taken = both(stage, ("data=synthetic", *trainer, *overrides), folder=Path(folder))
             numbers = f"{predicted / 2**20:,.1f} | {taken / 2**20:,.1f} | {predicted / taken:.3f}"
             print(f"| {stage} | `{' '.join(overrides)}` | {numbers} |", flush=True)
 

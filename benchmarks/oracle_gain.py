@@ -25,7 +25,7 @@ from nestlm.data.batch import Batch
 from nestlm.data.module import PackedTokens
 from nestlm.data.prepare import prepare
 from nestlm.nn.decoder import Decoder
-from nestlm.nn.loss import SoftTargets, forward_kl
+from nestlm.nn.loss import Beliefs, LossReader
 from nestlm.nn.policy import fixed, full, mixed
 from nestlm.report.tables import markdown_table
 from nestlm.router.knapsack import KnapsackRouter
@@ -57,12 +57,12 @@ def costs_of_choices(trial: Trial, table: CostTable) -> list[Tensor]:
     """KL of each token to the whole model under each single choice, one tensor (sites, choices, B, L) a batch."""
     space, found = table.space, []
     for batch in trial.batches:
-        whole = SoftTargets.of(trial.run(batch, full).logits_BLV)
+        read = LossReader(batch.targets_BL, teacher=trial.run(batch, full, Beliefs.read).read)
         kl = torch.zeros(len(space.sites), space.max_choices, *batch.tokens_BL.shape)
         for row, (site, widths) in enumerate(space.choices.items()):
             for index in range(len(widths) - 1):
                 single = space.spec(dict.fromkeys(space.sites, -1) | {site: index})
-                kl[row, index] = forward_kl(trial.run(batch, fixed(single)).logits_BLV, whole)
+                kl[row, index] = trial.run(batch, fixed(single), read).read.distance_BL
         found.append(kl)
     return found
 

@@ -25,7 +25,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from nestlm.compose import build, compose
 from nestlm.nn.decoder import Decoder
-from nestlm.nn.loss import cross_entropy
+from nestlm.nn.loss import LossReader
 from nestlm.parallel import ranks
 from nestlm.parallel.launch import launch
 from nestlm.parallel.sharding import Placement, fill
@@ -64,7 +64,7 @@ class Way:
         own_BL = self.share.own(rows_BL)
         started = time.perf_counter()
         self.optimizer.zero_grad()
-        loss = cross_entropy(self.model(own_BL[:, :-1]).logits_BLV, own_BL[:, 1:]).mean()
+        loss = self.model(own_BL[:, :-1], read=LossReader(own_BL[:, 1:])).read.loss
         loss.backward()
         clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()

@@ -18,7 +18,7 @@ from torchmetrics import MeanMetric
 from nestlm.cost.table import CostTable, PriceList, TokenTable
 from nestlm.data.batch import Batch
 from nestlm.nn.decoder import Decoder
-from nestlm.nn.loss import cross_entropy
+from nestlm.nn.loss import ScoreReader
 from nestlm.nn.policy import WHOLE, Decision, Mixed, Policy
 from nestlm.parallel import ranks
 from nestlm.router.trial import Trial
@@ -87,12 +87,15 @@ class PolicyEvaluation(L.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Update the counts; every token weighs the same."""
         del batch_idx
-        output = self.decoder(batch.tokens_BL, self.policy, documents_BL=batch.documents_BL)
+        output = self.decoder(
+            batch.tokens_BL, self.policy, documents_BL=batch.documents_BL, read=ScoreReader(batch.targets_BL)
+        )
         if not batch.is_counted:
             return
         tokens = batch.targets_BL.numel()
-        self.loss.update(cross_entropy(output.logits_BLV, batch.targets_BL).mean(), weight=tokens)
-        self.accuracy.update((output.logits_BLV.argmax(-1) == batch.targets_BL).double().mean(), weight=tokens)
+        losses_BL, hits_BL = output.read
+        self.loss.update(losses_BL.mean(), weight=tokens)
+        self.accuracy.update(hits_BL.double().mean(), weight=tokens)
         if self.prices is None:
             return
         sequences = len(batch.tokens_BL)

@@ -12,7 +12,6 @@ from nestlm.cost.static import Flops
 from nestlm.cost.table import PriceList
 from nestlm.data.batch import Batch
 from nestlm.errors import ConfigError
-from nestlm.nn.loss import SoftTargets, cross_entropy, forward_kl
 from nestlm.nn.policy import mixed
 from nestlm.objective.base import Parts
 from nestlm.objective.elastic import Elastic
@@ -27,6 +26,7 @@ from nestlm.router.per_token import Granularity
 from nestlm.sampler.base import generator, independent
 from nestlm.sampler.within_batch import WithinBatch
 from nestlm.seeding import torch_generator
+from references import cross_entropy, forward_kl
 
 CONFIG = decoder_config(num_kv_groups=4)
 SPACE = search_space(AXES, CONFIG)
@@ -171,7 +171,7 @@ def test_values_are_the_sum_over_sites_of_what_was_chosen(batch):
     indices_SB = random_choices(SPACE, (4, 20), per_token=False, skew=1.0, generator=torch_generator(0, "value", 3))
     by_hand = sum(router.values(row, torch.zeros(1, 1, 1))[0, 0][indices_SB[row]] for row in range(len(SPACE.sites)))
     torch.testing.assert_close(predicted, by_hand)
-    whole = SoftTargets.of(decoder(batch.tokens_BL).logits_BLV)
+    whole = decoder(batch.tokens_BL).logits_BLV
     kl = forward_kl(decoder(batch.tokens_BL, mixed(SPACE, indices_SB)).logits_BLV, whole).mean(1)
     torch.testing.assert_close(target, kl.detach())
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,12 +21,27 @@ from nestlm.nn.rope import rotary_table
 from nestlm.parallel.sharding import fill
 from nestlm.spec import ATTN_HEADS, DEPTH, MLP_WIDTH, Site
 
+# Makes something of the residual stream after the final norm, (B, L, D), and of the head's weight, (V, D). It is called
+# within the forward pass, since weights in shards are whole only there.
+Reader = Callable[[Tensor, Tensor], Any]
+
 
 class DecoderOutput(NamedTuple):  # not a dataclass: FSDP looks for tensors in tuples
-    """Logits, and what the policy decided on the way (a dynamic router's decisions are only known afterwards)."""
+    """What was read, and what the policy decided on the way (a dynamic router's decisions are only known afterwards).
 
-    logits_BLV: Tensor
+    Attributes:
+        read: what the reader made.
+        decisions: by site.
+    """
+
+    read: Any
     decisions: dict[Site, Decision]
+
+    @property
+    def logits_BLV(self) -> Tensor:  # noqa: N802
+        """What is read unless something else is asked for."""
+        assert isinstance(self.read, Tensor), "no other reader was given"
+        return self.read
 
 
 class Block(nn.Module):
@@ -106,8 +122,9 @@ class Decoder(nn.Module):
         documents_BL: Tensor | None = None,
         cache: KVCache | None = None,
         last: int | None = None,
+        read: Reader = F.linear,
     ) -> DecoderOutput:
-        """Logits of the next token at every position, or at the last ones.
+        """What a reader makes of every position, or of the last ones: logits of the next token.
 
         Args:
             tokens_BL: token ids, (B, L), with those in the cache at most the context length.
@@ -115,8 +132,8 @@ class Decoder(nn.Module):
             documents_BL: number of the document that a token belongs to; tokens of different documents don't
                 attend to each other, and negative numbers are padding. None: each row is one document.
             cache: of the tokens before these, which are then added to it. Without gradients only.
-            last: logits of this many positions at the end of the rows only, the one thing that a large vocabulary makes
-                dear; None: of all.
+            last: the reader gets this many positions at the end of the rows only; None: all.
+            read: what is made of the residual stream at the end.
 
         Raises:
             ConfigError: the rows are longer than the model's context, or than the cache.
@@ -141,12 +158,8 @@ class Decoder(nn.Module):
             decisions |= decided
         if cache is not None:
             cache.num_tokens += length
-        return DecoderOutput(self.project(hidden_BLD if last is None else hidden_BLD[:, -last:]), decisions)
-
-    def project(self, hidden_BLD: Tensor) -> Tensor:
-        """From the residual stream to logits: final norm and head."""
-        head = self.embed.weight if self.head is None else self.head.weight
-        return F.linear(self.norm(hidden_BLD), head)
+        head_VD = self.embed.weight if self.head is None else self.head.weight
+        return DecoderOutput(read(self.norm(hidden_BLD if last is None else hidden_BLD[:, -last:]), head_VD), decisions)
 
     def sight(self, hidden_BLD: Tensor, *, start: int, documents_BL: Tensor | None) -> Sight:
         """What the tokens from position `start` on may look at."""

@@ -10,8 +10,11 @@ from torch import Tensor, nn
 
 from nestlm.data.batch import Batch
 from nestlm.errors import ConfigError
-from nestlm.nn.decoder import Decoder, DecoderOutput
+from nestlm.nn.decoder import Decoder
+from nestlm.nn.loss import TokenLosses
+from nestlm.nn.policy import Decision
 from nestlm.router.base import Router
+from nestlm.spec import Site
 
 
 @dataclass(frozen=True)
@@ -43,17 +46,13 @@ class Lesson:
     """What one policy of a step learned.
 
     Attributes:
-        loss: to back-propagate, a scalar.
-        text_loss_BL: negative log-likelihood of the text, without gradient.
-        output: logits, and what was decided.
-        distance_BL: KL of each token to the teacher or to the full path, without gradient; None where there is none.
+        losses: of its tokens, held against the text, the teacher or the full path.
+        decisions: what was decided, by site.
         reference_BL: the text's negative log-likelihood under the teacher or the full path, where the step knows it.
     """
 
-    loss: Tensor
-    text_loss_BL: Tensor
-    output: DecoderOutput
-    distance_BL: Tensor | None
+    losses: TokenLosses
+    decisions: Mapping[Site, Decision]
     reference_BL: Tensor | None
 
 

@@ -60,16 +60,17 @@ class Elastic(Objective):
             if not is_whole and lesson.reference_BL is not None:
                 self.remember(everywhere[number - 1], lesson, share=batch.share)
             name = "loss_full" if is_whole else "loss_subnet"
-            yield Term(lesson.loss / len(drawn), {name: lesson.loss.detach()}, is_last=number == len(drawn))
-            if self.values is not None and by_token(spec) and lesson.distance_BL is not None:
-                yield self.values.term(seen, indices_SBL=spec.indices, distance_BL=lesson.distance_BL)
+            loss, distance_BL = lesson.losses.loss, lesson.losses.distance_BL
+            yield Term(loss / len(drawn), {name: loss.detach()}, is_last=number == len(drawn))
+            if self.values is not None and by_token(spec) and distance_BL is not None:
+                yield self.values.term(seen, indices_SBL=spec.indices, distance_BL=distance_BL)
             seen.clear()
 
     @torch.no_grad()
     def remember(self, drawn: Drawn, lesson: Lesson, *, share: Share) -> None:
         """Keep what sub-networks, drawn for all ranks, lost in place of the oldest pairs."""
         assert lesson.reference_BL is not None, "there is something to compare with"
-        losses, references = lesson.text_loss_BL, lesson.reference_BL
+        losses, references = lesson.losses.text_BL, lesson.reference_BL
         if isinstance(drawn, Mixture):
             if by_token(drawn):
                 return

@@ -12,7 +12,7 @@ import torch
 
 from nestlm.data.batch import Batch
 from nestlm.errors import ConfigError
-from nestlm.nn.loss import SoftTargets, forward_kl
+from nestlm.nn.loss import Beliefs, LossReader
 from nestlm.objective.base import Parts, Signal, Term, check_router
 from nestlm.router import dynamic, static
 from nestlm.router.base import Router
@@ -64,7 +64,7 @@ class GumbelSignal(Signal):
         done = min(1.0, step / max(1, self.anneal_steps))
         temperature, gain = (start * (end / start) ** done for start, end in (self.temperature, self.gain))
         with torch.no_grad():
-            whole = SoftTargets.of(parts.decoder(batch.tokens_BL, documents_BL=batch.documents_BL).logits_BLV)
+            whole = parts.decoder(batch.tokens_BL, documents_BL=batch.documents_BL, read=Beliefs.read).read
         floor = router.floor
         rows = batch.share.total(len(batch.tokens_BL))
         uniform_B = torch.rand(rows, generator=torch_generator(self.seed, "gumbel budgets", step))
@@ -79,10 +79,11 @@ class GumbelSignal(Signal):
             gain=gain,
             share=batch.share,
         )
-        output = parts.decoder(batch.tokens_BL, policy, documents_BL=batch.documents_BL)
+        read = LossReader(batch.targets_BL, teacher=whole)
+        output = parts.decoder(batch.tokens_BL, policy, documents_BL=batch.documents_BL, read=read)
         probabilities = mean_probabilities(table.space, output.decisions)
         assert probabilities is not None, "a relaxed draw has probabilities"
-        kl = forward_kl(output.logits_BLV, whole).mean()
+        kl = output.read.loss
         expected = table.expected_share(probabilities)
         distance = budget_loss(
             expected, shares_B.expand_as(expected) if expected.ndim else shares_B[0], dead_zone=self.dead_zone

@@ -51,11 +51,12 @@ class Joint(Objective):
             budget = Budget.of_share(targets[-1])
             policies.append((parts.router.draw(budget, generator=generator, share=batch.share), False))
         lessons = self.teaching.lessons(parts, batch, policies=tuple(policies))
-        loss_full = next(lessons).loss
+        loss_full = next(lessons).losses.loss
         yield Term(loss_full / len(policies), {"loss_full": loss_full.detach()}, is_last=False)
         for number, (lesson, target) in enumerate(zip(lessons, targets, strict=True), start=1):
-            loss, logs = lesson.loss, dict[str, Tensor | float](loss_subnet=lesson.loss.detach())
-            probabilities = mean_probabilities(table.space, lesson.output.decisions)
+            loss = lesson.losses.loss
+            logs = dict[str, Tensor | float](loss_subnet=loss.detach())
+            probabilities = mean_probabilities(table.space, lesson.decisions)
             if probabilities is not None:
                 # over the sequences of all ranks, where they differ
                 expected = batch.share.mean(table.expected_share(probabilities).mean())

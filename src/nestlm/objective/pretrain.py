@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from nestlm.data.batch import Batch
-from nestlm.nn.loss import cross_entropy
+from nestlm.nn.loss import LossReader
 from nestlm.objective.base import Objective, Parts, Term
 
 
@@ -13,6 +13,6 @@ class Pretrain(Objective):
     """Cross-entropy of the whole model."""
 
     def terms(self, parts: Parts, batch: Batch, *, step: int) -> Iterator[Term]:
-        logits_BLV = parts.decoder(batch.tokens_BL, documents_BL=batch.documents_BL).logits_BLV
-        loss = cross_entropy(logits_BLV, batch.targets_BL).mean()
+        read = LossReader(batch.targets_BL)
+        loss = parts.decoder(batch.tokens_BL, documents_BL=batch.documents_BL, read=read).read.loss
         yield Term(loss, {"loss": loss.detach()})

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nestlm.data.batch import Batch
 from nestlm.errors import ConfigError
-from nestlm.nn.loss import SoftTargets, cross_entropy, forward_kl
+from nestlm.nn.loss import Beliefs, LossReader
 from nestlm.nn.policy import WHOLE, Decision, Mixed, Policy, Stream
 from nestlm.objective.base import Parts, Signal, Term, check_router
 from nestlm.objective.elastic_values import load_values, part_of
@@ -122,11 +122,12 @@ class SurrogateSignal(Signal):
     @torch.no_grad()
     def run(self, parts: Parts, batch: Batch, notes: Notes) -> Tensor:
         """What each token loses under the noted choices, (B, L)."""
-        output = parts.decoder(batch.tokens_BL, notes.policy(), documents_BL=batch.documents_BL)
-        if self.target == "loss":
-            return cross_entropy(output.logits_BLV, batch.targets_BL)
-        whole_BLV = parts.decoder(batch.tokens_BL, documents_BL=batch.documents_BL).logits_BLV
-        return forward_kl(output.logits_BLV, SoftTargets.of(whole_BLV))
+        whole = None
+        if self.target == "gap":
+            whole = parts.decoder(batch.tokens_BL, documents_BL=batch.documents_BL, read=Beliefs.read).read
+        read = LossReader(batch.targets_BL, teacher=whole)
+        losses = parts.decoder(batch.tokens_BL, notes.policy(), documents_BL=batch.documents_BL, read=read).read
+        return losses.text_BL if whole is None else losses.distance_BL
 
     def summary(self, parts: Parts, held_out: list[Batch]) -> dict[str, float | None]:
         """The running error, and the rank correlation of predicted and real means of held-out sequences."""

@@ -19,7 +19,7 @@ from torch.func import functional_call
 from nestlm.data.batch import Batch
 from nestlm.errors import ConfigError
 from nestlm.nn.decoder import Decoder
-from nestlm.nn.loss import cross_entropy
+from nestlm.nn.loss import LossReader
 from nestlm.nn.policy import fixed
 from nestlm.objective.base import Parts, Signal, Term, check_router
 from nestlm.objective.elastic_values import static_steps
@@ -227,15 +227,14 @@ class SurrogateSignal(Signal):
     def observe(self, decoder: Decoder, batch: Batch, *, choices: Tensor) -> tuple[Tensor, Tensor]:
         """New pairs: one-hot choices (specs, sites, choices) and what they lose on the batch (specs,)."""
         space = self.table.space
+        seen = {"documents_BL": batch.documents_BL, "read": LossReader(batch.targets_BL)}
         losses = []
         for row in choices.tolist():
             policy = fixed(space.spec(dict(zip(space.sites, row, strict=True))))
-            logits_BLV = decoder(batch.tokens_BL, policy, documents_BL=batch.documents_BL).logits_BLV
-            losses.append(cross_entropy(logits_BLV, batch.targets_BL).mean())
+            losses.append(decoder(batch.tokens_BL, policy, **seen).read.loss)
         targets = torch.stack(losses)
         if self.target == "gap":
-            logits_BLV = decoder(batch.tokens_BL, documents_BL=batch.documents_BL).logits_BLV
-            targets = targets - cross_entropy(logits_BLV, batch.targets_BL).mean()
+            targets = targets - decoder(batch.tokens_BL, **seen).read.loss
         return one_hot(choices, space.max_choices), targets
 
     @torch.no_grad()

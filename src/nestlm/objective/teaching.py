@@ -1,4 +1,4 @@
-"""What a sub-network's logits are held against: the text, a frozen teacher, or the full path of the same step."""
+"""What a sub-network is held against: the text, a frozen teacher, or the full path of the same step."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from torch import Tensor
 
 from nestlm.data.batch import Batch
 from nestlm.errors import ConfigError
-from nestlm.nn.decoder import Decoder, DecoderOutput
-from nestlm.nn.loss import SoftTargets, cross_entropy, forward_kl
-from nestlm.nn.policy import Policy, full
+from nestlm.nn.decoder import Decoder
+from nestlm.nn.loss import LossReader, TokenLosses
+from nestlm.nn.policy import Decision, Policy, full
 from nestlm.objective.base import Lesson, Parts
+from nestlm.spec import Site
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,9 @@ class Teaching(ABC):
         """
 
 
-def run(decoder: Decoder, batch: Batch, policy: Policy) -> DecoderOutput:
-    """Logits and decisions of a policy on a batch."""
-    return decoder(batch.tokens_BL, policy, documents_BL=batch.documents_BL)
+def run(decoder: Decoder, batch: Batch, policy: Policy, read: LossReader) -> tuple[TokenLosses, dict[Site, Decision]]:
+    """Losses and decisions of a policy on a batch."""
+    return decoder(batch.tokens_BL, policy, documents_BL=batch.documents_BL, read=read)
 
 
 @dataclass(frozen=True)
@@ -52,16 +53,15 @@ class CrossEntropy(Teaching):
     def lessons(self, parts: Parts, batch: Batch, *, policies: tuple[tuple[Policy, bool], ...]) -> Iterator[Lesson]:
         reference_BL: Tensor | None = None
         for policy, whole in policies:
-            output = run(parts.decoder, batch, policy)
-            loss_BL = cross_entropy(output.logits_BLV, batch.targets_BL)
+            losses, decisions = run(parts.decoder, batch, policy, LossReader(batch.targets_BL))
             if whole:
-                reference_BL = loss_BL.detach()
-            yield Lesson(loss_BL.mean(), loss_BL.detach(), output, None, reference_BL)
+                reference_BL = losses.text_BL
+            yield Lesson(losses, decisions, reference_BL)
 
 
 @dataclass(frozen=True)
 class FrozenTeacher(Teaching):
-    """Forward KL from the model before conversion (our choice); its logits are computed once a step.
+    """Forward KL from the model before conversion (our choice), which runs once a step.
 
     Attributes:
         ce_share: share of cross-entropy mixed in.
@@ -76,21 +76,19 @@ class FrozenTeacher(Teaching):
     def lessons(self, parts: Parts, batch: Batch, *, policies: tuple[tuple[Policy, bool], ...]) -> Iterator[Lesson]:
         assert parts.teacher is not None, "kd_frozen needs the model before conversion"
         with torch.no_grad():
-            teacher_BLV = run(parts.teacher, batch, full).logits_BLV
-            targets = SoftTargets.of(teacher_BLV)
-            reference_BL = cross_entropy(teacher_BLV, batch.targets_BL)
-            del teacher_BLV
+            taught, _ = run(parts.teacher, batch, full, LossReader(batch.targets_BL))
+        reference_BL = taught.text_BL
+        read = LossReader(batch.targets_BL, taught.beliefs, self.ce_share)
         for policy, whole in policies:
-            output = run(parts.decoder, batch, policy)
-            loss, kl_BL, text_loss_BL = mixed_loss(output.logits_BLV, targets, batch, ce_share=self.ce_share)
+            losses, decisions = run(parts.decoder, batch, policy, read)
             if whole:
-                reference_BL = text_loss_BL
-            yield Lesson(loss, text_loss_BL, output, kl_BL, reference_BL)
+                reference_BL = losses.text_BL
+            yield Lesson(losses, decisions, reference_BL)
 
 
 @dataclass(frozen=True)
 class InPlace(Teaching):
-    """Cross-entropy for the full path, whose logits then teach the sub-networks of the same step (our choice).
+    """Cross-entropy for the full path, which then teaches the sub-networks of the same step (our choice).
 
     Attributes:
         ce_share: share of cross-entropy mixed into the sub-networks' loss.
@@ -105,38 +103,22 @@ class InPlace(Teaching):
         return 0.0 if runs_full else 1.0
 
     def lessons(self, parts: Parts, batch: Batch, *, policies: tuple[tuple[Policy, bool], ...]) -> Iterator[Lesson]:
-        targets: SoftTargets | None = None
-        reference_BL: Tensor | None = None
+        taught: TokenLosses | None = None
         for policy, whole in policies:
-            if not whole and targets is None:  # the step does not train the full path, so it runs for this alone
+            if not whole and taught is None:  # the step does not train the full path, so it runs for this alone
                 with torch.no_grad():
-                    full_BLV = run(parts.decoder, batch, full).logits_BLV
-                    targets = SoftTargets.of(full_BLV)
-                    reference_BL = cross_entropy(full_BLV, batch.targets_BL)
-            output = run(parts.decoder, batch, policy)
+                    taught, _ = run(parts.decoder, batch, full, LossReader(batch.targets_BL))
             if whole:
-                loss_BL = cross_entropy(output.logits_BLV, batch.targets_BL)
-                targets, reference_BL = SoftTargets.of(output.logits_BLV), loss_BL.detach()
-                yield Lesson(loss_BL.mean(), reference_BL, output, None, reference_BL)
+                taught, decisions = run(parts.decoder, batch, policy, LossReader(batch.targets_BL))
+                yield Lesson(taught, decisions, taught.text_BL)
             else:
-                assert targets is not None, "made above"
-                loss, kl_BL, text_loss_BL = mixed_loss(output.logits_BLV, targets, batch, ce_share=self.ce_share)
-                yield Lesson(loss, text_loss_BL, output, kl_BL, reference_BL)
+                assert taught is not None, "made above"
+                read = LossReader(batch.targets_BL, taught.beliefs, self.ce_share)
+                losses, decisions = run(parts.decoder, batch, policy, read)
+                yield Lesson(losses, decisions, taught.text_BL)
 
 
 def check_share(ce_share: float) -> None:
     """Raise ConfigError unless it is a share of 1."""
     if not 0 <= ce_share <= 1:
         raise ConfigError(f"teacher.ce_share: got {ce_share}, wanted a share of 1")
-
-
-def mixed_loss(
-    student_BLV: Tensor, teacher: SoftTargets, batch: Batch, *, ce_share: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(1 - ce_share) * KL to the teacher + ce_share * cross-entropy on the text, and both of each token."""
-    kl_BL = forward_kl(student_BLV, teacher)
-    kl = kl_BL.mean()
-    with torch.set_grad_enabled(ce_share > 0 and torch.is_grad_enabled()):
-        text_loss_BL = cross_entropy(student_BLV, batch.targets_BL)
-    loss = kl if ce_share == 0.0 else (1.0 - ce_share) * kl + ce_share * text_loss_BL.mean()
-    return loss, kl_BL.detach(), text_loss_BL.detach()

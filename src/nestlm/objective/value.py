@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nestlm.data.batch import Batch
-from nestlm.nn.loss import SoftTargets, forward_kl
+from nestlm.nn.loss import Beliefs, LossReader
 from nestlm.nn.policy import WHOLE, Decision, Mixed, Policy, Stream
 from nestlm.objective.base import Parts, Signal, Term, check_router
 from nestlm.objective.elastic_values import load_values, part_of
@@ -87,10 +87,9 @@ class ValueSignal(Signal):
         drawn = Drawn(*(part.to(tokens_BL.device) for part in parts_of_step))
         values: list[Tensor] = []
         with torch.no_grad():
-            whole = SoftTargets.of(parts.decoder(tokens_BL, documents_BL=batch.documents_BL).logits_BLV)
-            policy = observing(router, drawn, values)
-            mixed_BLV = parts.decoder(tokens_BL, policy, documents_BL=batch.documents_BL).logits_BLV
-            kl_BL = forward_kl(mixed_BLV, whole)
+            whole = parts.decoder(tokens_BL, documents_BL=batch.documents_BL, read=Beliefs.read).read
+            policy, read = observing(router, drawn, values), LossReader(batch.targets_BL, teacher=whole)
+            kl_BL = parts.decoder(tokens_BL, policy, documents_BL=batch.documents_BL, read=read).read.distance_BL
         total = torch.stack(values).sum(0)
         return (total, kl_BL) if router.per_token else (total[:, 0], kl_BL.mean(1))
 

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nestlm.data.batch import Batch
-from nestlm.nn.decoder import Decoder, DecoderOutput
-from nestlm.nn.loss import cross_entropy
+from nestlm.nn.decoder import Decoder, DecoderOutput, Reader
+from nestlm.nn.loss import LossReader
 from nestlm.nn.policy import Policy, fixed, full
 from nestlm.parallel import ranks
 from nestlm.spec import SearchSpace
@@ -38,10 +39,10 @@ class Trial:
         return next(self.decoder.parameters()).device
 
     @torch.no_grad()
-    def run(self, batch: Batch, policy: Policy) -> DecoderOutput:
+    def run(self, batch: Batch, policy: Policy, read: Reader = F.linear) -> DecoderOutput:
         """What the model answers to a batch under a policy."""
         with self.precision():
-            return self.decoder(batch.tokens_BL, policy, documents_BL=batch.documents_BL)
+            return self.decoder(batch.tokens_BL, policy, documents_BL=batch.documents_BL, read=read)
 
     def outputs(self, policy: Policy) -> Iterator[tuple[Batch, DecoderOutput]]:
         """What the model answers to each batch."""
@@ -62,7 +63,7 @@ class Trial:
     def loss(self, policy: Policy) -> float:
         """Mean negative log-likelihood of the text, in nats a token; all ranks go by what rank 0 found."""
         total, tokens = 0.0, 0
-        for batch, output in self.outputs(policy):
-            total += float(cross_entropy(output.logits_BLV, batch.targets_BL).sum())
+        for batch in self.batches:
+            total += float(self.run(batch, policy, LossReader(batch.targets_BL)).read.text_BL.sum())
             tokens += batch.targets_BL.numel()
         return ranks.agreed(total / tokens)

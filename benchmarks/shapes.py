@@ -1,0 +1,136 @@
+"""The decoders that speed is measured on, and what is done with them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import cycle
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+
+from nestlm.axes.attn_heads import AttnHeads
+from nestlm.axes.base import Axis, search_space
+from nestlm.axes.mlp_width import MLPWidth
+from nestlm.compose import build, compose
+from nestlm.data.batch import Batch
+from nestlm.nn.config import BlockConfig, DecoderConfig
+from nestlm.nn.decoder import Decoder
+from nestlm.objective.base import Objective, Parts
+from nestlm.spec import SearchSpace, SubnetSpec
+from turns import Way
+
+QUARTERS = (0.25, 0.5, 0.75, 1.0)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decoder, the batch that it runs on, and where.
+
+    Attributes:
+        name: for tables.
+        config: sizes.
+        rows: sequences of a batch.
+        length: tokens of a sequence.
+        device: where it runs.
+        dtype: of weights and activations.
+    """
+
+    name: str
+    config: DecoderConfig
+    rows: int = 8
+    length: int = 256
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+
+    def decoder(self) -> Decoder:
+        """With random weights, the same each time."""
+        decoder = Decoder(self.config)
+        decoder.init_weights(seed=0)
+        return decoder.to(self.device, self.dtype)
+
+    @cached_property
+    def batch(self) -> Batch:
+        """Random tokens; each row is one document."""
+        generator = torch.Generator().manual_seed(1)
+        rows_BL = torch.randint(self.config.vocab_size, (self.rows, self.length + 1), generator=generator)
+        rows_BL = rows_BL.to(self.device)
+        return Batch(rows_BL[:, :-1].contiguous(), rows_BL[:, 1:].contiguous(), None)
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        """Quarters of neurons and heads."""
+        return MLPWidth(fractions=QUARTERS, multiple_of=1), AttnHeads(fractions=QUARTERS, multiple_of=1)
+
+    @property
+    def space(self) -> SearchSpace:
+        """Of those axes."""
+        return search_space(self.axes, self.config)
+
+    def half(self) -> SubnetSpec:
+        """Half of all neurons and heads."""
+        return self.space.spec(dict.fromkeys(self.space.sites, QUARTERS.index(0.5)))
+
+
+def llama(hidden_size: int) -> Shape:
+    """The Llama shape of the claims: 6 layers, 8 heads, MLP 2.6875 D, V 2048."""
+    block = BlockConfig(num_heads=8, num_kv_groups=8, mlp_width=hidden_size * 43 // 16)
+    config = DecoderConfig(
+        vocab_size=2048, hidden_size=hidden_size, head_dim=hidden_size // 8, context_length=512, blocks=(block,) * 6,
+        tie_embeddings=False,
+    )  # fmt: skip
+    return Shape(f"D {hidden_size}", config)
+
+
+def on_gpu(model: str) -> Shape:
+    """Four layers of a named model, in bfloat16."""
+    config = build(compose([f"model={model}", "model.init=random", "data=synthetic"])).model.decoder_config()
+    config = replace(config, blocks=config.blocks[:4])
+    return Shape(f"`{model}`, 4 layers", config, rows=8, length=2048, device="cuda", dtype=torch.bfloat16)
+
+
+def forward_backward(model: nn.Module, loss: Way) -> Way:
+    """A pass forward and back; gradients are new each time."""
+
+    def way() -> None:
+        model.zero_grad()
+        loss().backward()
+
+    return way
+
+
+def training_step(
+    decoder: Decoder, objective: Objective, batch: Batch, *, first_steps: int, teacher: Decoder | None = None
+) -> Way:
+    """A whole step, as the LightningModule does it: all terms of an objective, clipping, the optimizer.
+
+    The first steps come again and again, so that each turn draws the same sub-networks.
+    """
+    optimizer = build(compose(["data=synthetic"])).optim.optimizer(decoder.parameters(), lr=1e-4)
+    parts, steps = Parts(decoder, teacher), cycle(range(first_steps))
+
+    def way() -> None:
+        optimizer.zero_grad()
+        for term in objective.terms(parts, batch, step=next(steps)):
+            term.loss.backward()
+        clip_grad_norm_(decoder.parameters(), 1.0)
+        optimizer.step()
+
+    return way
+
+
+def no_grad(way: Way) -> Way:
+    """The same without gradients."""
+
+    def quiet() -> Tensor:
+        with torch.no_grad():
+            return way()
+
+    return quiet
+
+
+def parameters(models: Iterable[nn.Module]) -> int:
+    """Of several models."""
+    return sum(parameter.numel() for model in models for parameter in model.parameters())
