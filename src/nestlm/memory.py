@@ -13,7 +13,7 @@ from nestlm.rehearsal import GRADIENTS, HELD, PARTS, REST, STATES, TEACHER, UPDA
 from nestlm.settings import Settings
 
 Parts = Mapping[str, float]
-GATHERED_BLOCKS = 2  # the one that runs, and the next one
+GATHERED_BLOCKS = 3  # the one that runs, the next one, and what it arrived in
 
 
 def predict(stage: str, settings: Settings, *, layout: Layout, precision: Precision) -> Parts:

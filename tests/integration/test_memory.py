@@ -28,7 +28,6 @@ MEASURED = {
     "joint": ("joint", ("router=knapsack", "teacher=ce", "data.separate_documents=false")),
     "router per token": ("router", ("router=gumbel", "router.policy=dynamic")),
 }
-SHARDS = ("trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true")
 
 
 def made(*overrides: str):
@@ -53,7 +52,7 @@ def test_a_stage_takes_what_was_predicted(case, tmp_path, monkeypatch):
 @pytest.mark.ranks
 def test_a_rank_that_holds_a_shard_takes_what_was_predicted(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    told, taken = benchmark.both("elastic", [*TINY, *SHARDS, "sampler=sandwich"], folder=tmp_path)
+    told, taken = benchmark.both("elastic", ["data=synthetic", *benchmark.TINY, *benchmark.SHARDS], folder=tmp_path)
     assert told == pytest.approx(taken, rel=0.1)
 
 
