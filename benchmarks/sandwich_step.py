@@ -35,7 +35,7 @@ def rows(shape: Shape, *, repeats: int) -> Iterator[Row]:
         "3. sandwich step over a plain one, time over FLOPs", shape.name, times / share, 1.02,
         f"time {times.middle:.3f}, FLOPs {share:.3f}",
     )  # fmt: skip
-    plain, most = peak(ways["plain"]), peak(ways["sandwich"])
+    plain, most = peak(once["plain"]), peak(once["sandwich"])
     yield Row(
         "4. peak memory of that step over a plain one", shape.name, Spread(*[most / plain] * 3), 1.02,
         f"{most / 2**20:.1f} and {plain / 2**20:.1f} MiB besides weights and states",

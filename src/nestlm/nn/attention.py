@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from nestlm.nn.config import BlockConfig, DecoderConfig
 from nestlm.nn.kv_cache import LayerCache
 from nestlm.nn.linear import PrefixLinear
+from nestlm.nn.norm import RMSNorm
 from nestlm.nn.policy import Decision, Mixed
 from nestlm.nn.rope import rotate
 from nestlm.nn.staircase import Staircase
@@ -58,8 +59,8 @@ class GroupedQueryAttention(nn.Module):
         self.k = PrefixLinear(size, block.num_kv_groups * head_dim, bias=config.qkv_bias)
         self.v = PrefixLinear(size, block.num_kv_groups * head_dim, bias=config.qkv_bias)
         self.o = PrefixLinear(block.num_heads * head_dim, size, bias=config.output_bias)
-        self.q_norm = nn.RMSNorm(head_dim, eps=config.norm_eps) if config.qk_norm else None
-        self.k_norm = nn.RMSNorm(head_dim, eps=config.norm_eps) if config.qk_norm else None
+        self.q_norm = RMSNorm(head_dim, eps=config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(head_dim, eps=config.norm_eps) if config.qk_norm else None
 
     def forward(
         self, hidden_BLD: Tensor, decision: Decision, *, sight: Sight, cache: LayerCache | None = None

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 # MKL's first cosine of a process, when two threads take it at once, now and then has 11 good bits in one of them (seen
 # with torch 2.13 in 1 of 15 processes). One number is computed by one thread.
@@ -110,9 +111,29 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
 
     The table broadcasts to x, (..., E), but for its own last dimension, dim.
     """
-    cos, sin = (part.to(x.dtype) for part in table)
-    dim = cos.shape[-1]
-    turned, kept = (x, None) if dim == x.shape[-1] else (x[..., :dim], x[..., dim:])
-    first, second = turned.chunk(2, dim=-1)
-    turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
-    return turned if kept is None else torch.cat((turned, kept), dim=-1)
+    return Turn.apply(x, *(part.to(x.dtype) for part in table))
+
+
+class Turn(Function):
+    """Its gradient is turned back; nothing but the table is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """(..., E) to (..., E)."""
+        ctx.save_for_backward(cos, sin)
+        return turned(x, cos, sin, direction=1.0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """By the same angles, the other way."""
+        return turned(grads[0], *ctx.saved_tensors, direction=-1.0), None, None
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor, *, direction: float) -> Tensor:
+    """The first `dim` entries turned; the second half of the table repeats the first."""
+    half, out = cos.shape[-1] // 2, torch.empty_like(x)
+    cos, sin, halves = cos[..., :half], sin[..., :half], (slice(half), slice(half, 2 * half))
+    for mine, other, sign in zip(halves, reversed(halves), (-direction, direction), strict=True):
+        torch.mul(x[..., mine], cos, out=out[..., mine]).add_(x[..., other] * sin, alpha=sign)
+    out[..., 2 * half :] = x[..., 2 * half :]
+    return out
