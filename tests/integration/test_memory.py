@@ -76,7 +76,7 @@ def test_a_model_of_7b_is_predicted_without_its_memory():
     assert one[WEIGHTS] == pytest.approx(4 * weights, rel=0.01)
     assert one[STATES] == pytest.approx(8 * weights, rel=0.01)
     assert one[TEACHER] == pytest.approx(2 * weights, rel=0.05), "its linear maps are held in bfloat16"
-    assert one[REST] > 10 * gib
+    assert one[REST] > 8 * gib, "what blocks are computed again from, above all"
     overrides = ["trainer=fsdp", "trainer.accelerator=gpu", "trainer.devices=8", "sampler=sandwich"]
     many = predicted("elastic", build(compose([*base, "axes.mlp_width.multiple_of=128", *overrides])))
     assert many[STATES] == pytest.approx(weights, rel=0.01), "an eighth"
