@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: venv demo test lint
+.PHONY: venv demo test lint bench
 
 venv: .venv/made
 
@@ -16,6 +16,9 @@ demo: .venv/made
 
 test: .venv/made
 	$(BIN)/python -m pytest --numprocesses 2
+
+bench: .venv/made
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/bench.py
 
 lint: .venv/made
 	$(BIN)/ruff check .

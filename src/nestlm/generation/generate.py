@@ -18,7 +18,7 @@ from nestlm.nn.policy import Policy
 PADDING = -1  # a document number: nobody looks there
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(
     decoder: Decoder,
     prompts: Sequence[Sequence[int]],

@@ -181,7 +181,7 @@ class GroupedQueryAttention(nn.Module):
             tokens = stairs.order[: len(part)]
             groups = slice(ends[band] - stairs.bands[band], ends[band])
             q_nHE = F.linear(part, *q_bands[band]).unflatten(-1, (-1, self.head_dim))
-            cos, sin = (table[tokens % length].unsqueeze(1) for table in sight.rotary)
+            cos, sin = (table.index_select(0, tokens % length).unsqueeze(1) for table in sight.rotary)
             seat, seats = take_seats(width.index >= band, tokens)
             heads = self.attend_seated(
                 turn(q_nHE, self.q_norm, (cos, sin)), k_BGLE[:, groups], v_BGLE[:, groups],
@@ -212,11 +212,12 @@ class GroupedQueryAttention(nn.Module):
             seen = sight
         else:
             position = tokens.new_zeros(batch * seats).index_copy(0, seat, tokens % length).view(batch, seats)
-            mask = sight.explicit_mask(num_queries=length, num_keys=k_BGLE.shape[2]).expand(batch, -1, -1)
-            row = torch.arange(batch, device=tokens.device)[:, None]
-            seen = Sight(sight.rotary, mask[row, position].unsqueeze(1), causal=False)
+            mask = sight.explicit_mask(num_queries=length, num_keys=k_BGLE.shape[2])
+            row = torch.arange(batch, device=tokens.device)[:, None] if len(mask) > 1 else 0
+            chosen = mask.flatten(0, 1).index_select(0, (row * length + position).flatten())
+            seen = Sight(sight.rotary, chosen.view(batch, 1, seats, -1), causal=False)
         out_BHSE = self.attend(seated.view(batch, seats, heads, head_dim).transpose(1, 2), k_BGLE, v_BGLE, sight=seen)
-        return out_BHSE.transpose(1, 2).reshape(batch * seats, heads, head_dim)[seat]
+        return out_BHSE.transpose(1, 2).reshape(batch * seats, heads, head_dim).index_select(0, seat)
 
 
 def turn(heads: Tensor, norm: nn.Module | None, rotary: tuple[Tensor, Tensor]) -> Tensor:

@@ -111,7 +111,8 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
 
     The table broadcasts to x, (..., E), but for its own last dimension, dim.
     """
-    return Turn.apply(x, *(part.to(x.dtype) for part in table))
+    cos, sin = (part.to(x.dtype) for part in table)
+    return Turn.apply(x, cos, sin) if torch.is_grad_enabled() else turned(x, cos, sin, direction=1.0)
 
 
 class Turn(Function):

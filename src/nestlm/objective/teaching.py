@@ -12,11 +12,10 @@ from torch import Tensor
 
 from nestlm.data.batch import Batch
 from nestlm.errors import ConfigError
-from nestlm.nn.decoder import Decoder
+from nestlm.nn.decoder import Decoder, DecoderOutput, Reader
 from nestlm.nn.loss import LossReader, TokenLosses
-from nestlm.nn.policy import Decision, Policy, full
+from nestlm.nn.policy import Policy, full
 from nestlm.objective.base import Lesson, Parts
-from nestlm.spec import Site
 
 
 @dataclass(frozen=True)
@@ -41,8 +40,8 @@ class Teaching(ABC):
         """
 
 
-def run(decoder: Decoder, batch: Batch, policy: Policy, read: LossReader) -> tuple[TokenLosses, dict[Site, Decision]]:
-    """Losses and decisions of a policy on a batch."""
+def run(decoder: Decoder, batch: Batch, policy: Policy, read: Reader) -> DecoderOutput:
+    """What a reader makes of a policy on a batch, and decisions."""
     return decoder(batch.tokens_BL, policy, documents_BL=batch.documents_BL, read=read)
 
 
@@ -109,8 +108,9 @@ class InPlace(Teaching):
                 with torch.no_grad():
                     taught, _ = run(parts.decoder, batch, full, LossReader(batch.targets_BL))
             if whole:
-                taught, decisions = run(parts.decoder, batch, policy, LossReader(batch.targets_BL))
-                yield Lesson(taught, decisions, taught.text_BL)
+                losses, decisions = run(parts.decoder, batch, policy, LossReader(batch.targets_BL))
+                taught = losses
+                yield Lesson(losses, decisions, losses.text_BL)
             else:
                 assert taught is not None, "made above"
                 read = LossReader(batch.targets_BL, taught.beliefs, self.ce_share)

@@ -1,0 +1,113 @@
+"""How cost grows: a step's time with its sub-networks, routing with layers and choices, memory with the vocabulary.
+
+OMP_WAIT_POLICY=PASSIVE python benchmarks/growth.py
+
+Writes docs/images/growth.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import matplotlib as mpl
+import torch
+from matplotlib.axes import Axes
+
+from nestlm.compose import build, compose
+from nestlm.nn.loss import LossReader
+from nestlm.objective.elastic import Elastic
+from nestlm.objective.teaching import CrossEntropy
+from nestlm.router.knapsack import KnapsackRouter
+from nestlm.sampler.sandwich import Sandwich
+from nestlm.spec import Budget
+from shapes import Shape, llama, training_step
+from turns import Spread, Way, flops, peak, take_turns
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402 - after the backend
+
+SUBNETS, LAYERS, VOCABULARIES = (2, 3, 4, 6, 8), (2, 4, 8, 16, 32), (1000, 4000, 16_000, 64_000)
+REPEATS = 7
+
+
+def small() -> Shape:
+    """Two layers are enough to see how costs grow."""
+    shape = llama(256)
+    return replace(shape, config=replace(shape.config, blocks=shape.config.blocks[:2]), rows=4, length=128)
+
+
+def steps_of(number: int) -> Way:
+    """A sandwich step of so many sub-networks, the whole model among them."""
+    shape = small()
+    sampler = Sandwich(num_random=number - 2)
+    objective = Elastic(shape.space, sampler=sampler, teaching=CrossEntropy(), values=None, seed=0)
+    return training_step(shape.decoder(), objective, shape.batch, first_steps=1)
+
+
+def routing_of(layers: int, fractions: Sequence[float]) -> Way:
+    """The exact knapsack of a budget, whose losses are made up."""
+    shares = ",".join(f"{share:g}" for share in fractions)
+    overrides = [
+        f"model.num_layers={layers}", "axes=mlp", f"axes.mlp_width.fractions=[{shares}]",
+        "axes.mlp_width.multiple_of=1", "data=synthetic", "router=knapsack",
+    ]  # fmt: skip
+    settings = build(compose(overrides))
+    router = settings.make_router()
+    assert isinstance(router, KnapsackRouter), "as asked for"
+    generator = torch.Generator().manual_seed(0)
+    space = settings.space()
+    made_up = torch.rand(len(space.sites), space.max_choices, generator=generator, dtype=torch.float64)
+    router.sensitivities.copy_(made_up.sort(dim=1, descending=True).values)
+    return lambda: router.find(Budget.of_share(0.6))
+
+
+def losses_of(vocab_size: int) -> Way:
+    """Loss and gradients of one batch."""
+    shape = small()
+    shape = replace(shape, config=replace(shape.config, vocab_size=vocab_size))
+    decoder, batch = shape.decoder(), shape.batch
+    return lambda: decoder(batch.tokens_BL, read=LossReader(batch.targets_BL)).read.loss.backward()
+
+
+def draw(axes: Axes, numbers: Sequence[float], spreads: Sequence[Spread], *, label: str) -> None:
+    """Medians with quartiles."""
+    low, middle, high = zip(*spreads, strict=True)
+    (line,) = axes.plot(numbers, middle, marker="o", label=label)
+    axes.fill_between(numbers, low, high, alpha=0.2, color=line.get_color())
+
+
+def timed(make: Callable[[int], Way], numbers: Sequence[int]) -> list[Spread]:
+    """Milliseconds, taken in turns."""
+    seconds = take_turns({str(number): make(number) for number in numbers}, repeats=REPEATS)
+    return [Spread.of([turn * 1e3 for turn in turns]) for turns in seconds.values()]
+
+
+def main() -> None:
+    """Measure and draw."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    figure, (steps, routing, memory) = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    times, work = timed(steps_of, SUBNETS), [flops(steps_of(number)) for number in SUBNETS]
+    draw(steps, SUBNETS, times, label="measured")
+    ideal = [times[0].middle * each / work[0] for each in work]
+    steps.plot(SUBNETS, ideal, linestyle="--", color="grey", label="as FLOPs grow")
+    steps.set(xlabel="sub-networks of a step", ylabel="ms a step", title="Training")
+    for count in (4, 16):
+        fractions = [(index + 1) / count for index in range(count)]
+        made = timed(lambda layers, fractions=fractions: routing_of(layers, fractions), LAYERS)
+        draw(routing, LAYERS, made, label=f"{count} choices a site")
+    routing.set(xlabel="layers", ylabel="ms a budget", title="Routing (exact knapsack)", xscale="log", yscale="log")
+    most = [peak(losses_of(number)) / 2**20 for number in VOCABULARIES]
+    memory.plot(VOCABULARIES, most, marker="o", label="measured")
+    weights = [2 * 4 * 256 * number / 2**20 for number in VOCABULARIES]
+    memory.plot(VOCABULARIES, weights, linestyle="--", color="grey", label="gradients of embedding and head")
+    memory.set(xlabel="vocabulary", ylabel="MiB of a step besides weights", title="Memory", xscale="log")
+    for axes in (steps, routing, memory):
+        axes.legend(frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig("docs/images/growth.png", dpi=110)
+
+
+if __name__ == "__main__":
+    main()
