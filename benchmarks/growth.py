@@ -26,7 +26,7 @@ from shapes import Shape, llama, training_step
 from turns import Spread, Way, flops, peak, take_turns
 
 mpl.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402 - after the backend
+from matplotlib import pyplot as plt
 
 SUBNETS, LAYERS, VOCABULARIES = (2, 3, 4, 6, 8), (2, 4, 8, 16, 32), (1000, 4000, 16_000, 64_000)
 REPEATS = 7
