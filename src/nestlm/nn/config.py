@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+from torch import Tensor
+
 from nestlm.errors import ConfigError
-from nestlm.nn.rope import RopeScaling
+from nestlm.nn.rope import RopeScaling, rotary_table
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,16 @@ class DecoderConfig:
     mlp_bias: bool = False
     activation: Literal["silu", "relu2"] = "silu"
     gated_mlp: bool = True
+
+    def rotary_table(self, positions_L: Tensor, *, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of positions, (L, E) each; in float32 unless weights are wider."""
+        return rotary_table(
+            positions_L,
+            dim=self.rotary_dim or self.head_dim,
+            theta=self.rope_theta,
+            scaling=self.rope_scaling,
+            dtype=torch.float64 if dtype == torch.float64 else torch.float32,
+        )
 
     def __post_init__(self) -> None:
         sizes = {

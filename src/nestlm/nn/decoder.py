@@ -17,7 +17,6 @@ from nestlm.nn.kv_cache import KVCache, LayerCache
 from nestlm.nn.mlp import MLP
 from nestlm.nn.norm import LayerNorm1P, make_norm
 from nestlm.nn.policy import Decision, Mixed, Policy, Stream, full
-from nestlm.nn.rope import rotary_table
 from nestlm.parallel.sharding import fill
 from nestlm.spec import ATTN_HEADS, DEPTH, MLP_WIDTH, Site
 
@@ -145,7 +144,7 @@ class Decoder(nn.Module):
             )
         seen_documents_BL = documents_BL if cache is None else cache.advance(documents_BL, tokens=length)
         hidden_BLD = self.embed(tokens_BL)
-        sight = self.sight(hidden_BLD, start=start, documents_BL=seen_documents_BL)
+        sight = self.sight(hidden_BLD, start=start, documents_BL=seen_documents_BL, cache=cache)
         real_BL = None if documents_BL is None else documents_BL >= 0
         stream = Stream(real_BL, {} if cache is None else cache.memory)
         decisions: dict[Site, Decision] = {}
@@ -161,18 +160,16 @@ class Decoder(nn.Module):
         head_VD = self.embed.weight if self.head is None else self.head.weight
         return DecoderOutput(read(self.norm(hidden_BLD if last is None else hidden_BLD[:, -last:]), head_VD), decisions)
 
-    def sight(self, hidden_BLD: Tensor, *, start: int, documents_BL: Tensor | None) -> Sight:
+    def sight(
+        self, hidden_BLD: Tensor, *, start: int, documents_BL: Tensor | None, cache: KVCache | None = None
+    ) -> Sight:
         """What the tokens from position `start` on may look at."""
         length = hidden_BLD.shape[1]
-        wide = torch.float64 if hidden_BLD.dtype == torch.float64 else torch.float32
-        positions_L = torch.arange(start, start + length, device=hidden_BLD.device)
-        rotary = rotary_table(
-            positions_L,
-            dim=self.config.rotary_dim or self.config.head_dim,
-            theta=self.config.rope_theta,
-            scaling=self.config.rope_scaling,
-            dtype=wide,
-        )
+        if cache is not None:
+            rotary = cache.next_rotary(length)
+        else:
+            positions_L = torch.arange(start, start + length, device=hidden_BLD.device)
+            rotary = self.config.rotary_table(positions_L, dtype=hidden_BLD.dtype)
         if documents_BL is not None:
             return Sight(rotary, document_mask(documents_BL, num_queries=length), causal=True)
         if start == 0 or length == 1:

@@ -54,6 +54,7 @@ class KVCache:
             (torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype))
             for shape in shapes
         ]
+        self.rotary = config.rotary_table(torch.arange(length, device=device), dtype=dtype)
         self.documents_BL: Tensor | None = None
         self.memory: dict[Site, Tensor] = {}
 
@@ -61,6 +62,12 @@ class KVCache:
         """A layer's share as it stands."""
         keys, values = self.layers[index]
         return LayerCache(keys, values, self.num_tokens)
+
+    def next_rotary(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the next positions, (tokens, E) each."""
+        cos, sin = self.rotary
+        positions = slice(self.num_tokens, self.num_tokens + tokens)
+        return cos[positions], sin[positions]
 
     def advance(self, documents_BL: Tensor | None, *, tokens: int) -> Tensor | None:
         """Make room for tokens; returns the document numbers of all tokens, the new ones included.

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-LOGITS_AT_ONCE = {"cpu": 2**23, "cuda": 2**26}
+LOGITS_AT_ONCE = {"cpu": 2**23}
+ON_OTHER_DEVICES = 2**26
 LEAST_ROWS = 64  # what a product of matrices needs to be fast
 
 
@@ -189,6 +190,6 @@ def product_dtype(tensor: Tensor) -> torch.dtype:
 
 def chunks(rows: int, vocab_size: int, *, device: torch.device) -> Iterator[slice]:
     """Parts of the rows, of which no more logits are there at once than the device likes."""
-    size = max(LEAST_ROWS, LOGITS_AT_ONCE[device.type] // vocab_size)
+    size = max(LEAST_ROWS, LOGITS_AT_ONCE.get(device.type, ON_OTHER_DEVICES) // vocab_size)
     for start in range(0, rows, size):
         yield slice(start, min(start + size, rows))

@@ -36,17 +36,10 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) to (..., D)."""
-        if x.device.type == "cpu" and x.dtype == self.weight.dtype and x.dtype in (torch.float32, torch.float64):
-            if torch.is_grad_enabled():
-                return ScaledByRMS.apply(x, self.weight, self.eps)
-            return (x * rms_scale(x, self.eps)).mul_(self.weight)
+        known = x.device.type == "cpu" and x.dtype == self.weight.dtype and x.dtype in (torch.float32, torch.float64)
+        if known and torch.is_grad_enabled():
+            return ScaledByRMS.apply(x, self.weight, self.eps)
         return super().forward(x)
-
-
-def rms_scale(x: Tensor, eps: float | None) -> Tensor:
-    """What brings the root mean square to 1, (..., 1)."""
-    assert eps is not None, "configs name it"
-    return x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
 
 
 class ScaledByRMS(Function):
@@ -59,7 +52,7 @@ class ScaledByRMS(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         """(..., D) to (..., D)."""
-        scale = rms_scale(x, eps)
+        scale = x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight_D, scale)
         return (x * scale).mul_(weight_D)
 

@@ -15,6 +15,8 @@ from torch.autograd import Function
 for function in (torch.cos, torch.sin):
     function(torch.ones(1))
 
+FEW = 2**15  # numbers
+
 
 @runtime_checkable
 class RopeScaling(Protocol):
@@ -112,7 +114,12 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     The table broadcasts to x, (..., E), but for its own last dimension, dim.
     """
     cos, sin = (part.to(x.dtype) for part in table)
-    return Turn.apply(x, cos, sin) if torch.is_grad_enabled() else turned(x, cos, sin, direction=1.0)
+    if torch.is_grad_enabled() or x.numel() > FEW:
+        return Turn.apply(x, cos, sin)
+    dim = cos.shape[-1]  # few operations are what few numbers take least time by
+    first, second = x[..., :dim].chunk(2, dim=-1)
+    turned_few = x[..., :dim] * cos + torch.cat((-second, first), dim=-1) * sin
+    return turned_few if dim == x.shape[-1] else torch.cat((turned_few, x[..., dim:]), dim=-1)
 
 
 class Turn(Function):
@@ -136,5 +143,6 @@ def turned(x: Tensor, cos: Tensor, sin: Tensor, *, direction: float) -> Tensor:
     cos, sin, halves = cos[..., :half], sin[..., :half], (slice(half), slice(half, 2 * half))
     for mine, other, sign in zip(halves, reversed(halves), (-direction, direction), strict=True):
         torch.mul(x[..., mine], cos, out=out[..., mine]).add_(x[..., other] * sin, alpha=sign)
-    out[..., 2 * half :] = x[..., 2 * half :]
+    if x.shape[-1] > 2 * half:
+        out[..., 2 * half :] = x[..., 2 * half :]
     return out
