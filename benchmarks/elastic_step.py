@@ -15,7 +15,7 @@ from nestlm.sampler.one import One
 from shapes import Shape, training_step
 from turns import flops, ratio, take_turns
 
-STEPS = 8  # of a turn, again and again: the draws have to come near their mean
+STEPS = 4  # of a turn, again and again: two run the whole model, two a sub-network
 
 
 def rows(shape: Shape, *, repeats: int) -> Iterator[Row]:

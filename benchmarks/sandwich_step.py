@@ -15,7 +15,7 @@ from nestlm.sampler.sandwich import Sandwich
 from shapes import Shape, training_step
 from turns import Spread, flops, peak, ratio, take_turns
 
-STEPS = 3  # of a turn, so that random draws are several
+STEPS = 2  # of a turn, so that random draws are several
 
 
 def rows(shape: Shape, *, repeats: int) -> Iterator[Row]:
