@@ -28,7 +28,7 @@ from turns import Spread, Way, flops, peak, take_turns
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
-SUBNETS, LAYERS, VOCABULARIES = (2, 3, 4, 6, 8), (2, 4, 8, 16, 32), (1000, 4000, 16_000, 64_000)
+SUBNETS, LAYERS, VOCABULARIES = (2, 3, 4, 6, 8), (2, 4, 8, 16, 32), (1000, 8000, 32_000, 64_000)
 REPEATS = 7
 
 
@@ -93,17 +93,17 @@ def main() -> None:
     draw(steps, SUBNETS, times, label="measured")
     ideal = [times[0].middle * each / work[0] for each in work]
     steps.plot(SUBNETS, ideal, linestyle="--", color="grey", label="as FLOPs grow")
-    steps.set(xlabel="sub-networks of a step", ylabel="ms a step", title="Training")
+    steps.set(xlabel="sub-networks of a step", ylabel="ms a step", title="Training", ylim=0)
     for count in (4, 16):
         fractions = [(index + 1) / count for index in range(count)]
         made = timed(lambda layers, fractions=fractions: routing_of(layers, fractions), LAYERS)
         draw(routing, LAYERS, made, label=f"{count} choices a site")
-    routing.set(xlabel="layers", ylabel="ms a budget", title="Routing (exact knapsack)", xscale="log", yscale="log")
+    routing.set(xlabel="layers", ylabel="ms a budget", title="Routing (exact knapsack)", xticks=LAYERS, ylim=0)
     most = [peak(losses_of(number)) / 2**20 for number in VOCABULARIES]
     memory.plot(VOCABULARIES, most, marker="o", label="measured")
     weights = [2 * 4 * 256 * number / 2**20 for number in VOCABULARIES]
     memory.plot(VOCABULARIES, weights, linestyle="--", color="grey", label="gradients of embedding and head")
-    memory.set(xlabel="vocabulary", ylabel="MiB of a step besides weights", title="Memory", xscale="log")
+    memory.set(xlabel="vocabulary", ylabel="MiB of a step besides weights", title="Memory", xticks=VOCABULARIES[2:], ylim=0)
     for axes in (steps, routing, memory):
         axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
