@@ -103,7 +103,9 @@ def main() -> None:
     memory.plot(VOCABULARIES, most, marker="o", label="measured")
     weights = [2 * 4 * 256 * number / 2**20 for number in VOCABULARIES]
     memory.plot(VOCABULARIES, weights, linestyle="--", color="grey", label="gradients of embedding and head")
-    memory.set(xlabel="vocabulary", ylabel="MiB of a step besides weights", title="Memory", xticks=VOCABULARIES[2:], ylim=0)
+    memory.set(
+        xlabel="vocabulary", ylabel="MiB of a step besides weights", title="Memory", xticks=VOCABULARIES[2:], ylim=0
+    )
     for axes in (steps, routing, memory):
         axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
