@@ -9,11 +9,23 @@ from torch import nn
 
 from nestlm.layout import Layout, Precision
 from nestlm.nn.decoder import Decoder
-from nestlm.rehearsal import GRADIENTS, HELD, PARTS, REST, STATES, TEACHER, UPDATE, WEIGHTS, Rehearsal
+from nestlm.rehearsal import (
+    GRADIENTS,
+    HELD,
+    PART_OF_BACKWARD,
+    PARTS,
+    REST,
+    STATES,
+    TEACHER,
+    UPDATE,
+    WEIGHTS,
+    Rehearsal,
+)
 from nestlm.settings import Settings
 
 Parts = Mapping[str, float]
-GATHERED_BLOCKS = 3  # the one that runs, the next one, and what it arrived in
+GATHERED_BLOCKS = 2  # the one that runs, and what it arrived in
+PREFETCHED_BLOCKS = 1  # going back, the next one as well
 
 
 def predict(stage: str, settings: Settings, *, layout: Layout, precision: Precision) -> Parts:
@@ -73,11 +85,13 @@ def shard(
     around = size * count(model) - block * len(model.blocks)
     own = {part: held / shards for part, held in at_rest[UPDATE].items()}
     widened = torch.float32.itemsize / size / (1 if any(HELD in name for name in passes) else shards)
+    goes_back = any(PART_OF_BACKWARD in name for name in passes)
+    gathered = GATHERED_BLOCKS + goes_back * PREFETCHED_BLOCKS
     moments: dict[str, Parts] = {UPDATE: own}
     for name, parts in passes.items():
         if name != UPDATE:
             moments[name] = {
-                WEIGHTS: own[WEIGHTS] + around + GATHERED_BLOCKS * block,
+                WEIGHTS: own[WEIGHTS] + around + gathered * block,
                 GRADIENTS: parts[GRADIENTS] * widened,
                 STATES: own[STATES],
                 TEACHER: own[TEACHER] + (around if parts[TEACHER] else 0.0),

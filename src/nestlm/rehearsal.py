@@ -40,6 +40,7 @@ PARTS = (WEIGHTS, GRADIENTS, STATES, TEACHER, REST)
 ALL_RUN = {"mlp_width": MLPWidth(fractions=(1.0,), multiple_of=1)}  # for runs whose only axis is depth
 UPDATE = "update"
 ROUTED_SHARE = 0.75  # of a width: between the smallest and the whole, of which few draws run just that
+PART_OF_BACKWARD = "; "  # in the name of a moment: what it comes to is named after it
 HELD = ", held"  # in the name of a moment: its gradients wait for later ones before ranks reduce them
 COMPILED = "compiled"  # the moment of an update that keeps nothing on the way
 COMPILING = ("torchao",)  # packages whose optimizers compile it
@@ -271,7 +272,7 @@ def mark_blocks(decoder: Decoder, ledger: Ledger) -> None:
     norms = {"last": decoder.norm, "first": above_first, "embedding": blocks[0].attn_norm}
 
     def mark(name: str) -> None:
-        ledger.moment = f"{ledger.moment.partition(';')[0]}; {name}"
+        ledger.moment = f"{ledger.moment.partition(PART_OF_BACKWARD)[0]}{PART_OF_BACKWARD}{name}"
 
     for name, norm in norms.items():
         if norm.weight.requires_grad:
