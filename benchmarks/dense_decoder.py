@@ -102,9 +102,8 @@ def rows(shape: Shape, *, repeats: int) -> Iterator[Row]:
     }
     with torch.no_grad():
         wanted = outputs["nestlm"]()
-        for name, output in outputs.items():
+        for output in outputs.values():
             torch.testing.assert_close(output(), wanted, rtol=1e-2, atol=1e-3 if shape.dtype == torch.float32 else 0.1)
-            del name
     models["nestlm"] = decoder
     ways: dict[str, Way] = {
         name: forward_backward(models[name], lambda output=output: cross_entropy(output(), shape))

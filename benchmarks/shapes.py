@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import cycle
@@ -129,8 +128,3 @@ def no_grad(way: Way) -> Way:
             return way()
 
     return quiet
-
-
-def parameters(models: Iterable[nn.Module]) -> int:
-    """Of several models."""
-    return sum(parameter.numel() for model in models for parameter in model.parameters())

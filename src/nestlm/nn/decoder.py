@@ -144,7 +144,7 @@ class Decoder(nn.Module):
             )
         seen_documents_BL = documents_BL if cache is None else cache.advance(documents_BL, tokens=length)
         hidden_BLD = self.embed(tokens_BL)
-        sight = self.sight(hidden_BLD, start=start, documents_BL=seen_documents_BL, cache=cache)
+        sight = self.sight(hidden_BLD, documents_BL=seen_documents_BL, cache=cache)
         real_BL = None if documents_BL is None else documents_BL >= 0
         stream = Stream(real_BL, {} if cache is None else cache.memory)
         decisions: dict[Site, Decision] = {}
@@ -160,16 +160,14 @@ class Decoder(nn.Module):
         head_VD = self.embed.weight if self.head is None else self.head.weight
         return DecoderOutput(read(self.norm(hidden_BLD if last is None else hidden_BLD[:, -last:]), head_VD), decisions)
 
-    def sight(
-        self, hidden_BLD: Tensor, *, start: int, documents_BL: Tensor | None, cache: KVCache | None = None
-    ) -> Sight:
-        """What the tokens from position `start` on may look at."""
+    def sight(self, hidden_BLD: Tensor, *, documents_BL: Tensor | None, cache: KVCache | None) -> Sight:
+        """What tokens may look at: the first of their rows, or those that come after a cache's."""
         length = hidden_BLD.shape[1]
-        if cache is not None:
-            rotary = cache.next_rotary(length)
-        else:
-            positions_L = torch.arange(start, start + length, device=hidden_BLD.device)
+        if cache is None:
+            start, positions_L = 0, torch.arange(length, device=hidden_BLD.device)
             rotary = self.config.rotary_table(positions_L, dtype=hidden_BLD.dtype)
+        else:
+            start, rotary = cache.num_tokens, cache.next_rotary(length)
         if documents_BL is not None:
             return Sight(rotary, document_mask(documents_BL, num_queries=length), causal=True)
         if start == 0 or length == 1:
