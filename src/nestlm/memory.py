@@ -86,7 +86,7 @@ def shard(
     own = {part: held / shards for part, held in at_rest[UPDATE].items()}
     widened = torch.float32.itemsize / size / (1 if any(HELD in name for name in passes) else shards)
     goes_back = any(PART_OF_BACKWARD in name for name in passes)
-    gathered = GATHERED_BLOCKS + goes_back * PREFETCHED_BLOCKS
+    gathered = GATHERED_BLOCKS + goes_back * PREFETCHED_BLOCKS if shards > 1 else 0
     moments: dict[str, Parts] = {UPDATE: own}
     for name, parts in passes.items():
         if name != UPDATE:

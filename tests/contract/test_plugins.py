@@ -20,6 +20,7 @@ from nestlm.data.batch import Batch
 from nestlm.data.source.base import PreparedSource, fingerprint
 from nestlm.elastic.weights import extract
 from nestlm.errors import BudgetError
+from nestlm.nn.kv_cache import KVCache
 from nestlm.nn.policy import fixed
 from nestlm.ranking.base import order
 from nestlm.sampler.base import Mixture, Sampler, generator, independent
@@ -168,17 +169,9 @@ def test_memory_is_that_of_the_extracted_model_and_its_cache(weights, cache, kin
     decoder = random_decoder(config)
     for spec in specs_of(space):
         small = extract(decoder, spec, axes=axes).to(weights)
-        computed: list[torch.Tensor] = []
-        tokens_BL = torch.zeros(3, 20, dtype=torch.long)
         held = sum(parameter.nbytes for parameter in small.parameters())
-        for block in small.blocks:
-            for projection in (block.attn.k, block.attn.v):
-                projection.register_forward_hook(
-                    lambda module, inputs, output, to=computed: to.append(output.to(cache))
-                )
-        small(tokens_BL)
-        assert len(computed) == 2 * len(small.blocks)
-        assert table.cost(spec) == held + sum(tensor.nbytes for tensor in computed)
+        kept = KVCache(small.config, batch_size=3, length=20, device=torch.device("cpu"), dtype=cache)
+        assert table.cost(spec) == held + sum(tensor.nbytes for layer in kept.layers for tensor in layer)
 
 
 @pytest.mark.parametrize("kind", KINDS)

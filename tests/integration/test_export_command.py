@@ -1,6 +1,7 @@
 """`nestlm export`: from a run's folder to models that transformers and llama.cpp open."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,12 @@ def export(run: Path, *options: str) -> str:
     return done.output
 
 
+def difference(said: str) -> float:
+    """Of logits, as a command prints it: 0 on most processors, the last bits of a single row's products on others."""
+    (found,) = re.findall(r"largest difference of logits (\S+) in transformers", said)
+    return float(found)
+
+
 @pytest.fixture
 def out(tmp_path) -> Path:
     return tmp_path / "out"
@@ -31,7 +38,7 @@ def out(tmp_path) -> Path:
 
 def test_a_folder_opens_with_its_tokenizer_and_tells_what_it_is(static_run, out):
     said = export(static_run, "--budget", "0.8", "--out", str(out))
-    assert "largest difference of logits 0.0e+00 in transformers" in said
+    assert difference(said) < 1e-5
     assert "the whole model (" in said
     model = transformers.AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(out, trust_remote_code=True)
@@ -73,7 +80,7 @@ def test_equal_widths_are_the_family_itself(static_run, out):
 
 def test_a_dynamic_router_goes_along(dynamic_run, out):
     said = export(dynamic_run, "--budget", "0.8", "--out", str(out))
-    assert "largest difference of logits 0.0e+00 in transformers" in said
+    assert difference(said) < 1e-5
     assert "for each token how wide" in (out / "README.md").read_text()
     config = json.loads((out / "config.json").read_text())
     assert config["router"]["sites"]

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nestlm.errors import ConfigError
-from nestlm.nn.attention import GroupedQueryAttention, Sight
+from nestlm.nn.attention import GroupedQueryAttention
 from nestlm.nn.config import BlockConfig, DecoderConfig
 from nestlm.nn.kv_cache import KVCache, LayerCache
 from nestlm.nn.mlp import MLP
 from nestlm.nn.norm import LayerNorm1P, make_norm
 from nestlm.nn.policy import Decision, Mixed, Policy, Stream, full
+from nestlm.nn.sight import Sight, scores_mask
 from nestlm.parallel.sharding import fill
 from nestlm.spec import ATTN_HEADS, DEPTH, MLP_WIDTH, Site
 
@@ -169,11 +170,12 @@ class Decoder(nn.Module):
         else:
             start, rotary = cache.num_tokens, cache.next_rotary(length)
         if documents_BL is not None:
-            return Sight(rotary, document_mask(documents_BL, num_queries=length), causal=True)
+            visible = document_mask(documents_BL, num_queries=length)
+            return Sight(rotary, scores_mask(visible, dtype=hidden_BLD.dtype), causal=True)
         if start == 0 or length == 1:
             return Sight(rotary, None, causal=start == 0)
         past = torch.ones(length, start + length, dtype=torch.bool, device=hidden_BLD.device).tril(start)
-        return Sight(rotary, past[None, None], causal=True)
+        return Sight(rotary, scores_mask(past[None, None], dtype=hidden_BLD.dtype), causal=True)
 
     def init_weights(self, *, seed: int) -> None:
         """Fill the weights: normal with variance 2/(5D) (Nguyen and Salazar, arXiv 1910.05895).

@@ -1,25 +1,145 @@
-"""A linear map of which only a prefix runs."""
+"""Linear maps of which the first outputs, or the first inputs, run."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain, repeat
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+Cuts = Sequence[Sequence[int]]  # outputs, by map and part
 
 
 class PrefixLinear(nn.Linear):
-    """`nn.Linear` that can run the first outputs or take the first inputs only."""
+    """`nn.Linear` that also takes the first of its inputs only."""
 
-    def forward(self, input: Tensor, *, outputs: int | None = None, inputs: int | None = None) -> Tensor:
-        """Map (..., inputs) to (..., outputs); None stands for all. A view of the weight is used, never a mask."""
-        weight, bias = self.weight, self.bias
-        # Slicing a whole tensor would still cost a copy of its gradient, so it is left out.
-        if outputs is not None and outputs != self.out_features:
-            weight = weight[:outputs]
-            bias = None if bias is None else bias[:outputs]
-        if inputs is not None and inputs != self.in_features:
-            weight = weight[:, :inputs]
-        return F.linear(input, weight, bias)
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., inputs) to (..., outputs)."""
+        return prefix_products([input], [self])[0][0]
+
+
+def prefix_products(
+    parts: Sequence[Tensor], linears: Sequence[nn.Linear], *, outputs: Cuts | None = None
+) -> list[list[Tensor]]:
+    """What each of several maps makes of each of several parts: a list a map, with an entry a part.
+
+    Args:
+        parts: (..., inputs) each, of the maps' first inputs, or of all; the widest first.
+        linears: the maps.
+        outputs: how many of a map's first outputs a part asks for, the most first; None: all.
+    """
+    if outputs is None:
+        outputs = [[linear.out_features] * len(parts) for linear in linears]
+    plain = len(parts) == len(linears) == 1 and linears[0].weight.shape == (outputs[0][0], parts[0].shape[-1])
+    if torch.is_grad_enabled() and not plain:
+        weights, biases = [linear.weight for linear in linears], [linear.bias for linear in linears]
+        return by_map(PrefixProducts.apply(outputs, *parts, *weights, *biases), len(parts))
+    return [products(parts, linear.weight, linear.bias, cuts) for linear, cuts in zip(linears, outputs, strict=True)]
+
+
+def products(parts: Sequence[Tensor], weight: Tensor, bias: Tensor | None, outputs: Sequence[int]) -> list[Tensor]:
+    """Those of one map. Weights are cut by views, never by masks."""
+    return [
+        F.linear(part, weight[:cut, : part.shape[-1]], None if bias is None else bias[:cut])
+        for part, cut in zip(parts, outputs, strict=True)
+    ]
+
+
+def by_map(flat: Sequence[Any], num_parts: int) -> list[list[Any]]:
+    """A list a map."""
+    return [list(flat[start : start + num_parts]) for start in range(0, len(flat), num_parts)]
+
+
+class PrefixProducts(Function):
+    """Gradients are added up as they are multiplied: that of a cut weight is not padded and copied, and those of an
+    input that several maps share are not summed afterwards.
+    """  # noqa: D205
+
+    @staticmethod
+    def forward(ctx: Any, outputs: Cuts, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Parts, weights and biases to products."""
+        num_parts = len(outputs[0])
+        dtype = product_dtype(tensors[0])
+        parts = [part.to(dtype) for part in tensors[:num_parts]]  # once for all maps
+        weights, biases = by_map(tensors[num_parts:], len(outputs))
+        ctx.save_for_backward(*parts, *weights)
+        ctx.num_parts, ctx.biases = num_parts, biases
+        ctx.set_materialize_grads(False)
+        return tuple(chain.from_iterable(map(products, repeat(parts), weights, biases, outputs)))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Of parts, weights and biases, where they are wanted."""
+        saved = ctx.saved_tensors
+        parts, weights = saved[: ctx.num_parts], saved[ctx.num_parts :]
+        wanted = iter(ctx.needs_input_grad[1:])
+        grads_no = by_map([None if grad is None else grad.flatten(0, -2) for grad in grads], len(parts))
+        parts_ni = [part.flatten(0, -2) for part in parts]
+        for_parts = [
+            grad_of_part([row[number] for row in grads_no], weights, part) if next(wanted) else None
+            for number, part in enumerate(parts)
+        ]
+        for_weights = [
+            grad_of_weight(row, parts_ni, weight) if next(wanted) else None
+            for row, weight in zip(grads_no, weights, strict=True)
+        ]
+        for_biases = [
+            grad_of_bias(row, bias) if next(wanted) else None for row, bias in zip(grads_no, ctx.biases, strict=True)
+        ]
+        return (None, *for_parts, *for_weights, *for_biases)
+
+
+def grad_of_part(grads_no: Sequence[Tensor | None], weights: Sequence[Tensor], part: Tensor) -> Tensor | None:
+    """The sum over maps, in the part's shape."""
+    total = None
+    for grad_no, weight in zip(grads_no, weights, strict=True):
+        if grad_no is not None:
+            cut = weight[: grad_no.shape[1], : part.shape[-1]].to(grad_no.dtype)
+            total = grad_no @ cut if total is None else total.addmm_(grad_no, cut)
+    return None if total is None else total.view_as(part)
+
+
+def grad_of_weight(grads_no: Sequence[Tensor | None], parts_ni: Sequence[Tensor], weight: Tensor) -> Tensor | None:
+    """The sum over parts, in the weight's shape. The first part reaches farthest; what lies beyond it gets zeros."""
+    total = None
+    for grad_no, part_ni in zip(grads_no, parts_ni, strict=True):
+        if grad_no is None:
+            continue
+        outputs, inputs = grad_no.shape[1], part_ni.shape[1]
+        beta = 1
+        if total is None:
+            beta, total = 0, torch.empty_like(weight)
+            total[outputs:] = 0
+            total[:outputs, inputs:] = 0
+        reached = total[:outputs, :inputs]
+        if grad_no.dtype == weight.dtype:
+            reached.addmm_(grad_no.T, part_ni, beta=beta)
+        elif beta:
+            reached += grad_no.T @ part_ni
+        else:
+            reached.copy_(grad_no.T @ part_ni)
+    return total
+
+
+def grad_of_bias(grads_no: Sequence[Tensor | None], bias: Tensor) -> Tensor:
+    """The sum over all rows, in the bias's shape."""
+    total = torch.zeros_like(bias)
+    for grad_no in grads_no:
+        if grad_no is not None:
+            total[: grad_no.shape[1]] += grad_no.sum(0)
+    return total
+
+
+def product_dtype(tensor: Tensor) -> torch.dtype:
+    """What matrices are multiplied in: the tensor's own, or autocast's."""
+    kind = tensor.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
 
 
 def hold_linear(module: nn.Module, dtype: torch.dtype) -> None:

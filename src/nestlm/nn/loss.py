@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from nestlm.nn.linear import product_dtype
+
 LOGITS_AT_ONCE = {"cpu": 2**23}
 ON_OTHER_DEVICES = 2**26
 LEAST_ROWS = 64  # what a product of matrices needs to be fast
@@ -180,12 +182,6 @@ class HeadLoss(Function):
             None if grad is None else grad.mul_(scale).to(dtype) for grad, dtype in zip(made, ctx.dtypes, strict=True)
         ]
         return *scaled, None, None, None, None
-
-
-def product_dtype(tensor: Tensor) -> torch.dtype:
-    """What matrices are multiplied in: the tensor's own, or autocast's."""
-    kind = tensor.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
 
 
 def chunks(rows: int, vocab_size: int, *, device: torch.device) -> Iterator[slice]:

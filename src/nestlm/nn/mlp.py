@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nestlm.nn.config import DecoderConfig
-from nestlm.nn.linear import PrefixLinear
+from nestlm.nn.linear import PrefixLinear, prefix_products
 from nestlm.nn.policy import Decision, Mixed
-from nestlm.nn.staircase import Staircase
+from nestlm.nn.row_groups import RowGroups
 
 
 def relu2(x: Tensor) -> Tensor:
@@ -29,11 +29,16 @@ class MLP(nn.Module):
         super().__init__()
         size, bias = config.hidden_size, config.mlp_bias
         self.activation = ACTIVATIONS[config.activation]
-        self.gate = PrefixLinear(size, mlp_width, bias=bias) if config.gated_mlp else None
-        self.up = PrefixLinear(size, mlp_width, bias=bias)
+        self.gate = nn.Linear(size, mlp_width, bias=bias) if config.gated_mlp else None
+        self.up = nn.Linear(size, mlp_width, bias=bias)
         self.down = PrefixLinear(mlp_width, size, bias=bias)
 
-    def neurons(self, up: Tensor, gate: Tensor | None) -> Tensor:
+    @property
+    def inward(self) -> list[nn.Linear]:
+        """The maps from the residual stream."""
+        return [self.up] if self.gate is None else [self.up, self.gate]
+
+    def neurons(self, up: Tensor, gate: Tensor | None = None) -> Tensor:
         """What the neurons hand on, from their projections."""
         return self.activation(up) if gate is None else self.activation(gate) * up
 
@@ -46,28 +51,25 @@ class MLP(nn.Module):
             return self.forward_mixed(hidden_BLD, width, decision.gate)
         if width == 0:
             return torch.zeros_like(hidden_BLD)
-        gate_BLF = None if self.gate is None else self.gate(hidden_BLD, outputs=width)
-        neurons_BLF = self.neurons(self.up(hidden_BLD, outputs=width), gate_BLF)
+        outputs = None if width is None else [[width]] * len(self.inward)
+        projected = prefix_products([hidden_BLD], self.inward, outputs=outputs)
+        neurons_BLF = self.neurons(*(made for (made,) in projected))
         if decision.gate is not None:
             neurons_BLF = neurons_BLF * decision.gate
-        return self.down(neurons_BLF, inputs=width)
+        return self.down(neurons_BLF)
 
     def forward_mixed(self, hidden_BLD: Tensor, width: Mixed, gate: Tensor | None) -> Tensor:
         """Rows of different widths: sequences where the index is (B,), else tokens."""
-        token_wise = width.index.ndim == 2
-        rows = hidden_BLD.flatten(0, 1) if token_wise else hidden_BLD
-        stairs = Staircase.of(width.index.flatten(), width.widths)
-        if not stairs.live():
+        rows = hidden_BLD.flatten(0, 1) if width.index.ndim == 2 else hidden_BLD
+        groups = RowGroups.of(width)
+        if not groups.widths:
             return torch.zeros_like(hidden_BLD)
-        gate_bands = None if self.gate is None else stairs.split_outputs(self.gate)
-        up_bands, down_bands = stairs.split_outputs(self.up), stairs.split_inputs(self.down)
-        gates = None if gate is None else gate.flatten(0, width.index.ndim - 1)[stairs.order]
-        parts = []
-        for band, part in zip(stairs.live(), stairs.down(rows), strict=True):
-            activated = None if gate_bands is None else F.linear(part, *gate_bands[band])
-            neurons = self.neurons(F.linear(part, *up_bands[band]), activated)
-            if gates is not None:
-                factor = gates[: len(part), band]
-                neurons = neurons * factor.view(-1, *[1] * (neurons.ndim - 1))
-            parts.append(F.linear(neurons, *down_bands[band]))
-        return stairs.up(parts).view_as(hidden_BLD)
+        projected = prefix_products(groups.gather(rows), self.inward, outputs=[groups.widths] * len(self.inward))
+        neurons = [self.neurons(*made) for made in zip(*projected, strict=True)]
+        if gate is not None:
+            neurons = [
+                part * factors.view(-1, *[1] * (part.ndim - 2), units)
+                for part, factors, units in zip(neurons, groups.factors(gate), groups.widths, strict=True)
+            ]
+        (added,) = prefix_products(neurons, [self.down])
+        return groups.scatter(added).view_as(hidden_BLD)

@@ -36,10 +36,18 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) to (..., D)."""
-        known = x.device.type == "cpu" and x.dtype == self.weight.dtype and x.dtype in (torch.float32, torch.float64)
-        if known and torch.is_grad_enabled():
+        if x.device.type != "cpu" or x.dtype != self.weight.dtype or x.dtype not in (torch.float32, torch.float64):
+            return super().forward(x)
+        assert self.eps is not None, "it is given"
+        if torch.is_grad_enabled():
             return ScaledByRMS.apply(x, self.weight, self.eps)
-        return super().forward(x)
+        return scaled_by_rms(x, self.weight, self.eps)[0]
+
+
+def scaled_by_rms(x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """What it makes of rows (..., D), and what they were multiplied by, (..., 1)."""
+    scale = x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+    return (x * scale).mul_(weight_D), scale
 
 
 class ScaledByRMS(Function):
@@ -52,9 +60,9 @@ class ScaledByRMS(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         """(..., D) to (..., D)."""
-        scale = x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        scaled, scale = scaled_by_rms(x, weight_D, eps)
         ctx.save_for_backward(x, weight_D, scale)
-        return (x * scale).mul_(weight_D)
+        return scaled
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

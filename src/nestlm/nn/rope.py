@@ -139,10 +139,11 @@ class Turn(Function):
 
 def turned(x: Tensor, cos: Tensor, sin: Tensor, *, direction: float) -> Tensor:
     """The first `dim` entries turned; the second half of the table repeats the first."""
-    half, out = cos.shape[-1] // 2, torch.empty_like(x)
-    cos, sin, halves = cos[..., :half], sin[..., :half], (slice(half), slice(half, 2 * half))
-    for mine, other, sign in zip(halves, reversed(halves), (-direction, direction), strict=True):
-        torch.mul(x[..., mine], cos, out=out[..., mine]).add_(x[..., other] * sin, alpha=sign)
-    if x.shape[-1] > 2 * half:
-        out[..., 2 * half :] = x[..., 2 * half :]
+    dim, half = cos.shape[-1], cos.shape[-1] // 2
+    out = torch.empty_like(x)
+    torch.mul(x[..., half:dim], sin[..., :half] * -direction, out=out[..., :half])
+    torch.mul(x[..., :half], sin[..., half:] * direction, out=out[..., half:dim])
+    out[..., :dim] += x[..., :dim] * cos
+    if x.shape[-1] > dim:
+        out[..., dim:] = x[..., dim:]
     return out

@@ -64,6 +64,8 @@ class Activation:
         device = next(decoder.parameters()).device
         seen = float(ranks.summed(torch.tensor(tokens, dtype=torch.float64, device=device)))
         sums = {site: ranks.summed(total.to(device)).cpu() for site, total in sums.items()}
+        unseen = [str(site) for site, total in sums.items() if not total.any()]
+        assert not unseen, f"what is observed at {', '.join(unseen)} did not run as a module"
         widths = {axis.name for axis in width_axes(axes)}
         return {site: total if site.axis in widths else total / seen for site, total in sums.items()}
 

@@ -6,7 +6,7 @@ token decides as one pass over all tokens does.
 Letters of shapes: B batch, L tokens, D model width, K choices of a site, J multipliers, n scattered tokens.
 """
 
-from itertools import pairwise
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -175,26 +175,17 @@ def inside(chosen: Widths | None, block: Widths | None, *, whole: int) -> Widths
     return (0, *chosen[0]), torch.where(runs_BL, chosen[1] + 1, 0)
 
 
-def bands(chosen: Widths) -> list[tuple[int, slice, Tensor]]:
-    """Units between neighbouring widths, and the tokens (flat) that reach them, widest first: nothing runs in vain."""
+def by_width(chosen: Widths) -> list[tuple[int, Tensor]]:
+    """The widths that tokens take, and which (flat) take them, widest first; without those that run nothing."""
     widths, index = chosen[0], chosen[1].flatten()
-    if len(index) == 1:  # one product, not one a band
-        width = widths[int(index)]
-        return [(int(index), slice(0, width), torch.zeros_like(index))] if width else []
-    order = index.argsort(descending=True, stable=True)
-    reached = torch.bincount(index, minlength=len(widths)).flip(0).cumsum(0).flip(0).tolist()
-    edges = pairwise((0, *widths))
-    return [
-        (band, slice(start, end), order[: reached[band]])
-        for band, (start, end) in enumerate(edges)
-        if end > start and reached[band]
-    ]
+    counts = torch.bincount(index, minlength=len(widths)).flip(0).tolist()
+    tokens = index.argsort(descending=True, stable=True).split(counts)
+    return [(width, part) for width, part in zip(reversed(widths), tokens, strict=True) if width and len(part)]
 
 
-def part(linear: nn.Linear, units: slice, rows: int = 1) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of a map to some units, `rows` outputs each."""
-    cut = slice(units.start * rows, units.stop * rows)
-    return linear.weight[cut], None if linear.bias is None else linear.bias[cut]
+def first(linear: nn.Linear, outputs: int) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a map to its first outputs."""
+    return linear.weight[:outputs], None if linear.bias is None else linear.bias[:outputs]
 
 
 class RoutedLlamaDecoderLayer(LlamaDecoderLayer):
@@ -248,12 +239,12 @@ class RoutedLlamaDecoderLayer(LlamaDecoderLayer):
     def transform(self, hidden_BLD: Tensor, chosen: Widths) -> Tensor:
         """The MLP, of which each token runs a prefix of the neurons."""
         mlp, rows = self.mlp, hidden_BLD.flatten(0, 1)
-        gate, bias, total = getattr(mlp, "gate_proj", None), mlp.down_proj.bias, torch.zeros_like(rows)
-        for _, units, tokens in bands(chosen):
-            up = F.linear(rows[tokens], *part(mlp.up_proj, units))
-            neurons = mlp.act_fn(up) if gate is None else mlp.act_fn(F.linear(rows[tokens], *part(gate, units))) * up
-            total.index_add_(0, tokens, F.linear(neurons, mlp.down_proj.weight[:, units], bias))
-            bias = None  # the first band, which every token reaches that runs at all, has brought it
+        gate, total = getattr(mlp, "gate_proj", None), torch.zeros_like(rows)
+        for width, tokens in by_width(chosen):
+            part = rows[tokens]
+            up = F.linear(part, *first(mlp.up_proj, width))
+            neurons = mlp.act_fn(up) if gate is None else mlp.act_fn(F.linear(part, *first(gate, width))) * up
+            total[tokens] = F.linear(neurons, mlp.down_proj.weight[:, :width], mlp.down_proj.bias)
         return total.view_as(hidden_BLD)
 
     def attend(
@@ -270,17 +261,29 @@ class RoutedLlamaDecoderLayer(LlamaDecoderLayer):
         k_BGLE = apply_rotary_pos_emb(k_BGLE, k_BGLE, *rotary)[1]
         v_BGLE = attn.v_proj(hidden_BLD).unflatten(-1, (-1, attn.head_dim)).transpose(1, 2)
         k_BGLE, v_BGLE = cache.update(k_BGLE, v_BGLE, attn.layer_idx)
-        rows, bias, total = hidden_BLD.flatten(0, 1), attn.o_proj.bias, torch.zeros_like(hidden_BLD.flatten(0, 1))
+        rows, total, parts = hidden_BLD.flatten(0, 1), torch.zeros_like(hidden_BLD.flatten(0, 1)), by_width(chosen)
+        if not parts:
+            return total.view_as(hidden_BLD)
         cos, sin = (table.expand(batch, -1, -1).flatten(0, 1) for table in rotary)
-        per_unit = attn.num_key_value_groups * attn.head_dim
-        for band, groups, tokens in bands(chosen):
-            q_nHE = self.split(F.linear(rows[tokens], *part(attn.q_proj, groups, per_unit)), "q_norm")
-            q_nHE = apply_rotary_pos_emb(q_nHE, q_nHE, cos[tokens], sin[tokens])[0]
-            seated = take_seats(chosen[1] >= band, tokens)
-            heads = self.look(q_nHE, k_BGLE[:, groups], v_BGLE[:, groups], mask, tokens, seated, length)
-            columns = slice(groups.start * per_unit, groups.stop * per_unit)
-            total.index_add_(0, tokens, F.linear(heads.flatten(1), attn.o_proj.weight[:, columns], bias))
-            bias = None
+        heads, order = attn.num_key_value_groups, torch.cat([tokens for _, tokens in parts])
+        ends = list(accumulate(len(tokens) for _, tokens in parts))
+        q_nHE = rows.new_zeros(len(order), parts[0][0] * heads, attn.head_dim)
+        for end, (width, tokens) in zip(ends, parts, strict=True):
+            q_cHE = self.split(F.linear(rows[tokens], *first(attn.q_proj, width * heads * attn.head_dim)), "q_norm")
+            turned = apply_rotary_pos_emb(q_cHE, q_cHE, cos[tokens], sin[tokens])[0]
+            q_nHE[end - len(tokens) : end, : width * heads] = turned
+        found_nHE, start = torch.empty_like(q_nHE), 0
+        for end, (width, _) in zip(
+            reversed(ends), reversed(parts), strict=True
+        ):  # all tokens look with the first heads
+            band, groups = slice(start * heads, width * heads), slice(start, width)
+            seated = take_seats(torch.tensor(chosen[0], device=order.device)[chosen[1]] >= width, order[:end])
+            seen = k_BGLE[:, groups], v_BGLE[:, groups], mask
+            found_nHE[:end, band] = self.look(q_nHE[:end, band], *seen, order[:end], seated, length)
+            start = width
+        for end, (width, tokens) in zip(ends, parts, strict=True):
+            part = found_nHE[end - len(tokens) : end, : width * heads].flatten(1)
+            total[tokens] = F.linear(part, attn.o_proj.weight[:, : part.shape[1]], attn.o_proj.bias)
         return total.view_as(hidden_BLD)
 
     def split(self, flat: Tensor, norm: str) -> Tensor:

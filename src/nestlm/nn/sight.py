@@ -1,0 +1,58 @@
+"""What the queries of a call may look at, and what they find there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sight:
+    """Where the queries of a call stand, and what they may look at.
+
+    Attributes:
+        rotary: cosines and sines of the call's positions, (L, E) each.
+        mask: what scores take on, 0 where a query may look and -inf elsewhere, (B or 1, 1, L, tokens so far); None
+            where `causal` says it all.
+        causal: whether, without a mask, a query sees itself and what is before it, rather than everything.
+    """
+
+    rotary: tuple[Tensor, Tensor]
+    mask: Tensor | None
+    causal: bool
+
+    def rows(self, chosen: Tensor) -> Sight:
+        """The same for some sequences of the batch."""
+        if self.mask is None or len(self.mask) == 1:
+            return self
+        return Sight(self.rotary, self.mask[chosen], self.causal)
+
+    @cached_property
+    def explicit_mask(self) -> Tensor | None:
+        """The mask, also where it goes without saying: (B or 1, L, tokens so far); None where everything is seen."""
+        if self.mask is not None:
+            return self.mask[:, 0]
+        cos_LE = self.rotary[0]
+        past_LL = torch.ones(len(cos_LE), len(cos_LE), dtype=torch.bool, device=cos_LE.device).tril()
+        return scores_mask(past_LL[None], dtype=cos_LE.dtype) if self.causal else None
+
+
+def scores_mask(visible: Tensor, *, dtype: torch.dtype) -> Tensor:
+    """What scores take on: 0 where a query may look, -inf where it may not."""
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -torch.inf)
+
+
+def attend(q_BHLE: Tensor, k_BGLE: Tensor, v_BGLE: Tensor, *, sight: Sight) -> Tensor:
+    """Scaled dot-product attention, (B, H, L, E); the query heads are shared out evenly among the KV groups."""
+    return F.scaled_dot_product_attention(
+        q_BHLE,
+        k_BGLE,
+        v_BGLE,
+        attn_mask=sight.mask,
+        is_causal=sight.mask is None and sight.causal,
+        enable_gqa=q_BHLE.shape[1] != k_BGLE.shape[1],
+    )
