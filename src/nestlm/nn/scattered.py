@@ -38,36 +38,58 @@ def attend_scattered(
         for (start, end), q_cHE in zip(pairwise(starts), queries, strict=True)
     ]
     shape, tokens = (starts[-1], *queries[0].shape[1:]), torch.cat(groups.rows)
-    q_nHE = Placed.apply(slots, shape, *queries)
-    found, places = [], []
+    bands, seen = [], []
     for reaching, (start, end) in zip(reversed(starts[1:]), pairwise((0, *reversed(groups.widths))), strict=True):
-        heads, units = slice(start * heads_per_group, end * heads_per_group), slice(start, end)
-        reached_BL = width.widths_of_rows.view_as(width.index) >= end
-        places.append((slice(reaching), heads))
-        found.append(
-            attend_seated(
-                q_nHE[places[-1]], k_BGLE[:, units], v_BGLE[:, units], tokens[:reaching], reached_BL, sight=sight
-            )
+        bands.append((slice(reaching), slice(start * heads_per_group, end * heads_per_group)))
+        seen.append((slice(start, end), tokens[:reaching], width.widths_of_rows.view_as(width.index) >= end))
+    found = [
+        attend_seated(q_mHE, k_BGLE[:, units], v_BGLE[:, units], chosen, reached_BL, sight=sight)
+        for q_mHE, (units, chosen, reached_BL) in zip(
+            CutOut.apply(PutTogether.apply(slots, shape, *queries), bands), seen, strict=True
         )
-    found_nHE = Placed.apply(places, shape, *found)
-    return [found_nHE[slot] for slot in slots]
+    ]
+    return list(CutOut.apply(PutTogether.apply(bands, shape, *found), slots))
 
 
-class Placed(Function):
+Places = Sequence[tuple[slice, slice]]
+
+
+class PutTogether(Function):
     """Parts in their places of one tensor, the rest of which nobody reads."""
 
     @staticmethod
-    def forward(ctx: Any, places: list[tuple[slice, slice]], shape: tuple[int, ...], *parts: Tensor) -> Tensor:
-        """(n, H, E) each to the whole shape."""
-        ctx.places, whole = places, parts[0].new_empty(shape)
-        for place, part in zip(places, parts, strict=True):
-            whole[place] = part
-        return whole
+    def forward(ctx: Any, places: Places, shape: tuple[int, ...], *parts: Tensor) -> Tensor:
+        """(count, heads, E) each to (n, H, E)."""
+        ctx.places = places
+        return put_together(parts, places, shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Cut out again."""
         return None, None, *(grads[0][place] for place in ctx.places)
+
+
+class CutOut(Function):
+    """Parts of one tensor that don't overlap."""
+
+    @staticmethod
+    def forward(ctx: Any, whole: Tensor, places: Places) -> tuple[Tensor, ...]:
+        """(n, H, E) to (count, heads, E) each."""
+        ctx.places, ctx.shape = places, whole.shape
+        return tuple(whole[place] for place in places)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        """Put together again."""
+        return put_together(grads, ctx.places, ctx.shape), None
+
+
+def put_together(parts: Sequence[Tensor], places: Places, shape: tuple[int, ...]) -> Tensor:
+    """Parts in their places."""
+    whole = parts[0].new_empty(shape)
+    for place, part in zip(places, parts, strict=True):
+        whole[place] = part
+    return whole
 
 
 def attend_seated(
