@@ -2,7 +2,7 @@
 
     OMP_WAIT_POLICY=PASSIVE python benchmarks/dense_decoder.py
 
-litgpt takes part where `benchmarks/peers/install.sh` has put it.
+litgpt takes part where `benchmarks/peers/litgpt.sh` has put it.
 """
 
 from __future__ import annotations

@@ -14,6 +14,8 @@ from nestlm.nn.policy import Mixed
 from nestlm.nn.row_groups import RowGroups
 from nestlm.nn.sight import Sight, attend
 
+Places = Sequence[tuple[slice, slice]]  # rows and heads
+
 
 def attend_scattered(
     queries: Sequence[Tensor], k_BGLE: Tensor, v_BGLE: Tensor, *, width: Mixed, groups: RowGroups, sight: Sight
@@ -49,9 +51,6 @@ def attend_scattered(
         )
     ]
     return list(CutOut.apply(PutTogether.apply(bands, shape, *found), slots))
-
-
-Places = Sequence[tuple[slice, slice]]
 
 
 class PutTogether(Function):
