@@ -32,9 +32,9 @@ PARTS = {
     "Turn": "rotary positions",
     "TurnBackward": "rotary positions",
     "aten::mm": "products of matrices elsewhere",
+    "aten::addmm_": "products of matrices elsewhere",
     "aten::silu": "activations",
     "aten::silu_backward": "activations",
-    "SliceBackward0": "zeros and copies of cut weights' gradients",
 }
 REST = "sums, products by element, and all else"
 
