@@ -49,14 +49,7 @@ medians (quartiles) of {repeats} rounds after two that do not count. A ratio ove
 
 def supernet(shape: Shape) -> GPT:
     """Whittle's network of the same sizes."""
-    config, block = shape.config, shape.config.blocks[0]
-    made = Config(
-        block_size=config.context_length, vocab_size=config.vocab_size, padded_vocab_size=config.vocab_size,
-        n_layer=len(config.blocks), n_embd=config.hidden_size, n_head=block.num_heads,
-        n_query_groups=block.num_kv_groups, head_size=config.head_dim, intermediate_size=block.mlp_width, bias=False,
-        parallel_residual=False, rotary_percentage=1.0, norm_class_name="RMSNorm", norm_eps=config.norm_eps,
-        mlp_class_name="LLaMAMLP", rope_base=int(config.rope_theta),
-    )  # fmt: skip
+    made = Config(**shape.litgpt_sizes())
     made.fix_head_size = True
     return GPT(made)
 

@@ -59,14 +59,7 @@ def as_litgpt(decoder: Decoder, shape: Shape) -> nn.Module:
     import litgpt
     from litgpt.model import GPT
 
-    config, block = shape.config, shape.config.blocks[0]
-    made = litgpt.Config(
-        block_size=config.context_length, vocab_size=config.vocab_size, padded_vocab_size=config.vocab_size,
-        n_layer=len(config.blocks), n_embd=config.hidden_size, n_head=block.num_heads,
-        n_query_groups=block.num_kv_groups, head_size=config.head_dim, intermediate_size=block.mlp_width, bias=False,
-        parallel_residual=False, rotary_percentage=1.0, norm_class_name="RMSNorm", norm_eps=config.norm_eps,
-        mlp_class_name="LLaMAMLP", rope_base=int(config.rope_theta),
-    )  # fmt: skip
+    made = litgpt.Config(**shape.litgpt_sizes())
     model = GPT(made).to(shape.device, shape.dtype)
     state = {"transformer.wte.weight": decoder.embed.weight, "transformer.ln_f.weight": decoder.norm.weight}
     state["lm_head.weight"] = head_of(decoder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import cycle
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +68,18 @@ class Shape:
     def space(self) -> SearchSpace:
         """Of those axes."""
         return search_space(self.axes, self.config)
+
+    def litgpt_sizes(self) -> dict[str, Any]:
+        """Arguments of litgpt's `Config`, which whittle's networks take, too."""
+        config, block = self.config, self.config.blocks[0]
+        return {
+            "block_size": config.context_length, "vocab_size": config.vocab_size,
+            "padded_vocab_size": config.vocab_size, "n_layer": len(config.blocks), "n_embd": config.hidden_size,
+            "n_head": block.num_heads, "n_query_groups": block.num_kv_groups, "head_size": config.head_dim,
+            "intermediate_size": block.mlp_width, "bias": False, "parallel_residual": False, "rotary_percentage": 1.0,
+            "norm_class_name": "RMSNorm", "norm_eps": config.norm_eps, "mlp_class_name": "LLaMAMLP",
+            "rope_base": int(config.rope_theta),
+        }  # fmt: skip
 
     def half(self) -> SubnetSpec:
         """Half of all neurons and heads."""

@@ -6,6 +6,7 @@ from random import Random
 import pytest
 import torch
 
+from nestlm.axes.attn_heads import AttnHeads
 from nestlm.axes.base import Axis, width_axes
 from nestlm.data.batch import Batch
 from nestlm.elastic.weights import cuts_by_site, extract, sort_units
@@ -116,6 +117,25 @@ def test_ranking_leaves_the_full_logits(axes, decoder, tokens_BL):
     again = Activation(num_sequences=2).scores(decoder, axes=axes, batches=[batch], seed=0)
     for score in again.values():
         assert torch.all(score.diff() <= 1e-3), "after sorting, importance falls"
+
+
+def test_what_is_observed_must_run_as_a_module(decoder, tokens_BL):
+    """Maps into a site run together; a hook on one of them would count nothing."""
+
+    class AtQueries(AttnHeads):
+        def observed(self, block, *, config):
+            return "attn.q", super().observed(block, config=config)[1]
+
+    batches = [Batch(tokens_BL, tokens_BL, None)]
+    with pytest.raises(AssertionError, match=r"observed at attn_heads\[0\] never ran"):
+        Activation(num_sequences=1).scores(
+            decoder, axes=(AtQueries(fractions=(0.5, 1.0), multiple_of=1),), batches=batches, seed=0
+        )
+    for parameter in decoder.blocks[0].mlp.up.parameters():  # neurons that are dead have run
+        torch.nn.init.zeros_(parameter)
+    axes = tuple(build("axes", "mlp_heads").values())
+    scores = Activation(num_sequences=1).scores(decoder, axes=axes, batches=batches, seed=0)
+    assert not scores[Site("mlp_width", 0)].any()
 
 
 def test_importance_is_the_sum_of_activations(decoder, tokens_BL):

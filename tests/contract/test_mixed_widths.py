@@ -6,6 +6,7 @@ from random import Random
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from nestlm.nn.decoder import Decoder
@@ -112,6 +113,39 @@ def test_gates_of_bands(decoder, space, tokens_BL, per_token):
     torch.testing.assert_close(decoder(tokens_BL, gated(full_indices, drawn)).logits_BLV, plain, **TOLERANCE)
 
 
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")  # norms of queries keep their float32 weights under autocast
+def test_masks_have_the_dtype_of_queries(decoder, space, tokens_BL, monkeypatch):
+    """Kernels for GPUs read a mask of another one wrongly."""
+    seen = []
+
+    def spy(q, *rest, attn_mask=None, **named):
+        seen.append(attn_mask is None or attn_mask.dtype == q.dtype)
+        return attention(q, *rest, attn_mask=attn_mask, **named)
+
+    attention = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    indices_SBL = draw_indices(space, (BATCH, LENGTH))
+    for documents_BL in (None, DOCUMENTS_BL):
+        with torch.autocast("cpu", torch.bfloat16):
+            decoder(tokens_BL, mixed(space, indices_SBL), documents_BL=documents_BL)
+        deepcopy(decoder).bfloat16()(tokens_BL, mixed(space, indices_SBL), documents_BL=documents_BL)
+    assert seen
+    assert all(seen)
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection", "ignore:.*deterministic")
+def test_no_gradient_is_left_unwritten(decoder, space, tokens_BL, monkeypatch):
+    """What torch does not fill holds NaN here, and anomaly detection looks at every gradient."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with torch.autograd.detect_anomaly(check_nan=True):
+            _, grads = gradients(decoder, mixed(space, draw_indices(space, (BATCH, LENGTH))), tokens_BL)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(grad.isfinite().all() for grad in grads.values())
+
+
 def flops_of(decoder: Decoder, policy: Policy, tokens_BL: torch.Tensor) -> int:
     with (
         FlopCounterMode(display=False) as counter,
@@ -163,10 +197,17 @@ def test_the_kv_cache_changes_nothing(decoder, space, tokens_BL, prompt, documen
 
 
 @torch.no_grad()
-def test_chunks_of_a_prompt(decoder, tokens_BL):
-    cache = new_cache(decoder)
-    parts = [decoder(tokens_BL[:, part], cache=cache).logits_BLV for part in (slice(0, 5), slice(5, 9), slice(9, 12))]
-    torch.testing.assert_close(torch.cat(parts, dim=1), decoder(tokens_BL).logits_BLV, rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize("documents_BL", [None, DOCUMENTS_BL], ids=["plain", "documents"])
+@pytest.mark.parametrize("per_token", [False, True], ids=["sequences", "tokens"])
+def test_chunks_of_a_prompt(decoder, space, tokens_BL, documents_BL, per_token):
+    cache, found = new_cache(decoder), []
+    indices = draw_indices(space, (BATCH, LENGTH) if per_token else (BATCH,))
+    for part in (slice(0, 5), slice(5, 9), slice(9, 12)):
+        own = indices[:, :, part] if per_token else indices
+        documents = None if documents_BL is None else documents_BL[:, part]
+        found.append(decoder(tokens_BL[:, part], mixed(space, own), documents_BL=documents, cache=cache).logits_BLV)
+    expected = decoder(tokens_BL, mixed(space, indices), documents_BL=documents_BL).logits_BLV
+    torch.testing.assert_close(torch.cat(found, dim=1), expected, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from nestlm.nn.linear import PrefixLinear, prefix_products
 
@@ -57,28 +58,38 @@ def test_gradients_are_those_of_cut_weights(bias, cut, skip):
     torch.testing.assert_close(found, wanted)
 
 
-def test_what_needs_no_gradient_gets_none():
+def test_frozen_maps_take_no_products_back():
     (linear,) = maps(bias=True, count=1)
     linear.requires_grad_(False)
     x = torch.randn(3, FIVE, dtype=torch.float64, requires_grad=True)
     ((made,),) = prefix_products([x], [linear], outputs=[[2]])
-    made.sum().backward()
+    with FlopCounterMode(display=False) as counter:
+        made.sum().backward()
     torch.testing.assert_close(x.grad, linear.weight[:2].sum(0).expand(3, -1))
-    assert linear.weight.grad is None
+    assert counter.get_total_flops() == 2 * 3 * 2 * FIVE
+
+
+def test_a_single_row():
+    (linear,) = maps(bias=True, count=1)
+    x = torch.randn(FIVE, dtype=torch.float64, requires_grad=True)
+    ((made,),) = prefix_products([x], [linear], outputs=[[2]])
+    made.sum().backward()
+    torch.testing.assert_close(x.grad, linear.weight[:2].sum(0))
 
 
 def test_under_autocast_products_are_narrow_and_gradients_are_wide():
     linears = [linear.float() for linear in maps(bias=True)]
     x = torch.randn(4, FIVE, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
-        ((first, narrow), (second, _)) = prefix_products([x, x], linears, outputs=[[4, 2], [3, 1]])
+        ((first, narrow), (second, last)) = prefix_products([x, x], linears, outputs=[[4, 2], [3, 1]])
+        loss = first.float().sum() + narrow.float().sum() + second.float().sum() + last.float().sum()
+        loss.backward()  # as within a training step
     assert {first.dtype, narrow.dtype, second.dtype} == {torch.bfloat16}
-    (first.float().sum() + narrow.float().sum() + second.float().sum()).backward()
     rows = x.detach().bfloat16().float().sum(0)
     wanted = torch.zeros(SIX, FIVE).index_add(0, torch.tensor([0, 1, 2, 3, 0, 1]), rows.expand(6, -1))
-    grad = linears[0].weight.grad
-    assert grad is not None
-    torch.testing.assert_close(grad, wanted, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(linears[0].weight.grad, wanted, rtol=2e-2, atol=2e-2)
+    both = sum(linear.weight[:size].sum(0) for linear, size in zip(linears * 2, (4, 3, 2, 1), strict=True))
+    torch.testing.assert_close(x.grad, both.expand(4, -1), rtol=2e-2, atol=2e-2)
     assert {parameter.grad.dtype for linear in linears for parameter in linear.parameters()} == {torch.float32}
     assert x.grad.dtype == torch.float32
 

@@ -72,6 +72,8 @@ class WidthAxis(Axis):
     def observed(self, block: BlockConfig, *, config: DecoderConfig) -> tuple[str, tuple[int, int]]:
         """Module of the block whose input shows the units at work, and the shape (parts, entries) of one unit.
 
+        One that is called as a module: `attn.o` or `mlp.down`. Maps into a site run together, as products.
+
         Importance is the L2 norm over entries, summed over parts and tokens.
         """
 

@@ -14,6 +14,7 @@ from nestlm.errors import ConfigError
 from nestlm.nn.attention import GroupedQueryAttention
 from nestlm.nn.config import BlockConfig, DecoderConfig
 from nestlm.nn.kv_cache import KVCache, LayerCache
+from nestlm.nn.linear import product_dtype
 from nestlm.nn.mlp import MLP
 from nestlm.nn.norm import LayerNorm1P, make_norm
 from nestlm.nn.policy import Decision, Mixed, Policy, Stream, full
@@ -163,7 +164,7 @@ class Decoder(nn.Module):
 
     def sight(self, hidden_BLD: Tensor, *, documents_BL: Tensor | None, cache: KVCache | None) -> Sight:
         """What tokens may look at: the first of their rows, or those that come after a cache's."""
-        length = hidden_BLD.shape[1]
+        length, dtype = hidden_BLD.shape[1], product_dtype(hidden_BLD)
         if cache is None:
             start, positions_L = 0, torch.arange(length, device=hidden_BLD.device)
             rotary = self.config.rotary_table(positions_L, dtype=hidden_BLD.dtype)
@@ -171,11 +172,12 @@ class Decoder(nn.Module):
             start, rotary = cache.num_tokens, cache.next_rotary(length)
         if documents_BL is not None:
             visible = document_mask(documents_BL, num_queries=length)
-            return Sight(rotary, scores_mask(visible, dtype=hidden_BLD.dtype), causal=True)
-        if start == 0 or length == 1:
-            return Sight(rotary, None, causal=start == 0)
-        past = torch.ones(length, start + length, dtype=torch.bool, device=hidden_BLD.device).tril(start)
-        return Sight(rotary, scores_mask(past[None, None], dtype=hidden_BLD.dtype), causal=True)
+        elif start == 0 or length == 1:
+            return Sight(rotary, None, causal=start == 0, dtype=dtype)
+        else:
+            visible = torch.ones(length, start + length, dtype=torch.bool, device=hidden_BLD.device)
+            visible = visible.tril(start)[None, None]
+        return Sight(rotary, scores_mask(visible, dtype=dtype), causal=True, dtype=dtype)
 
     def init_weights(self, *, seed: int) -> None:
         """Fill the weights: normal with variance 2/(5D) (Nguyen and Salazar, arXiv 1910.05895).

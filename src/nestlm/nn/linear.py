@@ -38,7 +38,7 @@ def prefix_products(
     plain = len(parts) == len(linears) == 1 and linears[0].weight.shape == (outputs[0][0], parts[0].shape[-1])
     if torch.is_grad_enabled() and not plain:
         weights, biases = [linear.weight for linear in linears], [linear.bias for linear in linears]
-        return by_map(PrefixProducts.apply(outputs, *parts, *weights, *biases), len(parts))
+        return in_rows(PrefixProducts.apply(outputs, *parts, *weights, *biases), len(parts))
     return [products(parts, linear.weight, linear.bias, cuts) for linear, cuts in zip(linears, outputs, strict=True)]
 
 
@@ -50,9 +50,9 @@ def products(parts: Sequence[Tensor], weight: Tensor, bias: Tensor | None, outpu
     ]
 
 
-def by_map(flat: Sequence[Any], num_parts: int) -> list[list[Any]]:
-    """A list a map."""
-    return [list(flat[start : start + num_parts]) for start in range(0, len(flat), num_parts)]
+def in_rows(flat: Sequence[Any], size: int) -> list[list[Any]]:
+    """Lists of one size: of a map's products, say."""
+    return [list(flat[start : start + size]) for start in range(0, len(flat), size)]
 
 
 class PrefixProducts(Function):
@@ -66,7 +66,7 @@ class PrefixProducts(Function):
         num_parts = len(outputs[0])
         dtype = product_dtype(tensors[0])
         parts = [part.to(dtype) for part in tensors[:num_parts]]  # once for all maps
-        weights, biases = by_map(tensors[num_parts:], len(outputs))
+        weights, biases = in_rows(tensors[num_parts:], len(outputs))
         ctx.save_for_backward(*parts, *weights)
         ctx.num_parts, ctx.biases = num_parts, biases
         ctx.set_materialize_grads(False)
@@ -79,19 +79,21 @@ class PrefixProducts(Function):
         saved = ctx.saved_tensors
         parts, weights = saved[: ctx.num_parts], saved[ctx.num_parts :]
         wanted = iter(ctx.needs_input_grad[1:])
-        grads_no = by_map([None if grad is None else grad.flatten(0, -2) for grad in grads], len(parts))
-        parts_ni = [part.flatten(0, -2) for part in parts]
-        for_parts = [
-            grad_of_part([row[number] for row in grads_no], weights, part) if next(wanted) else None
-            for number, part in enumerate(parts)
-        ]
-        for_weights = [
-            grad_of_weight(row, parts_ni, weight) if next(wanted) else None
-            for row, weight in zip(grads_no, weights, strict=True)
-        ]
-        for_biases = [
-            grad_of_bias(row, bias) if next(wanted) else None for row, bias in zip(grads_no, ctx.biases, strict=True)
-        ]
+        grads_no = in_rows([None if grad is None else grad.reshape(-1, grad.shape[-1]) for grad in grads], len(parts))
+        parts_ni = [part.reshape(-1, part.shape[-1]) for part in parts]
+        with torch.autocast(parts[0].device.type, enabled=False):  # which may reach to here
+            for_parts = [
+                grad_of_part([row[number] for row in grads_no], weights, part) if next(wanted) else None
+                for number, part in enumerate(parts)
+            ]
+            for_weights = [
+                grad_of_weight(row, parts_ni, weight) if next(wanted) else None
+                for row, weight in zip(grads_no, weights, strict=True)
+            ]
+            for_biases = [
+                grad_of_bias(row, bias) if next(wanted) else None
+                for row, bias in zip(grads_no, ctx.biases, strict=True)
+            ]
         return (None, *for_parts, *for_weights, *for_biases)
 
 
@@ -139,7 +141,8 @@ def grad_of_bias(grads_no: Sequence[Tensor | None], bias: Tensor) -> Tensor:
 def product_dtype(tensor: Tensor) -> torch.dtype:
     """What matrices are multiplied in: the tensor's own, or autocast's."""
     kind = tensor.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
+    narrowed = torch.is_autocast_enabled(kind) and tensor.dtype != torch.float64
+    return torch.get_autocast_dtype(kind) if narrowed else tensor.dtype
 
 
 def hold_linear(module: nn.Module, dtype: torch.dtype) -> None:

@@ -72,7 +72,8 @@ class ScaledByRMS(Function):
             grads[0], x, weight_D.shape, torch.zeros_like(scale), scale, weight_D, None,
             [True, ctx.needs_input_grad[1], False],
         )  # fmt: skip
-        mean = (grads[0] @ weight_D).div_(len(weight_D)).unsqueeze(-1)
+        with torch.autocast("cpu", enabled=False):  # which may reach to here, and narrow this product
+            mean = (grads[0] @ weight_D).div_(len(weight_D)).unsqueeze(-1)
         return grad_x.addcmul_(mean, scale), grad_D if ctx.needs_input_grad[1] else None, None
 
 

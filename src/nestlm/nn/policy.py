@@ -27,7 +27,7 @@ class Mixed:
     def gated(self) -> Decision:
         """The same for one token a sequence: all run at the widest of their widths, gates close what is beyond a row's.
 
-        The widest row's weights are read whatever the others ask for, and a band a choice costs more than it saves.
+        The widest row's weights are read whatever the others ask for, and a product a width costs more than it saves.
         """
         widths_B = self.widths_of_rows
         widest, least = int(widths_B.max()), int(widths_B.min())
@@ -44,6 +44,12 @@ class Mixed:
     def widths_of_rows(self) -> Tensor:
         """The width of each sequence or token, (n,)."""
         return torch.tensor(self.widths, device=self.index.device)[self.index.flatten()]
+
+
+def by_unit(bands: Tensor, widths: tuple[int, ...]) -> Tensor:
+    """From a number for each band between two choices, (..., K), to one for each unit, (..., widest)."""
+    sizes = torch.tensor(widths).diff(prepend=torch.tensor([0])).to(bands.device)
+    return bands.repeat_interleave(sizes, dim=-1, output_size=widths[-1])
 
 
 @dataclass(frozen=True)

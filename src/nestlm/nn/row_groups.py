@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from nestlm.nn.policy import Mixed
+from nestlm.nn.policy import Mixed, by_unit
 
 
 @dataclass(frozen=True)
@@ -49,9 +48,11 @@ class RowGroups:
 
     def factors(self, gate: Tensor) -> list[Tensor]:
         """The factor of each unit that a group runs, from those of bands, `index.shape + (K,)`: (count, width)."""
-        bands = torch.tensor([wide - narrow for narrow, wide in pairwise((0, *self.choices))], device=gate.device)
-        factors_nU = gate.flatten(0, gate.ndim - 2).repeat_interleave(bands, dim=1)
-        return [part[:, :units] for part, units in zip(self.gather(factors_nU), self.widths, strict=True)]
+        found = []
+        for part, units in zip(self.gather(gate.flatten(0, gate.ndim - 2)), self.widths, strict=True):
+            choices = self.choices[: self.choices.index(units) + 1]
+            found.append(by_unit(part[:, : len(choices)], choices))
+        return found
 
 
 class Gather(Function):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -60,7 +61,7 @@ class PutTogether(Function):
     def forward(ctx: Any, places: Places, shape: tuple[int, ...], *parts: Tensor) -> Tensor:
         """(count, heads, E) each to (n, H, E)."""
         ctx.places = places
-        return put_together(parts, places, shape)
+        return put_together(parts, places, parts[0].new_empty(shape))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -80,12 +81,11 @@ class CutOut(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         """Put together again."""
-        return put_together(grads, ctx.places, ctx.shape), None
+        return put_together(grads, ctx.places, grads[0].new_zeros(ctx.shape)), None
 
 
-def put_together(parts: Sequence[Tensor], places: Places, shape: tuple[int, ...]) -> Tensor:
+def put_together(parts: Sequence[Tensor], places: Places, whole: Tensor) -> Tensor:
     """Parts in their places."""
-    whole = parts[0].new_empty(shape)
     for place, part in zip(places, parts, strict=True):
         whole[place] = part
     return whole
@@ -109,7 +109,7 @@ def attend_seated(
         seat, seats, seen = tokens, length, sight
     else:
         seat, seats = take_seats(reached_BL, tokens)
-        seen = Sight(sight.rotary, seated_mask(tokens, seat, (batch, seats), length, sight), causal=False)
+        seen = replace(sight, mask=seated_mask(tokens, seat, (batch, seats), length, sight), causal=False)
     rows_nHE = q_nHE.new_zeros(batch * seats, *q_nHE.shape[1:]).index_copy(0, seat, q_nHE)
     found_BHSE = attend(rows_nHE.unflatten(0, (batch, seats)).transpose(1, 2), k_BGLE, v_BGLE, sight=seen)
     return found_BHSE.transpose(1, 2).flatten(0, 1).index_select(0, seat)

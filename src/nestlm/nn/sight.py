@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -19,26 +19,30 @@ class Sight:
         mask: what scores take on, 0 where a query may look and -inf elsewhere, (B or 1, 1, L, tokens so far); None
             where `causal` says it all.
         causal: whether, without a mask, a query sees itself and what is before it, rather than everything.
+        dtype: of queries and keys, and so of masks: kernels for GPUs read a mask of another one wrongly, or refuse it.
     """
 
     rotary: tuple[Tensor, Tensor]
     mask: Tensor | None
     causal: bool
+    dtype: torch.dtype
 
     def rows(self, chosen: Tensor) -> Sight:
         """The same for some sequences of the batch."""
         if self.mask is None or len(self.mask) == 1:
             return self
-        return Sight(self.rotary, self.mask[chosen], self.causal)
+        return replace(self, mask=self.mask[chosen])
 
     @cached_property
     def explicit_mask(self) -> Tensor | None:
         """The mask, also where it goes without saying: (B or 1, L, tokens so far); None where everything is seen."""
         if self.mask is not None:
             return self.mask[:, 0]
+        if not self.causal:
+            return None
         cos_LE = self.rotary[0]
         past_LL = torch.ones(len(cos_LE), len(cos_LE), dtype=torch.bool, device=cos_LE.device).tril()
-        return scores_mask(past_LL[None], dtype=cos_LE.dtype) if self.causal else None
+        return scores_mask(past_LL[None], dtype=self.dtype)
 
 
 def scores_mask(visible: Tensor, *, dtype: torch.dtype) -> Tensor:

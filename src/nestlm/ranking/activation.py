@@ -41,17 +41,21 @@ class Activation:
         """Accumulated in float32 over all batches of all ranks."""
         del seed
         sums: dict[Site, Tensor] = {}
+        ran: set[Site] = set()
         hooks: list[RemovableHandle] = []
         tokens = 0
         for axis in axes:
             for layer, block in enumerate(decoder.config.blocks):
-                total = sums[Site(axis.name, layer)] = torch.zeros(axis.units(block))
+                site = Site(axis.name, layer)
+                total = sums[site] = torch.zeros(axis.units(block))
                 watched = decoder.get_submodule(f"blocks.{layer}")
                 if isinstance(axis, WidthAxis):
                     name, unit_shape = axis.observed(block, config=decoder.config)
-                    hooks.append(watch_units(watched.get_submodule(name), (len(total), *unit_shape), total=total))
+                    watched = watched.get_submodule(name)
+                    hooks.append(watch_units(watched, (len(total), *unit_shape), total=total))
                 else:
                     hooks.append(watch_block(watched, total=total))
+                hooks.append(watched.register_forward_pre_hook(lambda *_, site=site: ran.add(site)))
         try:
             for batch in batches:
                 if batch.is_counted:
@@ -61,11 +65,10 @@ class Activation:
                 decoder(batch.tokens_BL, documents_BL=batch.documents_BL)
         finally:
             remove(hooks)
+        assert not tokens or len(ran) == len(sums), f"what is observed at {min(map(str, set(sums) - ran))} never ran"
         device = next(decoder.parameters()).device
         seen = float(ranks.summed(torch.tensor(tokens, dtype=torch.float64, device=device)))
         sums = {site: ranks.summed(total.to(device)).cpu() for site, total in sums.items()}
-        unseen = [str(site) for site, total in sums.items() if not total.any()]
-        assert not unseen, f"what is observed at {', '.join(unseen)} did not run as a module"
         widths = {axis.name for axis in width_axes(axes)}
         return {site: total if site.axis in widths else total / seen for site, total in sums.items()}
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from nestlm.nn.policy import Decision, Mixed, Policy, constant
+from nestlm.nn.policy import Decision, Mixed, Policy, by_unit, constant
 from nestlm.parallel.ranks import ALONE, Share
 from nestlm.spec import SearchSpace, Site
 
@@ -41,12 +41,6 @@ def entropy(logits: Tensor) -> Tensor:
 def at_least(probabilities: Tensor) -> Tensor:
     """Probability that each choice or a wider one is taken, (..., K): that the units it adds run."""
     return probabilities.flip(-1).cumsum(-1).flip(-1)
-
-
-def by_unit(bands: Tensor, widths: tuple[int, ...]) -> Tensor:
-    """From a number a band of units, (..., K), to a number a unit, (..., widest)."""
-    sizes = torch.tensor(widths).diff(prepend=torch.tensor([0])).to(bands.device)
-    return bands.repeat_interleave(sizes, dim=-1)
 
 
 def straight_through(probabilities: Tensor) -> Tensor:

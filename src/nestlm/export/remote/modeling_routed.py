@@ -273,11 +273,12 @@ class RoutedLlamaDecoderLayer(LlamaDecoderLayer):
             turned = apply_rotary_pos_emb(q_cHE, q_cHE, cos[tokens], sin[tokens])[0]
             q_nHE[end - len(tokens) : end, : width * heads] = turned
         found_nHE, start = torch.empty_like(q_nHE), 0
+        widths_BL = torch.tensor(chosen[0], device=order.device)[chosen[1]]
         for end, (width, _) in zip(
             reversed(ends), reversed(parts), strict=True
         ):  # all tokens look with the first heads
             band, groups = slice(start * heads, width * heads), slice(start, width)
-            seated = take_seats(torch.tensor(chosen[0], device=order.device)[chosen[1]] >= width, order[:end])
+            seated = take_seats(widths_BL >= width, order[:end])
             seen = k_BGLE[:, groups], v_BGLE[:, groups], mask
             found_nHE[:end, band] = self.look(q_nHE[:end, band], *seen, order[:end], seated, length)
             start = width
