@@ -20,8 +20,8 @@ from nestlm.profiling import device_name
 from turns import REPEATS, Spread
 
 PAGE, GPU_PAGE = Path("docs/results/speed.md"), Path("docs/results/speed-on-a-gpu.md")
-FILES = ("dense_decoder", "sub_network", "sandwich_step", "elastic_step", "token_widths", "distillation_loss",
-         "decode_speed", "start", "loader")  # fmt: skip
+FILES = ("dense_decoder", "sub_network", "sandwich_step", "elastic_step", "token_widths", "bare_products",
+         "distillation_loss", "decode_speed", "start", "loader")  # fmt: skip
 ON_GPU = ("sub_network", "sandwich_step", "elastic_step", "token_widths", "distillation_loss")
 HEAD = """# Speed
 

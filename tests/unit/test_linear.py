@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from nestlm.nn.linear import PrefixLinear, prefix_products
+from nestlm.nn.linear import PrefixLinear, joined_products, prefix_products
 
 FIVE, SIX = 5, 6
 
@@ -55,6 +55,27 @@ def test_gradients_are_those_of_cut_weights(bias, cut, skip):
     torch.testing.assert_close(made, plain)
     known = [*parts, *(parameter for linear in linears for parameter in linear.parameters())]
     found, wanted = (gradients(known, weighted(each, skip=skip)) for each in (made, plain))
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("cut", ["outputs", "inputs"])
+def test_joined_products_stand_one_after_another(bias, cut):
+    """With zeros for the outputs that a part did not ask for, of which no gradient comes back."""
+    (linear,) = maps(bias=bias, count=1)
+    inputs, outputs = ([5, 3, 1], None) if cut == "inputs" else ([FIVE] * 3, [6, 3, 1])
+    parts = [
+        torch.randn(rows, 2, size, dtype=torch.float64, requires_grad=True)
+        for rows, size in zip((2, 3, 1), inputs, strict=True)
+    ]
+    made = joined_products(parts, linear, outputs=outputs)
+    apart = prefix_products(parts, [linear], outputs=None if outputs is None else [outputs])[0]
+    plain = torch.cat([F.pad(part, (0, SIX - part.shape[-1])) for part in apart])
+    torch.testing.assert_close(made, plain)
+    with torch.no_grad():
+        torch.testing.assert_close(joined_products(parts, linear, outputs=outputs), plain)
+    known = [*parts, *linear.parameters()]
+    found, wanted = (gradients(known, weighted([[each]])) for each in (made, plain))
     torch.testing.assert_close(found, wanted)
 
 

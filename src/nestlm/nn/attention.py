@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from nestlm.nn.config import BlockConfig, DecoderConfig
 from nestlm.nn.kv_cache import LayerCache
-from nestlm.nn.linear import PrefixLinear, prefix_products
+from nestlm.nn.linear import PrefixLinear, joined_products, prefix_products
 from nestlm.nn.norm import RMSNorm
 from nestlm.nn.policy import Decision, Mixed
 from nestlm.nn.rope import rotate
@@ -77,7 +77,7 @@ class GroupedQueryAttention(nn.Module):
         groups = RowGroups.of(width)
         if not groups.widths:
             return torch.zeros_like(hidden_BLD)
-        parts = groups.gather(hidden_BLD)
+        parts = groups.split(groups.sort(hidden_BLD))
         factors = [None] * len(parts) if gate is None else [each.unsqueeze(1) for each in groups.factors(gate)]
         heads = []
         for (q, k, v), units, rows, factor in zip(
@@ -89,8 +89,7 @@ class GroupedQueryAttention(nn.Module):
         ):
             seen = (k, v) if cache is None else cache.extend(k, v, groups=slice(units), rows=rows)
             heads.append(self.merge(attend(q, *seen, sight=sight.rows(rows)), factor))
-        (added,) = prefix_products(heads, [self.o])
-        return groups.scatter(added)
+        return groups.unsort(joined_products(heads, self.o))
 
     def forward_tokens(
         self, hidden_BLD: Tensor, width: Mixed, gate: Tensor | None, *, sight: Sight, cache: LayerCache | None
@@ -107,18 +106,17 @@ class GroupedQueryAttention(nn.Module):
         groups = RowGroups.of(width)
         if not groups.widths:
             return torch.zeros_like(hidden_BLD)
-        outputs = [[units * self.query_rows for units in groups.widths]]
-        (queries,) = prefix_products(groups.gather(rows), [self.q], outputs=outputs)
-        turned = []
-        for q_cE, tokens in zip(queries, groups.rows, strict=True):
-            cos, sin = (table.index_select(0, tokens % length).unsqueeze(1) for table in sight.rotary)
-            turned.append(turn(q_cE.unflatten(1, (-1, self.head_dim)), self.q_norm, (cos, sin)))
-        heads = attend_scattered(turned, k_BGLE, v_BGLE, width=width, groups=groups, sight=sight)
+        outputs = [units * self.query_rows for units in groups.widths]
+        q_nE = joined_products(groups.split(groups.sort(rows)), self.q, outputs=outputs)
+        q_BHLE = self.heads(groups.unsort(q_nE).unflatten(0, (-1, length)))
+        heads = attend_scattered(
+            turn(q_BHLE, self.q_norm, sight.rotary), k_BGLE, v_BGLE, width=width, groups=groups, sight=sight
+        )
         if gate is not None:
             factors = groups.factors(gate)
             heads = [part * self.by_head(each) for part, each in zip(heads, factors, strict=True)]
-        (added,) = prefix_products([part.flatten(1) for part in heads], [self.o])
-        return groups.scatter(added).view_as(hidden_BLD)
+        added = joined_products([part.flatten(1) for part in heads], self.o)
+        return groups.unsort(added).view_as(hidden_BLD)
 
     def project(
         self, parts: Sequence[Tensor], queries: Sequence[int], keys: Sequence[int], *, sight: Sight

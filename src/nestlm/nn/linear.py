@@ -38,8 +38,24 @@ def prefix_products(
     plain = len(parts) == len(linears) == 1 and linears[0].weight.shape == (outputs[0][0], parts[0].shape[-1])
     if torch.is_grad_enabled() and not plain:
         weights, biases = [linear.weight for linear in linears], [linear.bias for linear in linears]
-        return in_rows(PrefixProducts.apply(outputs, *parts, *weights, *biases), len(parts))
+        return in_rows(PrefixProducts.apply(outputs, False, *parts, *weights, *biases), len(parts))
     return [products(parts, linear.weight, linear.bias, cuts) for linear, cuts in zip(linears, outputs, strict=True)]
+
+
+def joined_products(parts: Sequence[Tensor], linear: nn.Linear, *, outputs: Sequence[int] | None = None) -> Tensor:
+    """What a map makes of each of several parts, one after another: (sum of counts, ..., most outputs).
+
+    Args:
+        parts: (count, ..., inputs) each, alike in the middle, of the map's first inputs, or of all; the widest first.
+        linear: the map.
+        outputs: how many of its first outputs a part asks for, the most first; the rest of its rows is 0. None: all.
+    """
+    if outputs is None:
+        outputs = [linear.out_features] * len(parts)
+    if torch.is_grad_enabled():
+        return PrefixProducts.apply([outputs], True, *parts, linear.weight, linear.bias)[0]
+    dtype = product_dtype(parts[0])
+    return joined([part.to(dtype) for part in parts], linear.weight, linear.bias, outputs)
 
 
 def products(parts: Sequence[Tensor], weight: Tensor, bias: Tensor | None, outputs: Sequence[int]) -> list[Tensor]:
@@ -48,6 +64,22 @@ def products(parts: Sequence[Tensor], weight: Tensor, bias: Tensor | None, outpu
         F.linear(part, weight[:cut, : part.shape[-1]], None if bias is None else bias[:cut])
         for part, cut in zip(parts, outputs, strict=True)
     ]
+
+
+def joined(parts: Sequence[Tensor], weight: Tensor, bias: Tensor | None, outputs: Sequence[int]) -> Tensor:
+    """The same, written side by side, in the dtype of the parts."""
+    counts = [len(part) for part in parts]
+    whole = parts[0].new_empty((sum(counts), *parts[0].shape[1:-1], outputs[0]))
+    for part, cut, rows in zip(parts, outputs, whole.split(counts), strict=True):
+        rows_no, part_ni = rows.flatten(0, -2), part.flatten(0, -2)
+        weight_io = weight[:cut, : part.shape[-1]].to(part.dtype).T
+        if cut < outputs[0]:
+            rows_no[:, cut:] = 0
+        if bias is None:
+            torch.mm(part_ni, weight_io, out=rows_no[:, :cut])
+        else:
+            torch.addmm(bias[:cut].to(part.dtype), part_ni, weight_io, out=rows_no[:, :cut])
+    return whole
 
 
 def in_rows(flat: Sequence[Any], size: int) -> list[list[Any]]:
@@ -61,15 +93,17 @@ class PrefixProducts(Function):
     """  # noqa: D205
 
     @staticmethod
-    def forward(ctx: Any, outputs: Cuts, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Parts, weights and biases to products."""
+    def forward(ctx: Any, outputs: Cuts, join: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Parts, weights and biases to products: of each map and part, or of each map, joined."""
         num_parts = len(outputs[0])
         dtype = product_dtype(tensors[0])
         parts = [part.to(dtype) for part in tensors[:num_parts]]  # once for all maps
         weights, biases = in_rows(tensors[num_parts:], len(outputs))
         ctx.save_for_backward(*parts, *weights)
-        ctx.num_parts, ctx.biases = num_parts, biases
+        ctx.num_parts, ctx.biases, ctx.joined = num_parts, biases, outputs if join else None
         ctx.set_materialize_grads(False)
+        if join:
+            return tuple(map(joined, repeat(parts), weights, biases, outputs))
         return tuple(chain.from_iterable(map(products, repeat(parts), weights, biases, outputs)))
 
     @staticmethod
@@ -78,9 +112,13 @@ class PrefixProducts(Function):
         """Of parts, weights and biases, where they are wanted."""
         saved = ctx.saved_tensors
         parts, weights = saved[: ctx.num_parts], saved[ctx.num_parts :]
-        wanted = iter(ctx.needs_input_grad[1:])
-        grads_no = in_rows([None if grad is None else grad.reshape(-1, grad.shape[-1]) for grad in grads], len(parts))
+        wanted = iter(ctx.needs_input_grad[2:])
         parts_ni = [part.reshape(-1, part.shape[-1]) for part in parts]
+        flat = [None if grad is None else grad.reshape(-1, grad.shape[-1]) for grad in grads]
+        if ctx.joined is not None:
+            counts = [len(part) for part in parts_ni]
+            flat = chain.from_iterable(map(cut_rows, flat, repeat(counts), ctx.joined))
+        grads_no = in_rows(list(flat), len(parts))
         with torch.autocast(parts[0].device.type, enabled=False):  # which may reach to here
             for_parts = [
                 grad_of_part([row[number] for row in grads_no], weights, part) if next(wanted) else None
@@ -94,7 +132,14 @@ class PrefixProducts(Function):
                 grad_of_bias(row, bias) if next(wanted) else None
                 for row, bias in zip(grads_no, ctx.biases, strict=True)
             ]
-        return (None, *for_parts, *for_weights, *for_biases)
+        return (None, None, *for_parts, *for_weights, *for_biases)
+
+
+def cut_rows(grad_no: Tensor | None, counts: Sequence[int], outputs: Sequence[int]) -> list[Tensor | None]:
+    """From the gradient of joined products to those of the parts'."""
+    if grad_no is None:
+        return [None] * len(counts)
+    return [rows[:, :cut] for rows, cut in zip(grad_no.split(counts), outputs, strict=True)]
 
 
 def grad_of_part(grads_no: Sequence[Tensor | None], weights: Sequence[Tensor], part: Tensor) -> Tensor | None:

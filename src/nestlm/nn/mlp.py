@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nestlm.nn.config import DecoderConfig
-from nestlm.nn.linear import PrefixLinear, prefix_products
+from nestlm.nn.linear import PrefixLinear, joined_products, prefix_products
 from nestlm.nn.policy import Decision, Mixed
 from nestlm.nn.row_groups import RowGroups
 
@@ -64,12 +64,12 @@ class MLP(nn.Module):
         groups = RowGroups.of(width)
         if not groups.widths:
             return torch.zeros_like(hidden_BLD)
-        projected = prefix_products(groups.gather(rows), self.inward, outputs=[groups.widths] * len(self.inward))
+        parts = groups.split(groups.sort(rows))
+        projected = prefix_products(parts, self.inward, outputs=[groups.widths] * len(self.inward))
         neurons = [self.neurons(*made) for made in zip(*projected, strict=True)]
         if gate is not None:
             neurons = [
                 part * factors.view(-1, *[1] * (part.ndim - 2), units)
                 for part, factors, units in zip(neurons, groups.factors(gate), groups.widths, strict=True)
             ]
-        (added,) = prefix_products(neurons, [self.down])
-        return groups.scatter(added).view_as(hidden_BLD)
+        return groups.unsort(joined_products(neurons, self.down)).view_as(hidden_BLD)

@@ -20,75 +20,86 @@ class RowGroups:
     Attributes:
         choices: all widths of the site, ascending.
         widths: of the groups, falling; none is 0, and each has rows.
-        rows: of each group: their places in the batch, (count,).
+        counts: rows of each group.
+        order: the places of these rows in the batch, group after group, (n,).
         num_rows: those of width 0 included.
     """
 
     choices: tuple[int, ...]
     widths: tuple[int, ...]
-    rows: tuple[Tensor, ...]
+    counts: tuple[int, ...]
+    order: Tensor
     num_rows: int
 
     @classmethod
     def of(cls, width: Mixed) -> RowGroups:
         """Group the sequences, or the tokens, of a batch."""
         index_n, choices = width.index.flatten(), width.widths
-        counts = torch.bincount(index_n, minlength=len(choices)).tolist()[::-1]
-        rows = index_n.argsort(descending=True, stable=True).split(counts)
-        groups = [(units, part) for units, part in zip(reversed(choices), rows, strict=True) if units and len(part)]
-        return cls(choices, tuple(units for units, _ in groups), tuple(part for _, part in groups), len(index_n))
+        all_counts = torch.bincount(index_n, minlength=len(choices)).tolist()
+        groups = [(units, count) for units, count in zip(choices, all_counts, strict=True) if units and count][::-1]
+        widths, counts = tuple(units for units, _ in groups), tuple(count for _, count in groups)
+        order = index_n.argsort(descending=True, stable=True)[: sum(counts)]
+        return cls(choices, widths, counts, order, len(index_n))
 
-    def gather(self, rows: Tensor) -> list[Tensor]:
-        """The rows of each group: (n, ...) to (count, ...) a group."""
-        return list(Gather.apply(rows, *self.rows))
+    @property
+    def rows(self) -> Sequence[Tensor]:
+        """The places of each group's rows."""
+        return self.split(self.order)
 
-    def scatter(self, parts: Sequence[Tensor]) -> Tensor:
-        """What the groups made, in its rows' places, and zeros for rows of width 0: inverse of `gather`."""
-        return Scatter.apply(self, *parts)
+    def sort(self, rows: Tensor) -> Tensor:
+        """Rows in the order of the groups, without those of width 0: of a batch, (num_rows, ...) to (n, ...)."""
+        return Sort.apply(rows, self.order)
+
+    def unsort(self, rows: Tensor) -> Tensor:
+        """Rows back in their places, and zeros for those of width 0: inverse of `sort`."""
+        return Unsort.apply(rows, self.order, self.num_rows)
+
+    def split(self, rows: Tensor) -> list[Tensor]:
+        """Those of each group, from sorted ones."""
+        return list(rows.split(self.counts))
 
     def factors(self, gate: Tensor) -> list[Tensor]:
         """The factor of each unit that a group runs, from those of bands, `index.shape + (K,)`: (count, width)."""
         found = []
-        for part, units in zip(self.gather(gate.flatten(0, gate.ndim - 2)), self.widths, strict=True):
+        for part, units in zip(self.split(self.sort(gate.flatten(0, gate.ndim - 2))), self.widths, strict=True):
             choices = self.choices[: self.choices.index(units) + 1]
             found.append(by_unit(part[:, : len(choices)], choices))
         return found
 
 
-class Gather(Function):
-    """Hands each group its rows."""
+class Sort(Function):
+    """Each row is taken once, so that gradients are put, not added."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, *groups: Tensor) -> tuple[Tensor, ...]:
-        """(n, ...) to (count, ...) each."""
-        ctx.groups, ctx.num_rows = groups, len(rows)
-        return tuple(rows.index_select(0, group) for group in groups)
+    def forward(ctx: Any, rows: Tensor, order: Tensor) -> Tensor:
+        """(num_rows, ...) to (n, ...)."""
+        ctx.order, ctx.num_rows = order, len(rows)
+        return rows.index_select(0, order)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         """Back into their places."""
-        return put_rows(grads, ctx.groups, ctx.num_rows), *(None for _ in ctx.groups)
+        return put_rows(grads[0], ctx.order, ctx.num_rows), None
 
 
-class Scatter(Function):
-    """Puts each group's rows into their places."""
-
-    @staticmethod
-    def forward(ctx: Any, groups: RowGroups, *parts: Tensor) -> Tensor:
-        """(count, ...) each to (n, ...)."""
-        ctx.rows = groups.rows
-        return put_rows(parts, groups.rows, groups.num_rows)
+class Unsort(Function):
+    """The inverse."""
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def forward(ctx: Any, rows: Tensor, order: Tensor, num_rows: int) -> Tensor:
+        """(n, ...) to (num_rows, ...)."""
+        ctx.order = order
+        return put_rows(rows, order, num_rows)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         """To each its own."""
-        return None, *(grads[0].index_select(0, group) for group in ctx.rows)
+        return grads[0].index_select(0, ctx.order), None, None
 
 
-def put_rows(parts: Sequence[Tensor], places: Sequence[Tensor], num_rows: int) -> Tensor:
+def put_rows(rows: Tensor, places: Tensor, num_rows: int) -> Tensor:
     """Rows in their places among others, which are 0."""
-    complete = num_rows == sum(map(len, places))
-    whole = (parts[0].new_empty if complete else parts[0].new_zeros)((num_rows, *parts[0].shape[1:]))
-    for part, rows in zip(parts, places, strict=True):
-        whole.index_copy_(0, rows, part)
-    return whole
+    if len(places) < num_rows:
+        return rows.new_zeros((num_rows, *rows.shape[1:])).index_copy_(0, places, rows)
+    origin = torch.empty_like(places).index_copy_(0, places, torch.arange(num_rows, device=places.device))
+    return rows.index_select(0, origin)

@@ -1,9 +1,13 @@
-"""Attention of queries that are scattered over a batch, since tokens ask for different numbers of heads."""
+"""Attention of queries that are scattered over a batch, since tokens ask for different numbers of heads.
+
+The heads between two neighbouring widths, a band, serve the tokens that reach them. These move up to seats in rows that
+are padded to the sequence with most of them, so that no score is computed that no token asked for, but for the padding.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -12,46 +16,68 @@ from torch import Tensor
 from torch.autograd import Function
 
 from nestlm.nn.policy import Mixed
-from nestlm.nn.row_groups import RowGroups
+from nestlm.nn.row_groups import RowGroups, Sort, put_rows
 from nestlm.nn.sight import Sight, attend
 
 Places = Sequence[tuple[slice, slice]]  # rows and heads
 
 
-def attend_scattered(
-    queries: Sequence[Tensor], k_BGLE: Tensor, v_BGLE: Tensor, *, width: Mixed, groups: RowGroups, sight: Sight
-) -> list[Tensor]:
-    """What the queries of each group of tokens find.
+@dataclass(frozen=True)
+class Band:
+    """KV groups whose heads serve the same tokens.
 
-    The heads between two neighbouring widths, a band, serve the tokens that reach them: the first of the sorted ones.
-    Scores are computed in rows that are padded to the sequence with most of these.
+    Attributes:
+        start: first of them.
+        end: what follows the last.
+        tokens: flat indices of those that reach them, sorted as the groups are, (n,).
+        seats: that they look from, in each sequence; as many as positions: from their own.
+    """
+
+    start: int
+    end: int
+    tokens: Tensor
+    seats: int
+
+
+def bands_of(width: Mixed, groups: RowGroups) -> list[Band]:
+    """One from each width to the next; those that all tokens of some sequence reach are one."""
+    widths_BL = width.widths_of_rows.view_as(width.index)
+    ends, numbers = groups.widths[::-1], list(accumulate(groups.counts))[::-1]
+    most = torch.stack([(widths_BL >= end).sum(1).max() for end in ends]).tolist()
+    bands: list[Band] = []
+    for end, seats, number in zip(ends, most, numbers, strict=True):
+        if seats == widths_BL.shape[1]:
+            bands = [Band(0, end, groups.order, seats)]
+        else:
+            bands.append(Band(bands[-1].end if bands else 0, end, groups.order[:number], seats))
+    return bands
+
+
+def attend_scattered(
+    q_BHLE: Tensor, k_BGLE: Tensor, v_BGLE: Tensor, *, width: Mixed, groups: RowGroups, sight: Sight
+) -> list[Tensor]:
+    """What the queries of each group of tokens find: (count, heads, E) a group.
 
     Args:
-        queries: of each group, (count, heads, E).
+        q_BHLE: queries at their positions, 0 where a token did not ask for a head.
         k_BGLE: keys of the widest choice.
         v_BGLE: values of the widest choice.
         width: of every token, (B, L).
         groups: the same, grouped.
         sight: what a token may look at.
     """
-    heads_per_group = queries[0].shape[1] // groups.widths[0]
-    starts = (0, *accumulate(map(len, groups.rows)))
-    slots = [
-        (slice(start, end), slice(q_cHE.shape[1]))
-        for (start, end), q_cHE in zip(pairwise(starts), queries, strict=True)
-    ]
-    shape, tokens = (starts[-1], *queries[0].shape[1:]), torch.cat(groups.rows)
-    bands, seen = [], []
-    for reaching, (start, end) in zip(reversed(starts[1:]), pairwise((0, *reversed(groups.widths))), strict=True):
-        bands.append((slice(reaching), slice(start * heads_per_group, end * heads_per_group)))
-        seen.append((slice(start, end), tokens[:reaching], width.widths_of_rows.view_as(width.index) >= end))
-    found = [
-        attend_seated(q_mHE, k_BGLE[:, units], v_BGLE[:, units], chosen, reached_BL, sight=sight)
-        for q_mHE, (units, chosen, reached_BL) in zip(
-            CutOut.apply(PutTogether.apply(slots, shape, *queries), bands), seen, strict=True
-        )
-    ]
-    return list(CutOut.apply(PutTogether.apply(bands, shape, *found), slots))
+    q_mHE, bands = q_BHLE.transpose(1, 2).flatten(0, 1), bands_of(width, groups)
+    heads_per_group = q_mHE.shape[1] // groups.widths[0]
+    heads = [slice(band.start * heads_per_group, band.end * heads_per_group) for band in bands]
+    found = []
+    for band, q_mhE in zip(bands, CutOut.apply(q_mHE, [(slice(None), part) for part in heads]), strict=True):
+        units = slice(band.start, band.end)
+        found.append(attend_band(q_mhE, k_BGLE[:, units], v_BGLE[:, units], band, width=width, sight=sight))
+    places = [(slice(len(band.tokens)), part) for band, part in zip(bands, heads, strict=True)]
+    found_nHE = PutTogether.apply(places, (len(groups.order), *q_mHE.shape[1:]), *found)
+    rows = pairwise((0, *accumulate(groups.counts)))
+    slots = [(slice(*each), slice(end * heads_per_group)) for each, end in zip(rows, groups.widths, strict=True)]
+    return list(CutOut.apply(found_nHE, slots))
 
 
 class PutTogether(Function):
@@ -91,44 +117,41 @@ def put_together(parts: Sequence[Tensor], places: Places, whole: Tensor) -> Tens
     return whole
 
 
-def attend_seated(
-    q_nHE: Tensor, k_BGLE: Tensor, v_BGLE: Tensor, tokens: Tensor, reached_BL: Tensor, *, sight: Sight
-) -> Tensor:
-    """Each query takes a seat in its sequence's row: (n, H, E) to the same.
+def attend_band(q_mHE: Tensor, k_BGLE: Tensor, v_BGLE: Tensor, band: Band, *, width: Mixed, sight: Sight) -> Tensor:
+    """What a band's heads find for its tokens: (all tokens, H, E) to (n, H, E).
 
     Args:
-        q_nHE: queries.
-        k_BGLE: keys of their heads.
-        v_BGLE: values of their heads.
-        tokens: whose queries they are, (n,), counted over the whole batch.
-        reached_BL: the same, as True.
+        q_mHE: queries of its heads, of all tokens in their places.
+        k_BGLE: keys of its KV groups.
+        v_BGLE: values of its KV groups.
+        band: which these are.
+        width: of every token, (B, L).
         sight: what a token may look at.
     """
-    batch, length = reached_BL.shape
-    if len(tokens) == batch * length:  # each sits at its own position
-        seat, seats, seen = tokens, length, sight
+    (batch, length), seats = width.index.shape, band.seats
+    if seats == length:
+        rows_mHE, seat, seen = q_mHE, band.tokens, sight
     else:
-        seat, seats = take_seats(reached_BL, tokens)
-        seen = replace(sight, mask=seated_mask(tokens, seat, (batch, seats), length, sight), causal=False)
-    rows_nHE = q_nHE.new_zeros(batch * seats, *q_nHE.shape[1:]).index_copy(0, seat, q_nHE)
-    found_BHSE = attend(rows_nHE.unflatten(0, (batch, seats)).transpose(1, 2), k_BGLE, v_BGLE, sight=seen)
-    return found_BHSE.transpose(1, 2).flatten(0, 1).index_select(0, seat)
+        reached_BL = width.widths_of_rows.view_as(width.index) >= band.end
+        seat = band.tokens // length * seats + (reached_BL.cumsum(1) - 1).flatten()[band.tokens]
+        sitting = seat.new_zeros(batch * seats).index_copy(0, seat, band.tokens)  # any token where a seat is empty
+        rows_mHE = TakeSeats.apply(q_mHE, sitting, seat, band.tokens)
+        seen = replace(sight, mask=sight.mask_of(sitting.view(batch, seats)), causal=False)
+    found_BHSE = attend(rows_mHE.unflatten(0, (batch, seats)).transpose(1, 2), k_BGLE, v_BGLE, sight=seen)
+    return Sort.apply(found_BHSE.transpose(1, 2).flatten(0, 1), seat)
 
 
-def seated_mask(tokens: Tensor, seat: Tensor, shape: tuple[int, int], length: int, sight: Sight) -> Tensor | None:
-    """The rows of the mask of those who sit, (B, 1, seats, tokens so far); an empty seat has that of a first token."""
-    if sight.explicit_mask is None:
-        return None
-    batch, seats = shape
-    position = tokens.new_zeros(batch * seats).index_copy(0, seat, tokens % length)
-    if len(sight.explicit_mask) > 1:
-        position += torch.arange(batch, device=tokens.device).repeat_interleave(seats) * length
-    return sight.explicit_mask.flatten(0, 1).index_select(0, position).view(batch, 1, seats, -1)
+class TakeSeats(Function):
+    """Queries of those who sit; what an empty seat finds is not asked for."""
 
+    @staticmethod
+    def forward(ctx: Any, q_mHE: Tensor, sitting: Tensor, seat: Tensor, tokens: Tensor) -> Tensor:
+        """(all tokens, H, E) to (all seats, H, E)."""
+        ctx.seat, ctx.tokens, ctx.num_tokens = seat, tokens, len(q_mHE)
+        return q_mHE.index_select(0, sitting)
 
-def take_seats(reached_BL: Tensor, tokens: Tensor) -> tuple[Tensor, int]:
-    """Where the given tokens (flat indices) sit when each sequence's chosen tokens move up: seat (n,), seats a row."""
-    seat_BL = reached_BL.cumsum(1) - 1
-    seats = int(seat_BL[:, -1].max()) + 1
-    row = tokens // reached_BL.shape[1]
-    return row * seats + seat_BL.flatten()[tokens], seats
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """From the seats that were taken, once each."""
+        taken = grads[0].index_select(0, ctx.seat)
+        return put_rows(taken, ctx.tokens, ctx.num_tokens), None, None, None

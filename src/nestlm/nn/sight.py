@@ -33,6 +33,14 @@ class Sight:
             return self
         return replace(self, mask=self.mask[chosen])
 
+    def mask_of(self, tokens_BS: Tensor) -> Tensor | None:
+        """The mask of some tokens of each sequence, given as flat indices: (B, 1, S, tokens so far)."""
+        if self.explicit_mask is None:
+            return None
+        shared, length = len(self.explicit_mask) == 1, self.explicit_mask.shape[1]
+        rows = (tokens_BS % length if shared else tokens_BS).flatten()
+        return self.explicit_mask.flatten(0, 1).index_select(0, rows).unflatten(0, tokens_BS.shape).unsqueeze(1)
+
     @cached_property
     def explicit_mask(self) -> Tensor | None:
         """The mask, also where it goes without saying: (B or 1, L, tokens so far); None where everything is seen."""
