@@ -27,12 +27,15 @@ class Products:
         shapes = [*((outputs, size) for outputs in inward), (size, self.heads), (size, self.neurons)]
         self.layers = [[torch.randn(shape) for shape in shapes] for _ in config.blocks]
         self.head = torch.randn(config.vocab_size, size)
-        self.inputs = {inputs: torch.randn(rows, inputs) for inputs in (size, self.heads, self.neurons)}
+        cuts = {size, *(int(width * share) for width in (self.heads, self.neurons) for share in QUARTERS)}
+        self.inputs = {inputs: torch.randn(rows, inputs) for inputs in cuts}
 
-    def run(self, weight: Tensor, rows: int, *, outputs: float = 1.0, inputs: float = 1.0, back: bool = False) -> None:
-        """Some rows through shares of a map's outputs and inputs; back: with the gradients of both."""
+    def run(
+        self, weight: Tensor, rows: int | slice, *, outputs: float = 1.0, inputs: float = 1.0, back: bool = False
+    ) -> None:
+        """The first rows, or some, through shares of a map's outputs and inputs; back: with the gradients of both."""
         cut = weight[: int(len(weight) * outputs), : int(weight.shape[1] * inputs)]
-        x_ni = self.inputs[weight.shape[1]][:rows, : cut.shape[1]]
+        x_ni = self.inputs[cut.shape[1]][rows if isinstance(rows, slice) else slice(rows)]
         made_no = F.linear(x_ni, cut)
         if back:
             torch.mm(made_no, cut)
@@ -59,11 +62,12 @@ class Products:
             for q, k, v, up, gate, o, down in self.layers:
                 for weight in (k, v):
                     self.run(weight, rows)
-                for share in shares:
+                for number, share in enumerate(shares):
+                    group = slice(number * each, (number + 1) * each)
                     for weight in (q, up, gate):
-                        self.run(weight, each, outputs=share)
+                        self.run(weight, group, outputs=share)
                     for weight in (o, down):
-                        self.run(weight, each, inputs=share)
+                        self.run(weight, group, inputs=share)
             self.run(self.head, rows)
 
         return no_grad(way)
@@ -71,6 +75,7 @@ class Products:
 
 def rows(shape: Shape, *, repeats: int) -> Iterator[Row]:
     """Time over FLOPs, but for decoding, where the gain in time stands over that in FLOPs."""
+    assert shape.device == "cpu", "there is no such row for GPUs"
     tokens = shape.rows * shape.length
     products = Products(shape.config, rows=tokens)
     ways = {

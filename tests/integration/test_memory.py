@@ -2,6 +2,7 @@
 
 import sys
 from importlib.machinery import PathFinder
+from statistics import median
 
 import pytest
 import torch
@@ -53,7 +54,8 @@ def test_a_stage_takes_what_was_predicted(case, tmp_path, monkeypatch):
 @pytest.mark.ranks
 def test_a_rank_that_holds_a_shard_takes_what_was_predicted(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    told, taken = benchmark.both("pretrain", [*SMALL, *benchmark.SHARDS], folder=tmp_path)
+    # beside other work a rank may wait so that it holds less than it needs alone: the least is too little here
+    told, taken = benchmark.both("pretrain", [*SMALL, *benchmark.SHARDS], folder=tmp_path, of_runs=median)
     assert told == pytest.approx(taken, rel=0.1)
 
 

@@ -79,6 +79,26 @@ def test_joined_products_stand_one_after_another(bias, cut):
     torch.testing.assert_close(found, wanted)
 
 
+def test_joined_products_of_a_frozen_map_under_autocast():
+    (linear,) = maps(bias=True, count=1)
+    linear.float().requires_grad_(False)
+    parts = [torch.randn(rows, FIVE, requires_grad=True) for rows in (2, 3)]
+    with torch.autocast("cpu", torch.bfloat16):
+        made = joined_products(parts, linear, outputs=[4, 2])
+        with torch.no_grad():
+            torch.testing.assert_close(joined_products(parts, linear, outputs=[4, 2]), made)
+    assert made.dtype == torch.bfloat16
+    wanted = [
+        F.linear(part, linear.weight[:size], linear.bias[:size]) for part, size in zip(parts, (4, 2), strict=True)
+    ]
+    torch.testing.assert_close(made[:2, :4].float(), wanted[0], rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(made[2:, :2].float(), wanted[1], rtol=2e-2, atol=2e-2)
+    assert not made[2:, 2:].any()
+    made.float().sum().backward()
+    for part, size in zip(parts, (4, 2), strict=True):
+        torch.testing.assert_close(part.grad, linear.weight[:size].sum(0).expand_as(part), rtol=2e-2, atol=2e-2)
+
+
 def test_frozen_maps_take_no_products_back():
     (linear,) = maps(bias=True, count=1)
     linear.requires_grad_(False)

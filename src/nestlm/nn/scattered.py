@@ -24,12 +24,12 @@ Places = Sequence[tuple[slice, slice]]  # rows and heads
 
 @dataclass(frozen=True)
 class Band:
-    """KV groups whose heads serve the same tokens.
+    """KV groups whose heads look from the same seats.
 
     Attributes:
         start: first of them.
         end: what follows the last.
-        tokens: flat indices of those that reach them, sorted as the groups are, (n,).
+        tokens: flat indices of those that reach the first of them, sorted as the groups are, (n,).
         seats: that they look from, in each sequence; as many as positions: from their own.
     """
 
@@ -40,7 +40,7 @@ class Band:
 
 
 def bands_of(width: Mixed, groups: RowGroups) -> list[Band]:
-    """One from each width to the next; those that all tokens of some sequence reach are one."""
+    """One from each width to the next; those that all tokens of some sequence reach are one, and all positions look."""
     widths_BL = width.widths_of_rows.view_as(width.index)
     ends, numbers = groups.widths[::-1], list(accumulate(groups.counts))[::-1]
     most = torch.stack([(widths_BL >= end).sum(1).max() for end in ends]).tolist()
