@@ -77,7 +77,7 @@ class GroupedQueryAttention(nn.Module):
         groups = RowGroups.of(width)
         if not groups.widths:
             return torch.zeros_like(hidden_BLD)
-        parts = groups.split(groups.sort(hidden_BLD))
+        parts = groups.gather(hidden_BLD)
         factors = [None] * len(parts) if gate is None else [each.unsqueeze(1) for each in groups.factors(gate)]
         heads = []
         for (q, k, v), units, rows, factor in zip(
@@ -107,7 +107,7 @@ class GroupedQueryAttention(nn.Module):
         if not groups.widths:
             return torch.zeros_like(hidden_BLD)
         outputs = [units * self.query_rows for units in groups.widths]
-        q_nE = joined_products(groups.split(groups.sort(rows)), self.q, outputs=outputs)
+        q_nE = joined_products(groups.gather(rows), self.q, outputs=outputs)
         q_BHLE = self.heads(groups.unsort(q_nE).unflatten(0, (-1, length)))
         heads = attend_scattered(
             turn(q_BHLE, self.q_norm, sight.rotary), k_BGLE, v_BGLE, width=width, groups=groups, sight=sight

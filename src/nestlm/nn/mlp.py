@@ -64,7 +64,7 @@ class MLP(nn.Module):
         groups = RowGroups.of(width)
         if not groups.widths:
             return torch.zeros_like(hidden_BLD)
-        parts = groups.split(groups.sort(rows))
+        parts = groups.gather(rows)
         projected = prefix_products(parts, self.inward, outputs=[groups.widths] * len(self.inward))
         neurons = [self.neurons(*made) for made in zip(*projected, strict=True)]
         if gate is not None:

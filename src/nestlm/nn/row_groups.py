@@ -46,12 +46,12 @@ class RowGroups:
         """The places of each group's rows."""
         return self.split(self.order)
 
-    def sort(self, rows: Tensor) -> Tensor:
-        """Rows in the order of the groups, without those of width 0: of a batch, (num_rows, ...) to (n, ...)."""
-        return Sort.apply(rows, self.order)
+    def gather(self, rows: Tensor) -> list[Tensor]:
+        """The rows of each group: of a batch, (num_rows, ...) to (count, ...) a group."""
+        return self.split(Sort.apply(rows, self.order))
 
     def unsort(self, rows: Tensor) -> Tensor:
-        """Rows back in their places, and zeros for those of width 0: inverse of `sort`."""
+        """Rows back in their places, and zeros for those of width 0: inverse of `gather`, joined."""
         return Unsort.apply(rows, self.order, self.num_rows)
 
     def split(self, rows: Tensor) -> list[Tensor]:
@@ -61,7 +61,7 @@ class RowGroups:
     def factors(self, gate: Tensor) -> list[Tensor]:
         """The factor of each unit that a group runs, from those of bands, `index.shape + (K,)`: (count, width)."""
         found = []
-        for part, units in zip(self.split(self.sort(gate.flatten(0, gate.ndim - 2))), self.widths, strict=True):
+        for part, units in zip(self.gather(gate.flatten(0, gate.ndim - 2)), self.widths, strict=True):
             choices = self.choices[: self.choices.index(units) + 1]
             found.append(by_unit(part[:, : len(choices)], choices))
         return found
