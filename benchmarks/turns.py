@@ -12,6 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from nestlm.allocation import keep_freed_blocks
+
 Way = Callable[[], Any]
 REPEATS, WARM_UP = 9, 2
 
@@ -38,6 +40,7 @@ class Spread(NamedTuple):
 
 def take_turns(ways: Mapping[str, Way], *, repeats: int = REPEATS, warm_up: int = WARM_UP) -> dict[str, list[float]]:
     """Seconds of each way in each round; the rounds that warm up are left out."""
+    keep_freed_blocks(torch.device("cuda" if torch.cuda.is_available() else "cpu"))  # as runs do
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(warm_up + repeats):
         for name, way in ways.items():

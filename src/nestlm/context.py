@@ -14,6 +14,7 @@ from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 
+from nestlm.allocation import keep_freed_blocks
 from nestlm.cache import write_json
 from nestlm.callbacks.throughput import StageThroughput
 from nestlm.cost.table import PriceList
@@ -81,6 +82,7 @@ class Context:
         )
 
     def _placed(self, decoder: Decoder, stage: str | None) -> Decoder:
+        keep_freed_blocks(self.device())
         self.placement().place(decoder, blocks=decoder.blocks)
         if stage is not None:
             load_weights(decoder, self.inputs[stage] / MODEL)

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from nestlm.allocation import keep_freed_blocks
 from nestlm.cost.additive import Array, fit_prices, mean_error, predict
 from nestlm.cost.latency import Latency
 from nestlm.cost.measured import Check, LatencyTable, Prices, RouterTime
@@ -98,6 +99,7 @@ class Bench:
 @torch.inference_mode()
 def profile(cost: Latency, *, space: SearchSpace, config: DecoderConfig, device: torch.device) -> LatencyTable:
     """Measure the prices of a space's choices on a device."""
+    keep_freed_blocks(device)  # as where the model trains and serves
     bench = Bench.make(cost, config=config, device=device)
     alike = [group_of(site, config=config, space=space) for site in space.sites]
     base, rows, mape = measure_specs(bench, space=space, alike=alike, repeats=cost.repeats)
