@@ -98,18 +98,14 @@ def rotary_table(
     scaling: RopeScaling | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of positions, each of shape (L, dim), computed in float32 or wider.
-
-    The sines' first half is negative: the sign with which the first of a pair takes the second.
-    """
+    """Cosines and sines of positions, each of shape (L, dim), computed in float32 or wider."""
     exponents = torch.arange(0, dim, 2, dtype=dtype, device=positions_L.device) / dim
     frequencies = 1.0 / theta**exponents
     if scaling is not None:
         frequencies = scaling.stretch(frequencies, theta=theta)
-    angles = torch.outer(positions_L.to(dtype), frequencies)
+    angles = torch.outer(positions_L.to(dtype), frequencies).repeat(1, 2)
     factor = 1.0 if scaling is None else scaling.attention_factor
-    cos, sin = angles.cos() * factor, angles.sin() * factor
-    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+    return angles.cos() * factor, angles.sin() * factor
 
 
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
@@ -122,7 +118,7 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
         return Turn.apply(x, cos, sin)
     dim = cos.shape[-1]  # few operations are what few numbers take least time by
     first, second = x[..., :dim].chunk(2, dim=-1)
-    turned_few = (x[..., :dim] * cos).addcmul_(torch.cat((second, first), dim=-1), sin)
+    turned_few = x[..., :dim] * cos + torch.cat((-second, first), dim=-1) * sin
     return turned_few if dim == x.shape[-1] else torch.cat((turned_few, x[..., dim:]), dim=-1)
 
 
@@ -142,12 +138,12 @@ class Turn(Function):
 
 
 def turned(x: Tensor, cos: Tensor, sin: Tensor, *, direction: float) -> Tensor:
-    """The first `dim` entries turned."""
+    """The first `dim` entries turned; the second half of the table repeats the first."""
     dim, half = cos.shape[-1], cos.shape[-1] // 2
     out = torch.empty_like(x)
-    torch.mul(x[..., :dim], cos, out=out[..., :dim])
-    out[..., :half].addcmul_(x[..., half:dim], sin[..., :half], value=direction)
-    out[..., half:dim].addcmul_(x[..., :half], sin[..., half:], value=direction)
+    torch.mul(x[..., half:dim], sin[..., :half] * -direction, out=out[..., :half])
+    torch.mul(x[..., :half], sin[..., half:] * direction, out=out[..., half:dim])
+    out[..., :dim] += x[..., :dim] * cos
     if x.shape[-1] > dim:
         out[..., dim:] = x[..., dim:]
     return out
