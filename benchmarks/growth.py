@@ -102,7 +102,7 @@ def main() -> None:
     most = [peak(losses_of(number)) / 2**20 for number in VOCABULARIES]
     memory.plot(VOCABULARIES, most, marker="o", label="measured")
     weights = [2 * 4 * 256 * number / 2**20 for number in VOCABULARIES]
-    memory.plot(VOCABULARIES, weights, linestyle="--", color="grey", label="gradients of embedding and head")
+    memory.plot(VOCABULARIES, weights, linestyle="--", color="grey", label="gradients of\nembedding and head")
     memory.set(
         xlabel="vocabulary", ylabel="MiB of a step besides weights", title="Memory", xticks=VOCABULARIES[2:], ylim=0
     )
