@@ -17,11 +17,9 @@ from plugins import NANO
 transformers = pytest.importorskip("transformers")
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs/howto/from-weights-to-a-latency-model.md"
-
-
 ADDING = sorted((ROOT / "docs/howto").glob("add-*.md"))
 NAME = re.compile(r"[\w/]+\.(?:py|yaml)")
-FILE = re.compile(rf"^(`{NAME.pattern}`[^\n]*)\n\n```\w+\n(.*?)```", flags=re.DOTALL | re.MULTILINE)  # name, text
+FILE = re.compile(rf"^(`{NAME.pattern}`[^\n]*)\n\n```\w+\n(.*?)```", flags=re.DOTALL | re.MULTILINE)  # name and text
 
 
 def commands(page: Path) -> list[str]:

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-LOOP = """
+CODE = """
 import ctypes
 import torch
 from nestlm.allocation import keep_freed_blocks
@@ -32,7 +32,7 @@ print(held() - before)
 
 def held(*, keeps: bool) -> int:
     """Bytes of the system's that the C library holds on to, of 2**26 that were taken and freed."""
-    code = LOOP.format(keeps=keeps)
+    code = CODE.format(keeps=keeps)
     return int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
 
 
