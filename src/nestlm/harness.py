@@ -27,6 +27,7 @@ from nestlm.generation.text import continuation
 from nestlm.nn.decoder import Decoder
 from nestlm.nn.policy import Policy
 from nestlm.progress import track
+from nestlm.task_files import check_task_files, sandboxed_templates
 
 # The paper's; all other tasks of its table have none.
 SHOTS = {"hellaswag": 10, "mmlu": 5}
@@ -169,11 +170,13 @@ def load_tasks(names: Sequence[str], *, files: Path | None, shots: Mapping[str, 
     """Tasks, groups and tags of the harness, or those of a folder alone.
 
     Raises:
-        ConfigError: one is not there.
-        DataError: its data cannot be read.
+        ConfigError: one is not there, or runs code that a model writes.
+        DataError: its data cannot be read, or a task file could run code.
     """
     if files is not None and not files.is_dir():
         raise ConfigError(f"task_files: {files} is no folder; wanted one with tasks of the harness in YAML files")
+    if files is not None:
+        check_task_files(files)
     manager = TaskManager(include_path=files, include_defaults=files is None)
     found = []
     for name in names:
@@ -181,13 +184,16 @@ def load_tasks(names: Sequence[str], *, files: Path | None, shots: Mapping[str, 
             known = ", ".join(manager.all_tasks) if files is not None else "those that `lm-eval ls tasks` lists"
             raise ConfigError(f"tasks: got {name!r}, wanted one of {known}")
         try:
-            loaded: dict[str, Any] = {**manager.load([name])}
+            with sandboxed_templates():
+                loaded: dict[str, Any] = {**manager.load([name])}
         except (OSError, DatasetsError) as error:
             reason = " ".join(str(error).split())
             raise DataError(
                 f"tasks: cannot read the data of {name} ({reason}); without a network, take task files that name local "
                 "data"
             ) from error
+        if any(getattr(task, "UNSAFE_CODE", False) for task in loaded["tasks"].values()):
+            raise ConfigError(f"tasks: {name} runs programs that the model writes, which is not done here; leave it out")
         if name in loaded["groups"]:
             found.append(Asked([loaded["groups"][name]], [name], shots.get(name)))
         else:
@@ -205,15 +211,16 @@ def run_tasks(model: HarnessModel, tasks: Sequence[Asked], *, limit: int | None)
     """
     found: dict[str, float] = {}
     for task in tasks:
-        results = simple_evaluate(
-            model,
-            tasks=task.loaded,
-            num_fewshot=task.shots,
-            limit=limit,
-            bootstrap_iters=BOOTSTRAPS,
-            log_samples=False,
-            task_manager=TaskManager(include_defaults=False),
-        )
+        with sandboxed_templates():
+            results = simple_evaluate(
+                model,
+                tasks=task.loaded,
+                num_fewshot=task.shots,
+                limit=limit,
+                bootstrap_iters=BOOTSTRAPS,
+                log_samples=False,
+                task_manager=TaskManager(include_defaults=False),
+            )
         assert results is not None, "this is the only process"
         for name in task.names:
             found |= metrics_of(name, results.get("results", {})[name])

@@ -1,6 +1,8 @@
 """`nestlm evaluate`: the run's own numbers again, other texts, and tasks through the real harness, offline."""
 
 import json
+import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import nestlm
 from nestlm.cli import app
 from nestlm.data.prepare import prepare
 from nestlm.data.source.text import TextFolder
-from nestlm.errors import ConfigError, DataError
+from nestlm.errors import ConfigError, DataError, NestlmError
 from nestlm.nested import NestedModel
 from nestlm.report.tables import read_csv
 
@@ -213,6 +215,35 @@ def test_tasks_that_are_not_there(static_run, tasks, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
     with pytest.raises(ConfigError, match=r"tasks: .*lm_eval.*pip install 'nestlm\[eval\]'"):
         model.evaluate([0.8], tasks=["choices"], task_files=tasks)
+
+
+CODE_IN_TASKS = {  # a line of a task file, and what is said of it
+    "process_docs: !function helpers.write": "plain values",
+    "process_docs: !!python/name:os.system": "plain values",
+    "metric_list: [{metric: helpers.py, hf_evaluate: true}]": "hf_evaluate",
+    "include: ../elsewhere.yaml": "includes",
+    "include: /elsewhere.yaml": "includes",
+    "include: hidden.yml": "includes",
+    "doc_to_text: \"{{ cycler.__init__.__globals__.os.mkdir('ran') }}\"": "template",
+    "unsafe_code: true": "programs that the model writes",
+}
+
+
+@pytest.mark.parametrize("line", CODE_IN_TASKS)
+def test_task_files_run_no_code(line, static_run, tasks, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "tasks"
+    shutil.copytree(tasks, folder)
+    content = CHOICES.format(name="choices", data=folder / "questions.jsonl", cache=folder / "cache")
+    others = re.sub(rf"(?m)^{line.partition(':')[0]}:.*\n( .*\n)*", "", content)
+    (folder / "choices.yaml").write_text(f"{others}{line}\n")
+    runs = "import pathlib\npathlib.Path('ran').mkdir()\ndef write(docs): return docs\n"
+    (folder / "helpers.py").write_text(runs)
+    for name in ("elsewhere.yaml", "tasks/hidden.yml"):
+        (tmp_path / name).write_text("process_docs: !function helpers.write\n")
+    with pytest.raises(NestlmError, match=CODE_IN_TASKS[line]):
+        nestlm.load(static_run).evaluate([0.8], tasks=["choices"], task_files=folder)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_shots_are_the_papers_the_tasks_or_those_that_are_asked_for(tasks):

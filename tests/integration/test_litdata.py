@@ -1,6 +1,7 @@
 """What litdata optimised, in a folder and as at a URL: order, resume, a killed run, damage. Without a network."""
 
 import importlib.util
+import json
 import shutil
 import sys
 import tempfile
@@ -119,3 +120,23 @@ def test_what_is_no_text_or_damaged_is_named(optimised, datasets, tmp_path):
     assert f"cannot read item 21 of {damaged}" in error(damaged)
     (damaged / "index.json").write_text("{")
     assert "cannot read the index of" in error(damaged)
+
+
+def test_items_that_run_code_and_chunks_elsewhere_are_refused(optimised, tmp_path):
+    def error(folder: Path) -> str:
+        with pytest.raises(DataError) as raised:
+            list(stream(folder).numbered(0))
+        return str(raised.value)
+
+    def change(**changes) -> Path:
+        folder = Path(shutil.copytree(optimised, tmp_path / f"copy{len(list(tmp_path.iterdir()))}"))
+        index = json.loads((folder / "index.json").read_text())
+        index["config"] |= changes.pop("config", {})
+        index["chunks"][0] |= changes
+        (folder / "index.json").write_text(json.dumps(index))
+        return folder
+
+    assert "format 'pickle'" in error(change(config={"data_format": ["pickle"]}))
+    assert "format 'graph'" in error(change(config={"data_format": ["graph:pickle"]}))
+    for name in ("../chunk-0-0.bin", str(optimised / "chunk-0-0.bin"), "..", "sub/chunk-0-0.bin"):
+        assert "names the chunk" in error(change(filename=name))

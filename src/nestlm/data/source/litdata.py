@@ -17,6 +17,8 @@ from nestlm.errors import DataError
 
 CURE = "pip install 'nestlm[litdata]', or without torchvision as docs/howto/prepare-data.md says"
 INDEX = "index.json"
+# Formats of an item's parts that hold values alone; litdata has others, some of which run code when they are read.
+FORMATS = frozenset({"str", "text", "string", "bool", "int", "float", "bytes", "json"})
 LOCAL = "local:"  # litdata's prefix of a folder that is read as a URL is: chunk by chunk, from copies
 
 
@@ -72,13 +74,19 @@ class LitdataStream(StreamSource):
 
     def identity(self) -> str:
         with TemporaryDirectory(prefix="litdata-") as cache, self.named("read the index of"):
-            return hashlib.sha256((Path(self.opened(cache).input_dir.path) / INDEX).read_bytes()).hexdigest()
+            return hashlib.sha256(self.index(self.opened(cache)).read_bytes()).hexdigest()
+
+    @staticmethod
+    def index(dataset: Any) -> Path:
+        """The index of an opened dataset; of a URL, the copy that litdata reads."""
+        return Path(dataset.input_dir.path) / INDEX
 
     def opened(self, cache: str) -> Any:
         """The dataset, all of it for this process, whatever its rank."""
         litdata = load_extra("litdata", wanted_for=self.path, cure=CURE)
         with self.named("open"):
             dataset = litdata.StreamingDataset(self.address(), cache_dir=cache, max_cache_size=self.cache_size)
+            check_index(self.index(dataset), path=self.path)
         ranks = dataset.distributed_env
         ranks.world_size, ranks.global_rank, ranks.num_nodes = 1, 0, 1
         dataset.set_drop_last(False)
@@ -105,6 +113,19 @@ class LitdataStream(StreamSource):
         except Exception as error:
             reason = (str(error).splitlines() or [""])[0]
             raise DataError(f"data: cannot {doing} {self.path} ({type(error).__name__}: {reason})") from error
+
+
+def check_index(index: Path, *, path: str) -> None:
+    """Raise DataError for items that would run code when they are read, and for chunks outside the dataset."""
+    content = json.loads(index.read_text(encoding="utf-8"))
+    formats = [str(each).partition(":")[0] for each in content["config"]["data_format"]]
+    others = sorted(set(formats) - FORMATS)
+    if others:
+        raise DataError(f"data: {path} holds items of format {others[0]!r}; wanted one of {', '.join(sorted(FORMATS))}")
+    for chunk in content["chunks"]:
+        name = str(chunk["filename"])
+        if name in ("", ".", "..") or Path(name).name != name or "\\" in name:
+            raise DataError(f"data: {path} names the chunk {name[:100]!r}; wanted a file of its own folder")
 
 
 def stop(dataset: Any) -> None:
