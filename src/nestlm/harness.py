@@ -193,7 +193,7 @@ def load_tasks(names: Sequence[str], *, files: Path | None, shots: Mapping[str, 
                 "data"
             ) from error
         if any(getattr(task, "UNSAFE_CODE", False) for task in loaded["tasks"].values()):
-            raise ConfigError(f"tasks: {name} runs programs that the model writes, which is not done here; leave it out")
+            raise ConfigError(f"tasks: {name} runs programs that the model writes; leave it out")
         if name in loaded["groups"]:
             found.append(Asked([loaded["groups"][name]], [name], shots.get(name)))
         else:

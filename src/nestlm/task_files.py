@@ -36,13 +36,13 @@ def check_task_files(folder: Path) -> None:
         except (yaml.YAMLError, OSError, UnicodeDecodeError, RecursionError) as error:
             reason = " ".join(str(error).split())[:200]
             raise DataError(
-                f"task_files: {path} cannot be used ({reason}); wanted plain values: functions of a task's own are not run"
+                f"task_files: {path} cannot be used ({reason}); wanted plain values: its own functions are not run"
             ) from error
         for key, value in entries(content):
             if key == "include":
                 check_include(value, path=path, root=root)
             elif key == "hf_evaluate" and value:
-                raise DataError(f"task_files: {path} has hf_evaluate, which runs a script; wanted the harness's metrics")
+                raise DataError(f"task_files: {path}: hf_evaluate runs a script; wanted a metric of the harness")
 
 
 def entries(content: Any) -> Iterator[tuple[Any, Any]]:
@@ -83,6 +83,6 @@ def sandboxed_templates() -> Iterator[None]:
     try:
         yield
     except SecurityError as error:
-        raise DataError(f"task_files: a template is not run ({error}); wanted expressions on a question's fields") from error
+        raise DataError(f"task_files: a template is not run ({error}); wanted fields of a question") from error
     finally:
         lm_eval.utils.env = plain
