@@ -11,7 +11,8 @@ import lm_eval.tasks
 import lm_eval.utils
 import yaml
 from jinja2 import Environment
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.exceptions import SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from nestlm.errors import DataError
 
