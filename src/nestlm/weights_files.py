@@ -8,8 +8,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from nestlm.checksums import CHECKSUMS, read_sums, sha256, write_sums
 from nestlm.errors import CheckpointError
-from nestlm.model.checkpoint import CHECKSUMS, sha256
 from nestlm.parallel import ranks
 from nestlm.parallel.sharding import read_state
 
@@ -21,12 +21,10 @@ def save_weights(tensors: dict[str, Tensor], path: Path) -> None:
     partial = path.with_name(f".{path.name}.partial")
     save_file(tensors, partial)
     sums = path.with_name(CHECKSUMS)
-    known = read_sums(sums) if sums.is_file() else {}
+    known = known_sums(sums) if sums.is_file() else {}
     known[path.name] = sha256(partial)
     partial.replace(path)
-    listed = path.with_name(f".{CHECKSUMS}.partial")
-    listed.write_text("".join(f"{digest}  {name}\n" for name, digest in known.items()), encoding="utf-8")
-    listed.replace(sums)
+    write_sums(path.parent, known)
 
 
 def load_weights(module: nn.Module, path: Path) -> None:
@@ -50,13 +48,13 @@ def check_weights(path: Path) -> None:
     for file in (path, sums):
         if not file.is_file():
             raise CheckpointError(f"{file} does not exist; {CURE}")
-    if read_sums(sums).get(path.name) != sha256(path):
+    if known_sums(sums).get(path.name) != sha256(path):
         raise CheckpointError(f"{path} is damaged: it is not the file that {CHECKSUMS} lists; {CURE}")
 
 
-def read_sums(path: Path) -> dict[str, str]:
+def known_sums(path: Path) -> dict[str, str]:
     """Hashes by file name. Raises CheckpointError for a file of something else."""
-    lines = [line.split("  ", 1) for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
-    if any(len(line) != 2 for line in lines):
-        raise CheckpointError(f"{path} is damaged: wanted lines of a hash and a name; {CURE}")
-    return {name: digest for digest, name in lines}
+    try:
+        return read_sums(path)
+    except ValueError as error:
+        raise CheckpointError(f"{error}; {CURE}") from error

@@ -19,7 +19,8 @@ from typer.testing import CliRunner
 
 import many_runs
 from many_runs import CPU, assert_same_results
-from nestlm.callbacks.checkpoint import last_good_checkpoint
+from nestlm.callbacks.checkpoint import complete, last_good_checkpoint
+from nestlm.checksums import CHECKSUMS
 from nestlm.cli import app
 from nestlm.errors import EXIT_PREEMPTED, CheckpointError, DeviceMemoryError, DivergenceError
 from nestlm.parallel import checkpoint
@@ -133,6 +134,7 @@ def saved(tmp_path: Path) -> Path:
     folder = tmp_path / "step=00000001.ckpt"
     dcp.save(checkpoint.state_of(model, optimizer), checkpoint_id=folder, no_dist=True)
     torch.save({"epoch": 0}, folder / checkpoint.LOOPS)
+    complete(folder, None)
     torch.save(model.state_dict(), tmp_path / "expected.pt")
     return folder
 
@@ -148,14 +150,17 @@ def test_a_sharded_checkpoint_becomes_safetensors(saved, tmp_path):
         assert all(torch.equal(value, expected[f"{part}.{name}"]) for name, value in found.items())
 
 
-def test_a_sharded_checkpoint_that_is_cut_is_not_taken(saved, capsys):
-    whole = last_good_checkpoint(saved.parent, is_sharded=True)
-    assert whole == saved
-    assert last_good_checkpoint(saved.parent, is_sharded=False) is None, "single files are another kind"
-    shard = next(saved.glob("*.distcp"))
-    shard.write_bytes(shard.read_bytes()[:-10])
+@pytest.mark.parametrize("name", ["__0_0.distcp", checkpoint.INDEX, checkpoint.LOOPS, CHECKSUMS])
+def test_a_damaged_file_of_a_sharded_checkpoint_is_named(name, saved, tmp_path, capsys):
+    assert last_good_checkpoint(saved.parent, is_sharded=True) == saved
+    assert last_good_checkpoint(saved.parent, is_sharded=False) is None, "those of one process are another kind"
+    content = bytearray((saved / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (saved / name).write_bytes(content)
+    result = CliRunner().invoke(app, ["consolidate", str(saved), "--out", str(tmp_path / "weights")])
+    assert "wanted a checkpoint that several ranks wrote" in str(result.exception)
     assert last_good_checkpoint(saved.parent, is_sharded=True) is None
-    assert "is cut or absent" in capsys.readouterr().err
+    assert "step=00000001.ckpt is damaged" in capsys.readouterr().err
 
 
 def test_nothing_unpickles_code_from_shards(saved, tmp_path):
@@ -164,6 +169,7 @@ def test_nothing_unpickles_code_from_shards(saved, tmp_path):
             return os.system, (f"touch {tmp_path / 'owned'}",)
 
     (saved / checkpoint.INDEX).write_bytes(pickle.dumps(Evil()))
+    complete(saved, None)
     with pytest.raises(CheckpointError, match=r"posix\.system is no part of an index"):
         last_good_checkpoint(saved.parent, is_sharded=True)
     assert not (tmp_path / "owned").exists()

@@ -1,5 +1,6 @@
 """What a dry run says of memory is what stages take, on one device and in shards; runs with small optimizer states."""
 
+import shutil
 import sys
 from importlib.machinery import PathFinder
 from statistics import median
@@ -11,6 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 import memory as benchmark
 from models import DECODERS
 from nestlm import pipeline
+from nestlm.callbacks.checkpoint import STATE
 from nestlm.compose import build, compose, explain
 from nestlm.errors import ConfigError
 from nestlm.layout import Layout, Precision
@@ -180,9 +182,9 @@ def test_a_run_with_8_bit_states_goes_on_from_its_checkpoint(run, tmp_path, monk
     with torch.compiler.set_stance("force_eager"):
         first = run(*options, name="first", cache=cache)
         last = sorted(cache.glob("pretrain-*/checkpoints/*.ckpt"))[-1]
-        states = torch.load(last, weights_only=True)["optimizer_states"][0]["state"].values()
+        states = torch.load(last / STATE, weights_only=True)["optimizer_states"][0]["state"].values()
         assert "OptimState8bit" in {type(value).__name__ for state in states for value in state.values()}
-        last.unlink()
+        shutil.rmtree(last)
         for path in cache.glob("*/stage.json"):
             path.unlink()
         again = run(*options, name="again", cache=cache)

@@ -2,15 +2,18 @@
 
 import csv
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from nestlm import pipeline
-from nestlm.callbacks.checkpoint import last_good_checkpoint
+from nestlm.callbacks.checkpoint import STATE, CheckpointFile, TimedCheckpoint, complete, last_good_checkpoint
+from nestlm.checksums import CHECKSUMS
 from nestlm.errors import CheckpointError
 from plugins import NANO
 from processes import kill_when
@@ -35,8 +38,7 @@ def test_killed_runs_end_with_the_same_results(tmp_path):
     kill_when(arguments, lambda: list(cache.glob("data-*")))  # while the text is prepared
     kill_when(arguments, lambda: checkpoints(cache, "pretrain"))
     reached = checkpoints(cache, "pretrain")[-1]
-    # A checkpoint that was cut short: the one before it is used, or the start.
-    reached.write_bytes(reached.read_bytes()[: reached.stat().st_size // 2])
+    flip_bit(reached / STATE)  # the one before it is used, or the start
     kill_when(arguments, lambda: checkpoints(cache, "router"))
     assert list(cache.glob("elastic-*/stage.json")), "finished stages stay finished"
     elastic_made = next(cache.glob("elastic-*/stage.json")).stat().st_mtime_ns
@@ -60,7 +62,7 @@ def test_a_stage_goes_on_from_its_last_checkpoint(run, tmp_path, monkeypatch):
     for path in cache.glob("*/stage.json"):
         path.unlink()
     for stage in ("elastic", "router"):  # these go on from the step before the last
-        checkpoints(cache, stage)[-1].unlink()
+        shutil.rmtree(checkpoints(cache, stage)[-1])
     again = run(*fast, name="again", cache=cache)
     assert (first / "results.csv").read_bytes() == (again / "results.csv").read_bytes()
     with (again / "timings.csv").open() as file:
@@ -69,14 +71,62 @@ def test_a_stage_goes_on_from_its_last_checkpoint(run, tmp_path, monkeypatch):
     assert resumed["elastic"] == 3, "before its end"
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, capsys):
-    for step in (1, 2):
-        torch.save({"state": torch.ones(1000)}, tmp_path / f"step={step:08d}.ckpt")
-    newest = tmp_path / "step=00000002.ckpt"
-    newest.write_bytes(newest.read_bytes()[:700])
-    assert last_good_checkpoint(tmp_path, is_sharded=False) == tmp_path / "step=00000001.ckpt"
+def flip_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def zero_page(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[:4096] + bytes(4096) + content[8192:])
+
+
+def saved(folder: Path, state: object) -> Path:
+    """A checkpoint as one process writes it."""
+    CheckpointFile().save_checkpoint({"state": state}, folder)
+    complete(folder, None)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: flip_bit(path / STATE),
+        lambda path: zero_page(path / STATE),
+        lambda path: (path / STATE).write_bytes((path / STATE).read_bytes()[:700]),
+        lambda path: flip_bit(path / CHECKSUMS),
+        lambda path: (path / CHECKSUMS).unlink(),
+        lambda path: (path / CHECKSUMS).write_text(""),
+        lambda path: (path / "another.pt").write_bytes(b""),
+    ],
+    ids=["flipped bit", "zeroed page", "cut", "flipped bit of hashes", "no hashes", "empty hashes", "another file"],
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(damage, tmp_path, capsys):
+    before, newest = (saved(tmp_path / f"step={step:08d}.ckpt", torch.ones(4000)) for step in (1, 2))
+    assert last_good_checkpoint(tmp_path, is_sharded=False) == newest
+    damage(newest)
+    assert last_good_checkpoint(tmp_path, is_sharded=False) == before
     assert "step=00000002.ckpt is damaged" in capsys.readouterr().err
+    assert not newest.exists()
     assert last_good_checkpoint(tmp_path / "absent", is_sharded=False) is None
+
+
+def test_a_checkpoint_gets_its_name_after_its_hashes(tmp_path):
+    """So that a kill between both neither loses it nor lets a damaged one pass."""
+    seen = []
+    callback = TimedCheckpoint(tmp_path, stage="elastic", seconds=1.0)
+    trainer = SimpleNamespace(
+        save_checkpoint=lambda path: CheckpointFile().save_checkpoint({"state": 1}, path),
+        is_global_zero=True,
+        strategy=None,
+    )
+    for step in range(1, 5):
+        callback.save(trainer, step=step)  # pyright: ignore
+        seen.append([path.name for path in tmp_path.glob("*.ckpt") if not (path / CHECKSUMS).is_file()])
+    callback.finish()
+    assert seen == [[]] * 4
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step=00000003.ckpt", "step=00000004.ckpt"]
 
 
 def test_nothing_unpickles_code(tmp_path):
@@ -84,7 +134,7 @@ def test_nothing_unpickles_code(tmp_path):
         def __reduce__(self):
             return os.system, ("touch " + str(tmp_path / "owned"),)
 
-    torch.save({"state": Evil()}, tmp_path / "step=00000001.ckpt")
+    saved(tmp_path / "step=00000001.ckpt", Evil())
     with pytest.raises(CheckpointError, match="more than tensors"):
         last_good_checkpoint(tmp_path, is_sharded=False)
     assert not (tmp_path / "owned").exists()

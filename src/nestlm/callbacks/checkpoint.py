@@ -7,7 +7,7 @@ import shutil
 import signal
 import threading
 import time
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import lightning as L
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from nestlm.checksums import check_folder, files_below, hashes, write_sums
 from nestlm.errors import CheckpointError, Preempted
 from nestlm.parallel import checkpoint as sharded
 from nestlm.parallel import ranks
@@ -22,18 +23,29 @@ from nestlm.parallel.strategy import Sharded
 from nestlm.progress import console
 
 KEPT = 2  # so that the one before is there when the last one is damaged
+STATE = "state.pt"  # in a checkpoint of one process
 GO_ON, SAVE, STOP = range(3)
 
 
 class CheckpointFile(TorchCheckpointIO):
-    """Lightning's, but to the CPU by name: a function, its default, cannot map tensors that are made of others."""
+    """Lightning's, but a folder that holds one file; to and from the CPU by name.
+
+    A function, Lightning's default, cannot map tensors that are made of others.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        """Write the file where it will lie: Lightning's own way leads over the temporary folder."""
+        del storage_options
+        Path(path).mkdir(parents=True, exist_ok=True)
+        with Path(path, STATE).open("wb") as file:
+            torch.save(checkpoint, file)
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
         """What was saved: tensors and plain values only. Optimizers move their states themselves."""
         del map_location, weights_only
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(Path(path, STATE), map_location="cpu", weights_only=True)
 
 
 class TimedCheckpoint(L.Callback):
@@ -48,6 +60,7 @@ class TimedCheckpoint(L.Callback):
         self.is_told_to_end = False
         self.partial: Path | None = None  # what is being written
         self.saving: Future[Any] | None = None
+        self.background = ThreadPoolExecutor(1)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock, and listen. Lightning's own listener has ranks talk wherever they are, which can hang."""
@@ -82,25 +95,25 @@ class TimedCheckpoint(L.Callback):
             )
 
     def save(self, trainer: L.Trainer, *, step: int) -> None:
-        """Write a checkpoint; of a sharded model in the background."""
+        """Write a checkpoint, of a sharded model in the background, and hash its files there."""
         self.finish()
-        # Lightning writes to the temporary folder and moves; across file systems the move can be cut short.
         self.partial = self.folder / f".step={step:08d}.partial"
+        if trainer.is_global_zero:
+            shutil.rmtree(self.partial, ignore_errors=True)  # of a killed run
+        ranks.wait()
         trainer.save_checkpoint(self.partial)
-        if isinstance(trainer.strategy, Sharded):
-            self.saving = trainer.strategy.saving
-        else:
-            self.finish()
+        writing = trainer.strategy.saving if isinstance(trainer.strategy, Sharded) else None
+        self.saving = self.background.submit(complete, self.partial, writing)
         self.saved_at = time.monotonic()
 
     def finish(self) -> None:
-        """Give the checkpoint that was being written its name, once it is whole."""
+        """Give the checkpoint that was being written its name, once it is whole and has its hashes."""
         if self.saving is not None:
             self.saving.result()
         if self.partial is not None and ranks.rank() == 0:
             self.partial.replace(self.folder / f"{self.partial.stem.removeprefix('.')}.ckpt")
             for old in sorted(self.folder.glob("*.ckpt"))[:-KEPT]:
-                remove(old)
+                shutil.rmtree(old)
         self.partial = self.saving = None
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -108,37 +121,44 @@ class TimedCheckpoint(L.Callback):
         self.finish()
 
 
-def remove(checkpoint: Path) -> None:
-    """A file, or a folder of shards."""
-    if checkpoint.is_dir():
-        shutil.rmtree(checkpoint)
-    else:
-        checkpoint.unlink()
+def complete(checkpoint: Path, writing: Future[Any] | None) -> None:
+    """Wait until a checkpoint is written; rank 0 then leaves the hashes of all its files."""
+    if writing is not None:
+        writing.result()
+    if ranks.rank() == 0:
+        write_sums(checkpoint, hashes(checkpoint, files_below(checkpoint)))
 
 
 def last_good_checkpoint(folder: Path, *, is_sharded: bool) -> Path | None:
-    """The newest checkpoint that can be read; a damaged one is named and the one before it is used.
+    """The newest checkpoint whose files are as they were written; a damaged one is named and the one before is used.
 
     Args:
         folder: of the stage's checkpoints.
-        is_sharded: which kind is wanted: folders of shards, or single files.
+        is_sharded: which kind is wanted: of several ranks, or of one process.
 
     Raises:
         CheckpointError: one that would run code when loaded.
     """
     for path in sorted(folder.glob("*.ckpt"), reverse=True):
-        if path.is_dir() != is_sharded:
+        if not path.is_dir() or (path / STATE).exists() == is_sharded:
             continue
         try:
+            check_folder(path)
             if is_sharded:
                 sharded.check(path)
             else:
-                torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+                torch.load(path / STATE, weights_only=True, map_location="cpu", mmap=True)
         except pickle.UnpicklingError as error:
             raise CheckpointError(f"checkpoint {path} holds more than tensors and is not loaded; remove it") from error
-        except (RuntimeError, EOFError, OSError) as error:
-            console.print(f"checkpoint {path} is damaged ({str(error).splitlines()[0]}); using the one before it")
-            remove(path)
+        except CheckpointError:
+            raise
+        except (ValueError, RuntimeError, EOFError, OSError) as error:
+            console.print(
+                f"checkpoint {path} is damaged ({str(error).splitlines()[0]}); using the one before it",
+                highlight=False,
+                markup=False,
+            )
+            shutil.rmtree(path)
         else:
             return path
     return None

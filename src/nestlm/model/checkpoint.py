@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Set
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -14,11 +13,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from nestlm.checksums import CHECKSUMS, sha256
 from nestlm.errors import CheckpointError
 from nestlm.parallel.sharding import fill
 from nestlm.progress import track
 
-CHECKSUMS = "SHA256SUMS"  # as `sha256sum *` writes it
 BUFFERS = ".rotary_emb.inv_freq"  # old checkpoints hold what follows from config.json
 
 
@@ -152,9 +151,3 @@ def check_sums(folder: Path) -> None:
         path = folder / name
         if not path.is_file() or sha256(path) != digest:
             raise CheckpointError(f"model.weights: {path} is not the file that {CHECKSUMS} lists; fetch it again")
-
-
-def sha256(path: Path) -> str:
-    """Hash of a file's content, read piece by piece."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

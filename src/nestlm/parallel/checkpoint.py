@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_state
 from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.optim import Optimizer
 
+from nestlm.checksums import check_folder
 from nestlm.errors import CheckpointError
 
 INDEX = ".metadata"  # as torch calls it: which tensor lies where
@@ -137,7 +138,7 @@ def load(folder: Path, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]
 
 
 def check(folder: Path) -> None:
-    """Raise what is wrong with a checkpoint, as `read_index`; its bytes are not all read."""
+    """Raise what is wrong with the index and the loops of a checkpoint, as `read_index`."""
     read_index(folder)
     torch.load(folder / LOOPS, weights_only=True, map_location="cpu", mmap=True)
 
@@ -149,8 +150,11 @@ def read_model(folder: Path) -> dict[str, torch.Tensor]:
         CheckpointError: the folder holds no checkpoint, or more than tensors and plain values.
     """
     try:
+        check_folder(folder)
         index = read_index(folder)
-    except (RuntimeError, EOFError, OSError) as error:
+    except CheckpointError:
+        raise
+    except (ValueError, RuntimeError, EOFError, OSError) as error:
         raise CheckpointError(f"{folder}: {error}; wanted a checkpoint that several ranks wrote") from error
     state: dict[str, Any] = {
         name: torch.empty(stored.size, dtype=stored.properties.dtype)
