@@ -81,7 +81,7 @@ def load(prepared: Prepared, num_workers: int) -> dict[str, float]:
         batch_size=BATCH,
         seed=0,
         stream="speed",
-        separator=prepared.separator,
+        separator=prepared.special_tokens.begin,
         num_workers=num_workers,
     )
     batches = iter(loader)

@@ -11,7 +11,7 @@ from nestlm.data.prepare import prepare
 from nestlm.data.source.base import StreamSource
 from nestlm.data.source.synthetic import Synthetic
 from nestlm.data.stream import StreamLoader
-from nestlm.data.tokenizer import for_texts, load, separator_id
+from nestlm.data.tokenizer import for_texts, load
 from nestlm.parallel.ranks import ALONE, Share
 
 HELD_OUT, LENGTH, BATCH = 60, 32, 6
@@ -52,7 +52,7 @@ def loader(source: StreamSource, tokenizer: Path, *, num_steps: int, share: Shar
     loaded = load(tokenizer)
     return StreamLoader(
         source, for_texts(loaded), num_steps=num_steps, batch_size=BATCH, sequence_length=LENGTH,
-        document_separator=separator_id(loaded), separate_documents=False, share=share,
+        document_separator=0, separate_documents=False, share=share,
     )  # fmt: skip
 
 

@@ -61,6 +61,15 @@ def prepare(
     text_key: Annotated[str, typer.Option(help="Key or column that holds the text.")] = "text",
     heldout_share: Annotated[float, typer.Option(help="Of the bytes, in each of calibration and validation.")] = 0.02,
     shard_tokens: Annotated[int, typer.Option(help="A shard is closed at this many tokens.")] = 2**26,
+    begin_token: Annotated[
+        str | None, typer.Option(help="Before each document; default: as the files beside the tokenizer say.")
+    ] = None,
+    end_token: Annotated[
+        list[str] | None, typer.Option(help="Ends a text; may be repeated, the main one first; default: likewise.")
+    ] = None,
+    special_tokens: Annotated[
+        bool, typer.Option("--special-tokens", help="Names of special tokens in texts become special tokens.")
+    ] = False,
 ) -> None:
     """Tokenize texts into packed shards, for `data.path=FOLDER`.
 
@@ -69,6 +78,7 @@ def prepare(
     Example: nestlm prepare corpus --tokenizer llama2/tokenizer.json --out prepared
     """
     from nestlm.data.command import prepare_folder
+    from nestlm.data.special_tokens import SpecialTokenSettings
 
     prepare_folder(
         source,
@@ -77,6 +87,7 @@ def prepare(
         text_key=text_key,
         heldout_share=heldout_share,
         shard_tokens=shard_tokens,
+        special=SpecialTokenSettings(begin_token, end_token, special_tokens),
     )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nestlm.context import Context
 from nestlm.cost.table import PriceList
+from nestlm.data.opened import Prepared
 from nestlm.data.shards import TOKENIZER
 from nestlm.errors import ExportError
 from nestlm.evaluation import spent_shares
@@ -105,6 +106,7 @@ def export(run: Run, answer: Answer, request: Request, *, budget: Budget, router
         family=run.family,
         axes=run.context.settings.axis_list,
         tokenizer=run.context.inputs["data"] / TOKENIZER,
+        special_tokens=Prepared.read(run.context.inputs["data"]).special_tokens,
         text_BL=text_BL,
     )
     facts = Facts(

@@ -19,7 +19,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tokenizers import Tokenizer
 
-from nestlm.data.tokenizer import end_ids, separator_id
+from nestlm.data.special_tokens import SpecialTokens
 from nestlm.errors import ConfigError, DataError
 from nestlm.generation.generate import generate, left_padded
 from nestlm.generation.sampling import GREEDY, Sampling
@@ -52,24 +52,25 @@ class HarnessModel(TemplateLM):
         policy: Policy,
         *,
         tokenizer: Tokenizer,
+        special_tokens: SpecialTokens,
         batch_size: int,
         precision: Callable[[], AbstractContextManager[Any]],
     ) -> None:
         super().__init__()
         self.decoder, self.policy, self.precision = decoder, policy, precision
         self.encoder, self.batch_size = tokenizer, batch_size
-        self.separator, self.max_length = separator_id(tokenizer), decoder.config.context_length
+        self.special_tokens, self.max_length = special_tokens, decoder.config.context_length
 
     @property
     def eot_token_id(self) -> int:
         """The token between documents."""
-        return self.separator
+        return self.special_tokens.begin
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Ids of a text; unless that is refused, after the token that starts a document."""
         del kwargs
         ids = self.encoder.encode(string, add_special_tokens=False).ids
-        return ids if add_special_tokens is False else [self.separator, *ids]
+        return ids if add_special_tokens is False else [self.special_tokens.begin, *ids]
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
@@ -115,7 +116,7 @@ class HarnessModel(TemplateLM):
         pairs, owners = list[tuple[tuple[str, str], list[int], list[int]]](), list[int]()
         for owner, request in enumerate(requests):
             ids = self.tok_encode(request.args[0], add_special_tokens=False)
-            windows = get_rolling_token_windows(ids, self.separator, self.max_length, 1)
+            windows = get_rolling_token_windows(ids, self.special_tokens.begin, self.max_length, 1)
             for context, targets in map(make_disjoint_window, windows):
                 pairs.append((("", ""), context, targets))
                 owners.append(owner)
@@ -146,7 +147,7 @@ class HarnessModel(TemplateLM):
             self.policy,
             max_tokens=room,
             sampling=sampling,
-            stop=end_ids(self.encoder),
+            stop=self.special_tokens.stops,
             precision=self.precision,
         )
         for step in steps:

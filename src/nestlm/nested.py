@@ -18,8 +18,10 @@ from nestlm.context import SKIPPABLE, Context
 from nestlm.cost.table import PriceList
 from nestlm.data import tokenizer as tokenizers
 from nestlm.data.module import DataSettings
+from nestlm.data.opened import Prepared
 from nestlm.data.shards import TOKENIZER
 from nestlm.data.source.auto import by_path
+from nestlm.data.special_tokens import SpecialTokens
 from nestlm.errors import BudgetError, CheckpointError, ConfigError
 from nestlm.evaluation import evaluate
 from nestlm.export.check import Check
@@ -146,6 +148,11 @@ class NestedModel:
         return tokenizers.for_texts(tokenizers.load(self.tokenizer_folder / TOKENIZER))
 
     @cached_property
+    def special_tokens(self) -> SpecialTokens:
+        """Ids of the tokens that begin and end a text."""
+        return Prepared.read(self.tokenizer_folder).special_tokens
+
+    @cached_property
     def metrics(self) -> dict[str, dict[str, Any]]:
         """What the run's stages measured."""
         return json.loads((self.folder / "metrics.json").read_text())
@@ -216,7 +223,9 @@ class NestedModel:
             BudgetError, ConfigError: as `at` does.
             DataError: a prompt that does not fit into the context, or that the tokenizer cannot say.
         """
-        encoded = [tokenizers.encode_prompt(self.tokenizer, prompt) for prompt in prompts]
+        encoded = [
+            tokenizers.encode_prompt(self.tokenizer, prompt, begin=self.special_tokens.begin) for prompt in prompts
+        ]
         found = [self.at(budget, router=router) for budget in budgets]
         steps = list(self.tokens(encoded, found, max_tokens=max_tokens, sampling=sampling))
         rows = [[token for step in steps if (token := step[row]) is not None] for row in range(len(encoded))]
@@ -235,7 +244,7 @@ class NestedModel:
             policy,
             max_tokens=max_tokens,
             sampling=sampling,
-            stop=tokenizers.end_ids(self.tokenizer),
+            stop=self.special_tokens.stops,
             precision=make_trainer(self.settings.trainer).precision_plugin.forward_context,
         )
 
@@ -274,6 +283,7 @@ class NestedModel:
                 self.decoder,
                 tasks,
                 tokenizer=self.tokenizer,
+                special_tokens=self.special_tokens,
                 precision=make_trainer(self.settings.trainer).precision_plugin.forward_context,
                 files=None if task_files is None else Path(task_files),
                 shots=shots or {},

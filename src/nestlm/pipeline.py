@@ -295,7 +295,7 @@ def outside_inputs(stage: str, settings: Settings) -> str:
     if stage == "data":
         tokenizer = settings.tokenizer_file
         tokenizer_hash = file_identity(tokenizer) if tokenizer and tokenizer.is_file() else ""
-        return settings.data.identity + tokenizer_hash
+        return settings.data.identity + tokenizer_hash + repr(settings.special_tokens)
     if stage == "pretrain" and settings.model.weights is not None:
         return files_identity(settings.model.folder)
     if stage == "profile" and settings.latency is not None:

@@ -15,6 +15,7 @@ from nestlm.context import Context
 from nestlm.data.batch import Batch
 from nestlm.data.module import DataSettings
 from nestlm.data.shards import TOKENIZER, Split
+from nestlm.data.special_tokens import SpecialTokens
 from nestlm.errors import ConfigError
 from nestlm.nn.decoder import Decoder
 from nestlm.nn.policy import Policy
@@ -71,6 +72,7 @@ def task_runner(
     tasks: Sequence[str],
     *,
     tokenizer: Tokenizer,
+    special_tokens: SpecialTokens,
     precision: Callable[[], AbstractContextManager[Any]],
     files: Path | None,
     shots: Mapping[str, int],
@@ -92,7 +94,14 @@ def task_runner(
     loaded = load_tasks(tasks, files=files, shots={**SHOTS, **shots})
 
     def run(policy: Policy) -> dict[str, float]:
-        model = HarnessModel(decoder, policy, tokenizer=tokenizer, batch_size=batch_size, precision=precision)
+        model = HarnessModel(
+            decoder,
+            policy,
+            tokenizer=tokenizer,
+            special_tokens=special_tokens,
+            batch_size=batch_size,
+            precision=precision,
+        )
         return run_tasks(model, loaded, limit=limit)
 
     return run

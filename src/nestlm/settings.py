@@ -17,6 +17,8 @@ from nestlm.axes.depth import Depth
 from nestlm.cost.latency import Latency
 from nestlm.cost.table import Cost, PriceList
 from nestlm.data.module import DataSettings
+from nestlm.data.special_tokens import SpecialTokens
+from nestlm.data.tokenizer import load
 from nestlm.errors import ConfigError
 from nestlm.model.family import Family
 from nestlm.objective.base import Signal
@@ -187,6 +189,12 @@ class Settings:
         return self.model.tokenizer_file if self.data.tokenizer is None else Path(self.data.tokenizer)
 
     @property
+    def special_tokens(self) -> SpecialTokens | None:
+        """The tokens around a text; None where the tokenizer is not there yet."""
+        file = self.tokenizer_file
+        return None if file is None or not file.is_file() else self.data.special.read(load(file), file.parent)
+
+    @property
     def latency(self) -> Latency | None:
         """The cost that is priced from a table of times, where the run counts one."""
         return next(iter(self.latencies), None)
@@ -346,6 +354,12 @@ def check(settings: Settings) -> None:
         raise ConfigError(f"seed: got {settings.seed}, wanted 0 or more, below 2**63")
     if settings.tokenizer_file is not None and not settings.tokenizer_file.is_file() and not settings.dry_run:
         raise ConfigError(f"data.tokenizer: {settings.tokenizer_file} does not exist; wanted a tokenizer.json")
+    special = settings.special_tokens
+    if special is not None and special.begin >= config.vocab_size:
+        raise ConfigError(
+            f"data.begin_token: the tokenizer's is token {special.begin}, model.vocab_size is {config.vocab_size}; "
+            "name another (data.begin_token)"
+        )
     try:
         settings.optim.optimizer([nn.Parameter(torch.zeros(1))], lr=1e-3)
     except ValueError as error:

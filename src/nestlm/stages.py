@@ -63,7 +63,7 @@ def prepare_data(context: Context) -> Result:
     vocab_size, tokenizer_file = context.settings.model.decoder_config().vocab_size, context.settings.tokenizer_file
     prepared = settings.prepared
     if prepared is not None:
-        prepared.check_tokenizer(vocab_size=vocab_size, tokenizer_file=tokenizer_file)
+        prepared = prepared.of_model(vocab_size=vocab_size, tokenizer_file=tokenizer_file, special=settings.special)
         prepared.write_pointer(context.folder)
     else:
         prepare(
@@ -72,6 +72,7 @@ def prepare_data(context: Context) -> Result:
             vocab_size=vocab_size,
             tokenizer_file=tokenizer_file,
             heldout_share=settings.heldout_share,
+            special=settings.special,
         )
         prepared = Prepared.read(context.folder)
     prepared.check(sequence_length=settings.sequence_length)

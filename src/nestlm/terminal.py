@@ -65,7 +65,10 @@ def write(
     shown: bool = True,
 ) -> Written:
     """Continue a prompt; `shown` writes to standard output what is there as soon as it is."""
-    found, ids = model.at(budget, router=router), encode_prompt(model.tokenizer, prompt)
+    found, ids = (
+        model.at(budget, router=router),
+        encode_prompt(model.tokenizer, prompt, begin=model.special_tokens.begin),
+    )
     text, pieces, times = TextStream(model.tokenizer, ids), list[str](), list[float]()
 
     def take(piece: str) -> None:

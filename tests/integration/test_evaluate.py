@@ -181,7 +181,14 @@ def test_one_request_at_a_time_and_many_agree(dynamic_run, tasks):
     assert len(model.tokenizer.encode(texts[-1][0]).ids) > model.decoder.config.context_length
 
     def ask(size: int) -> tuple[list, list, list]:
-        asked = HarnessModel(model.decoder, policy, tokenizer=model.tokenizer, batch_size=size, precision=torch.no_grad)
+        asked = HarnessModel(
+            model.decoder,
+            policy,
+            tokenizer=model.tokenizer,
+            special_tokens=model.special_tokens,
+            batch_size=size,
+            precision=torch.no_grad,
+        )
         pairs = [Instance("loglikelihood", {}, text, 0) for text in [*texts, ("", "the cat")]]
         whole = [Instance("loglikelihood_rolling", {}, (text,), 0) for text, _ in texts]
         options = {"until": ["e"], "max_gen_toks": 6}

@@ -181,7 +181,7 @@ def test_a_separators_name_in_a_text_is_text(tmp_path):
     manifest = prepare(TextFolder(str(source)), tmp_path, vocab_size=300, tokenizer_file=None, heldout_share=0.1)
     train = manifest.splits["train"]
     tokens = tokens_of(tmp_path, "train")
-    assert (tokens == manifest.separator).sum() == train.documents
+    assert (tokens == manifest.begin).sum() == train.documents
     assert "holds <|endoftext|> in words" in load(tmp_path / "tokenizer.json").decode(tokens.tolist())
 
 

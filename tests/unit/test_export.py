@@ -13,6 +13,7 @@ import parity
 from exports import FAMILIES, continued, nest, routed, tokens
 from models import AXES, random_decoder
 from nestlm.axes.base import search_space
+from nestlm.data.special_tokens import SpecialTokens
 from nestlm.data.tokenizer import load, train
 from nestlm.elastic.weights import extract
 from nestlm.errors import ExportError
@@ -174,7 +175,7 @@ def of_weights(case: str, folder: Path) -> job.Nested:
     """A checkpoint of its own, as a run holds it."""
     parity.checkpoint(case, folder)
     family, decoder = parity.imported(folder)
-    return job.Nested(decoder.eval(), family, AXES, folder / "tokenizer.json", tokens(2, 40))
+    return job.Nested(decoder.eval(), family, AXES, folder / "tokenizer.json", SpecialTokens(0, (0,)), tokens(2, 40))
 
 
 @pytest.mark.parametrize("case", ["Llama 2, bfloat16", "Qwen2.5 (tied, YaRN)", "GPT-3 (Nemotron), biases"])

@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from models import random_decoder
-from nestlm.data.tokenizer import encode_prompt, end_ids, for_texts, train
+from nestlm.data.tokenizer import encode_prompt, for_texts, train
 from nestlm.errors import ConfigError, DataError
 from nestlm.generation import generate as generation
 from nestlm.generation.generate import generate
@@ -149,23 +149,17 @@ def byte_level() -> Tokenizer:
 
 def test_prompts_that_a_tokenizer_cannot_say(byte_level):
     text = "the é日🙂\n\t<|endoftext|>"
-    assert byte_level.decode(encode_prompt(byte_level, text)[1:]) == text
-    assert encode_prompt(byte_level, "") == [0]
+    assert byte_level.decode(encode_prompt(byte_level, text, begin=0)[1:]) == text
+    assert encode_prompt(byte_level, "", begin=0) == [0]
     with pytest.raises(DataError, match=r"prompt: 'a.udcff' is no Unicode text"):
-        encode_prompt(byte_level, "a\udcff")
+        encode_prompt(byte_level, "a\udcff", begin=0)
     few = {"<s>": 0, "a": 1, "b": 2}
     for model in (models.BPE(few, []), models.WordLevel(few, unk_token="b")):
         tokenizer = Tokenizer(model)
         tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-        assert encode_prompt(tokenizer, "a  a") == [0, 1, 1]
+        assert encode_prompt(tokenizer, "a  a", begin=0) == [0, 1, 1]
         with pytest.raises(DataError, match="prompt: the tokenizer has no token for 'é', 'c'; leave it out"):
-            encode_prompt(tokenizer, "a é a c")
-
-
-def test_a_document_ends_where_the_next_begins_or_at_the_models_own_end(byte_level):
-    assert end_ids(byte_level) == {0}
-    llama = Tokenizer(models.BPE({"<s>": 0, "</s>": 1, "a": 2}, []))
-    assert end_ids(llama) == {0, 1}
+            encode_prompt(tokenizer, "a é a c", begin=0)
 
 
 def test_text_is_streamed_in_whole_characters(byte_level):
@@ -173,8 +167,8 @@ def test_text_is_streamed_in_whole_characters(byte_level):
     words = Tokenizer(models.WordLevel({"<s>": 0, "▁a": 1, "▁b": 2, "?": 3}, unk_token="?"))
     words.pre_tokenizer, words.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     for tokenizer, text, broken in ((byte_level, " né日🙂 the", [163, 163]), (words, "b a", [])):
-        prompt = encode_prompt(tokenizer, "a")
-        tokens = encode_prompt(tokenizer, text)[1:] + broken
+        prompt = encode_prompt(tokenizer, "a", begin=0)
+        tokens = encode_prompt(tokenizer, text, begin=0)[1:] + broken
         stream = TextStream(tokenizer, prompt)
         pieces = [stream.add(token) for token in tokens]
         whole = continuation(tokenizer, prompt, tokens)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from nestlm.data.opened import Prepared
-from nestlm.data.prepare import prepare
+from nestlm.data.prepare import BY_FILES, prepare
 from nestlm.data.shards import BLOCK, SPLITS, Manifest
 from nestlm.data.source.base import Portion
 from nestlm.data.source.synthetic import Synthetic
@@ -121,15 +121,15 @@ def test_a_token_beyond_the_vocabulary_is_named(folder, tmp_path):
 
 def test_a_tokenizer_that_is_not_the_models_is_refused(folder, others, tmp_path):
     prepared = Prepared.read(folder)
-    prepared.check_tokenizer(vocab_size=300, tokenizer_file=folder / "tokenizer.json")
+    prepared.of_model(special=BY_FILES, vocab_size=300, tokenizer_file=folder / "tokenizer.json")
     laid_out = tmp_path / "tokenizer.json"
     load(folder / "tokenizer.json").save(str(laid_out), pretty=True)
     assert laid_out.read_bytes() != (folder / "tokenizer.json").read_bytes()
-    prepared.check_tokenizer(vocab_size=288, tokenizer_file=laid_out)
+    prepared.of_model(special=BY_FILES, vocab_size=288, tokenizer_file=laid_out)
     with pytest.raises(DataError, match=r"288 tokens, model.vocab_size is 287"):
-        prepared.check_tokenizer(vocab_size=287, tokenizer_file=None)
+        prepared.of_model(special=BY_FILES, vocab_size=287, tokenizer_file=None)
     with pytest.raises(DataError, match="another tokenizer than"):
-        prepared.check_tokenizer(vocab_size=288, tokenizer_file=others[1] / "tokenizer.json")
+        prepared.of_model(special=BY_FILES, vocab_size=288, tokenizer_file=others[1] / "tokenizer.json")
     Prepared.open([Portion(folder, 1.0), Portion(others[0], 1.0)])
     with pytest.raises(DataError, match="another tokenizer than"):
         Prepared.open([Portion(folder, 1.0), Portion(others[1], 1.0)])

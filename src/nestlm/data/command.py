@@ -8,11 +8,12 @@ from pathlib import Path
 
 from nestlm.cache import locked
 from nestlm.data import tokenizer as tokenizers
-from nestlm.data.prepare import BATCH_BYTES, batched, prepare
+from nestlm.data.prepare import BATCH_BYTES, BY_FILES, batched, prepare
 from nestlm.data.shards import JOURNAL, MANIFEST, TOKENIZER, Manifest
 from nestlm.data.source.base import Source
 from nestlm.data.source.hub import PREFIX, HubDataset
 from nestlm.data.source.text import TextFolder
+from nestlm.data.special_tokens import SpecialTokenSettings
 from nestlm.errors import DataError
 from nestlm.report.console import output
 
@@ -20,7 +21,14 @@ SAMPLED = 4 * BATCH_BYTES  # of text, on which the tokenizer is timed alone
 
 
 def prepare_folder(
-    path: str, folder: Path, *, tokenizer: Path, text_key: str, heldout_share: float, shard_tokens: int
+    path: str,
+    folder: Path,
+    *,
+    tokenizer: Path,
+    text_key: str,
+    heldout_share: float,
+    shard_tokens: int,
+    special: SpecialTokenSettings = BY_FILES,
 ) -> Manifest:
     """Prepare what a path names, and print what was made.
 
@@ -54,6 +62,7 @@ def prepare_folder(
             tokenizer_file=file,
             heldout_share=heldout_share,
             shard_tokens=shard_tokens,
+            special=special,
             timings=timings,
         )
     splits = ", ".join(f"{split.tokens:,} {name}" for name, split in manifest.splits.items())

@@ -16,6 +16,7 @@ from nestlm.data.opened import Prepared
 from nestlm.data.packed import HeldOut, PackedRows, StepLoader
 from nestlm.data.shards import TOKENIZER
 from nestlm.data.source.base import PreparedSource, Source, StreamSource, fingerprint
+from nestlm.data.special_tokens import SpecialTokenSettings
 from nestlm.data.stream import StreamLoader
 from nestlm.errors import ConfigError
 from nestlm.parallel import ranks
@@ -30,6 +31,9 @@ class DataSettings:
         source: where documents come from, or folders of tokens.
         tokenizer: a tokenizer.json; None trains a byte-level BPE of the model's vocabulary size. Folders of tokens have
             theirs, and must have this one where it is given.
+        begin_token: the token before each document; None: the one that the files beside the tokenizer name.
+        end_tokens: the tokens that end a text, the main one first; None: likewise.
+        special_tokens: whether the name of a special token in a text becomes that token, and not plain text.
         sequence_length: tokens a row, L.
         batch_size: rows a step over all ranks together, B.
         eval_batch_size: rows at once when evaluating.
@@ -42,6 +46,9 @@ class DataSettings:
 
     source: Source | PreparedSource | StreamSource
     tokenizer: str | None
+    begin_token: str | None
+    end_tokens: Sequence[str] | None
+    special_tokens: bool
     sequence_length: int
     batch_size: int
     eval_batch_size: int
@@ -61,6 +68,11 @@ class DataSettings:
             raise ConfigError(f"data.num_workers: got {self.num_workers}, wanted 0: a stream is read in one place")
         if self.num_workers < 0:
             raise ConfigError(f"data.num_workers: got {self.num_workers}, wanted 0 or more")
+
+    @property
+    def special(self) -> SpecialTokenSettings:
+        """What the user says about special tokens."""
+        return SpecialTokenSettings(self.begin_token, self.end_tokens, self.special_tokens)
 
     @property
     def prepared(self) -> Prepared | None:
@@ -107,7 +119,7 @@ class PackedTokens(L.LightningDataModule):
         self.stream = stream
         self.num_steps = num_steps
         self.prepared = Prepared.read(folder)
-        self.separator = self.prepared.separator if settings.separate_documents else None
+        self.separator = self.prepared.special_tokens.begin if settings.separate_documents else None
 
     def rows(self, split: str) -> PackedRows | MixedRows:
         """The rows of a split."""
@@ -124,11 +136,14 @@ class PackedTokens(L.LightningDataModule):
         if isinstance(self.settings.source, StreamSource):
             return StreamLoader(
                 self.settings.source,
-                tokenizers.for_texts(tokenizers.load(self.prepared.portions[0].path / TOKENIZER)),
+                tokenizers.for_texts(
+                    tokenizers.load(self.prepared.portions[0].path / TOKENIZER),
+                    special_tokens=self.settings.special_tokens,
+                ),
                 num_steps=self.num_steps,
                 batch_size=self.settings.batch_size,
                 sequence_length=self.settings.sequence_length,
-                document_separator=self.prepared.separator,
+                document_separator=self.prepared.special_tokens.begin,
                 separate_documents=self.settings.separate_documents,
                 share=share,
             )

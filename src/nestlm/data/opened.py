@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from nestlm.cache import file_identity
@@ -13,6 +13,7 @@ from nestlm.data.mixed import MixedRows
 from nestlm.data.packed import PackedRows
 from nestlm.data.shards import CURE, SPLITS, TOKENIZER, Manifest, Split, render, write_file
 from nestlm.data.source.base import Portion
+from nestlm.data.special_tokens import SpecialTokens, SpecialTokenSettings
 from nestlm.errors import DataError
 
 POINTER = "portions.json"
@@ -24,6 +25,7 @@ class Prepared:
 
     portions: tuple[Portion, ...]
     manifests: tuple[Manifest, ...]
+    special_tokens: SpecialTokens
 
     @classmethod
     def open(cls, portions: Sequence[Portion]) -> Prepared:
@@ -43,7 +45,12 @@ class Prepared:
                     f"data.sources: {path} was prepared with another tokenizer than {portions[0].path}; prepare both "
                     "with one"
                 )
-        return cls(tuple(portions), manifests)
+            if manifest.begin != first.begin:
+                raise DataError(
+                    f"data.sources: documents of {path} begin with token {manifest.begin}, those of {portions[0].path} "
+                    f"with {first.begin}; prepare both with one --begin-token"
+                )
+        return cls(tuple(portions), manifests, first.special_token_ids)
 
     @classmethod
     def read(cls, folder: Path) -> Prepared:
@@ -51,12 +58,13 @@ class Prepared:
         pointer = folder / POINTER
         if not pointer.is_file():
             return cls.open([Portion(folder, 1.0)])
-        entries = json.loads(pointer.read_bytes())
+        content = json.loads(pointer.read_bytes())
+        entries = content["portions"]
         prepared = cls.open([Portion(Path(entry["path"]), entry["weight"]) for entry in entries])
         for entry, manifest in zip(entries, prepared.manifests, strict=True):
             if manifest.checksum != entry["checksum"]:
                 raise DataError(f"data: {entry['path']} has changed since this run began; start the run again")
-        return prepared
+        return replace(prepared, special_tokens=SpecialTokens(content["begin"], tuple(content["ends"])))
 
     def write_pointer(self, folder: Path) -> None:
         """Leave the names of the folders, and their tokenizer, in the data stage's folder."""
@@ -65,14 +73,19 @@ class Prepared:
             {"path": str(path.absolute()), "weight": weight, "checksum": manifest.checksum}
             for (path, weight), manifest in zip(self.portions, self.manifests, strict=True)
         ]
-        write_file(folder / POINTER, (json.dumps(entries, indent=2) + "\n").encode())
+        content = {**asdict(self.special_tokens), "portions": entries}
+        write_file(folder / POINTER, render(content).encode())
 
-    def check_tokenizer(self, *, vocab_size: int, tokenizer_file: Path | None) -> None:
-        """Raise DataError unless the tokens are the model's.
+    def of_model(self, *, vocab_size: int, tokenizer_file: Path | None, special: SpecialTokenSettings) -> Prepared:
+        """The same folders with the end tokens of a model, or of the user.
 
         Args:
             vocab_size: V of the model.
             tokenizer_file: the model's tokenizer, where it has one.
+            special: what the user says about special tokens.
+
+        Raises:
+            DataError: the tokens are not the model's.
         """
         manifest, path = self.manifests[0], self.portions[0].path
         if manifest.vocab_size > vocab_size:
@@ -86,11 +99,19 @@ class Prepared:
                 raise DataError(
                     f"data.path: {path} was prepared with another tokenizer than {tokenizer_file}; prepare it with that"
                 )
-
-    @property
-    def separator(self) -> int:
-        """Id of the token before each document."""
-        return self.manifests[0].separator
+        if special.in_text and not manifest.special_tokens:
+            raise DataError(
+                f"data.special_tokens: got true, but {path} was prepared without; prepare it with --special-tokens"
+            )
+        tokenizer = tokenizers.load(path / TOKENIZER)
+        found = special.read(tokenizer, path if tokenizer_file is None else tokenizer_file.parent)
+        if found.begin != manifest.begin:
+            made, wanted = (tokenizer.id_to_token(index) for index in (manifest.begin, found.begin))
+            raise DataError(
+                f"data.path: documents of {path} begin with {made!r}, wanted {wanted!r}; prepare it with --begin-token "
+                f"{wanted!r}, or set data.begin_token={made!r}"
+            )
+        return replace(self, special_tokens=found)
 
     @property
     def fingerprint(self) -> str:

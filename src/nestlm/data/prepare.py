@@ -28,6 +28,7 @@ from nestlm.data.shards import (
     write_shard,
 )
 from nestlm.data.source.base import Document, Source
+from nestlm.data.special_tokens import SpecialTokenSettings
 from nestlm.data.survey import Survey
 from nestlm.errors import DataError
 from nestlm.progress import progress_bar, track
@@ -35,6 +36,7 @@ from nestlm.progress import progress_bar, track
 SHARD_TOKENS = 2**26
 BATCH_BYTES = 2**21  # of text that the tokenizer's threads share out at once
 MB = 1e6
+BY_FILES = SpecialTokenSettings()
 
 
 def prepare(
@@ -44,6 +46,7 @@ def prepare(
     vocab_size: int | None,
     tokenizer_file: Path | None,
     heldout_share: float,
+    special: SpecialTokenSettings = BY_FILES,
     shard_tokens: int = SHARD_TOKENS,
     timings: dict[str, float] | None = None,
 ) -> Manifest:
@@ -57,6 +60,7 @@ def prepare(
             takes any tokenizer.
         tokenizer_file: a tokenizer to use instead of training one.
         heldout_share: share of the bytes in each of the calibration and validation splits.
+        special: what the user says about special tokens.
         shard_tokens: a shard is closed at this many.
         timings: is told the `tokens` that were made, and the `seconds` that this took once the source was surveyed.
 
@@ -72,11 +76,14 @@ def prepare(
         raise DataError(
             f"data.tokenizer: has {size} tokens, model.vocab_size is {vocab_size}; wanted the model's own tokenizer"
         )
+    around = special.read(tokenizer, None if tokenizer_file is None else tokenizer_file.parent)
     manifest = Manifest(
         fingerprint=survey.fingerprint,
         tokenizer_hash=tokenizers.tokenizer_hash(tokenizer),
         vocab_size=size,
-        separator=tokenizers.separator_id(tokenizer),
+        begin=around.begin,
+        ends=around.ends,
+        special_tokens=special.in_text,
         dtype="<u2" if size <= 2**16 else "<u4",
         heldout_share=heldout_share,
         shard_tokens=shard_tokens,
@@ -90,7 +97,13 @@ def prepare(
     write_file(folder / TOKENIZER, tokenizer.to_str().encode())
     writer, started = Writer.resume(folder, manifest), time.monotonic()
     before = writer.manifest.num_tokens
-    write_documents(source, writer, survey=survey, split_of=split_of, tokenizer=tokenizers.for_texts(tokenizer))
+    write_documents(
+        source,
+        writer,
+        survey=survey,
+        split_of=split_of,
+        tokenizer=tokenizers.for_texts(tokenizer, special_tokens=special.in_text),
+    )
     manifest = writer.finish()
     if timings is not None:
         timings |= {"tokens": manifest.num_tokens - before, "seconds": time.monotonic() - started}
@@ -147,12 +160,11 @@ class Writer:
             try:
                 entry = json.loads(path.read_bytes())
                 consumed = entry["consumed"]
-                splits = {name: Split.from_json(split) for name, split in entry["manifest"].pop("splits").items()}
-                begun = Manifest(**entry["manifest"], splits=splits)
+                begun = Manifest.from_json(entry["manifest"])
             except (ValueError, KeyError, TypeError) as error:
                 raise DataError(f"data: {path} is damaged ({error!r}); remove the folder and begin again") from error
             check_same(begun, manifest, folder)
-            for split in splits.values():
+            for split in begun.splits.values():
                 for shard in split.shards:
                     ShardReader(folder, shard, dtype=begun.dtype, vocab_size=begun.vocab_size)
             manifest = begun
@@ -166,9 +178,9 @@ class Writer:
         self.pending_bytes, self.waiting = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
 
     def add(self, split: str, ids: list[int], *, num_bytes: int) -> None:
-        """Take a document; a separator stands before it."""
+        """Take a document; the begin token stands before it."""
         tokens = np.empty(len(ids) + 1, dtype=self.manifest.dtype)
-        tokens[0], tokens[1:] = self.manifest.separator, ids
+        tokens[0], tokens[1:] = self.manifest.begin, ids
         self.pending[split].append(tokens)
         self.pending_bytes[split] += num_bytes
         self.waiting[split] += len(tokens)

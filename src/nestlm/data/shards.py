@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from nestlm.data.special_tokens import SpecialTokens
 from nestlm.errors import DataError
 
 SPLITS: tuple[str, ...] = ("train", "calibration", "validation")
@@ -64,7 +65,9 @@ class Manifest:
         fingerprint: of the documents' names and texts.
         tokenizer_hash: SHA-256 of tokenizer.json, as the library writes it.
         vocab_size: all token ids are below.
-        separator: id of the token before each document.
+        begin: id of the token before each document.
+        ends: ids at which a text ends, the main one first.
+        special_tokens: whether names of special tokens in texts became special tokens.
         dtype: of the tokens in a shard, `<u2` or `<u4`.
         heldout_share: share of the bytes in each of calibration and validation.
         shard_tokens: a shard is closed at this many.
@@ -74,11 +77,24 @@ class Manifest:
     fingerprint: str
     tokenizer_hash: str
     vocab_size: int
-    separator: int
+    begin: int
+    ends: tuple[int, ...]
+    special_tokens: bool
     dtype: str
     heldout_share: float
     shard_tokens: int
     splits: dict[str, Split]
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> Manifest:
+        """As `asdict` and JSON leave it."""
+        splits = {name: Split.from_json(fields["splits"][name]) for name in SPLITS}
+        return cls(**fields | {"splits": splits, "ends": tuple(fields["ends"])})
+
+    @property
+    def special_token_ids(self) -> SpecialTokens:
+        """Ids of the tokens around a text."""
+        return SpecialTokens(self.begin, self.ends)
 
     @property
     def num_tokens(self) -> int:
@@ -100,9 +116,7 @@ class Manifest:
         try:
             fields = json.loads(content)
             checksum = fields.pop("checksum")
-            stored = fields.pop("splits")
-            splits = {name: Split.from_json(stored[name]) for name in SPLITS}
-            manifest = cls(**fields, splits=splits)
+            manifest = cls.from_json(fields)
             unchanged = content == manifest.text().encode() and checksum == manifest.checksum
         except (ValueError, KeyError, TypeError, AttributeError):
             unchanged, manifest = False, None

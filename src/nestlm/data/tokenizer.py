@@ -11,10 +11,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from nestlm.errors import DataError
 
 SEPARATOR = "<|endoftext|>"
-# What model families call the token that starts a document.
-KNOWN_SEPARATORS = (SEPARATOR, "<|begin_of_text|>", "<s>", "</s>")
-# What they call the one that ends a text, where that is another.
-KNOWN_ENDS = ("</s>", "<|end_of_text|>", "<|eot_id|>", "<|im_end|>")
 
 
 def train(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
@@ -51,21 +47,6 @@ def load(path: Path) -> Tokenizer:
         raise DataError(f"data.tokenizer: {path} is no tokenizer.json ({error})") from error
 
 
-def separator_id(tokenizer: Tokenizer) -> int:
-    """Id of the token that starts a document. Raises DataError when the tokenizer has none that we know."""
-    for name in KNOWN_SEPARATORS:
-        token = tokenizer.token_to_id(name)
-        if token is not None:
-            return token
-    raise DataError(f"data.tokenizer: has none of {', '.join(KNOWN_SEPARATORS)} to separate documents")
-
-
-def end_ids(tokenizer: Tokenizer) -> set[int]:
-    """Ids of the tokens at which a document ends: its own end, or the next one's start."""
-    ends = (tokenizer.token_to_id(name) for name in KNOWN_ENDS)
-    return {separator_id(tokenizer), *(token for token in ends if token is not None)}
-
-
 def tokenizer_hash(tokenizer: Tokenizer) -> str:
     """SHA-256 of the tokenizer as the library writes it: equal for equal ones, however their files are laid out."""
     return hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
@@ -76,21 +57,27 @@ def id_bound(tokenizer: Tokenizer) -> int:
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
-def for_texts(tokenizer: Tokenizer) -> Tokenizer:
-    """A copy that takes texts as they are: none is cut or filled up, and the name of a special token in one is text."""
+def for_texts(tokenizer: Tokenizer, *, special_tokens: bool = False) -> Tokenizer:
+    """A copy that takes texts as they are: none is cut or filled up.
+
+    Args:
+        tokenizer: the tokenizer.
+        special_tokens: whether the name of a special token in a text becomes that token; otherwise it is plain text.
+    """
     copy = Tokenizer.from_str(tokenizer.to_str())
     copy.no_truncation()
     copy.no_padding()
-    copy.encode_special_tokens = True
+    copy.encode_special_tokens = not special_tokens
     return copy
 
 
-def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Token ids of a text, after the separator that starts a document.
+def encode_prompt(tokenizer: Tokenizer, text: str, *, begin: int) -> list[int]:
+    """Token ids of a text, after the token that begins a document.
 
     Args:
         tokenizer: as `for_texts` returns it.
         text: the prompt.
+        begin: id of the token that begins a document.
 
     Raises:
         DataError: the tokenizer cannot say the text: it is no Unicode text, or characters would be left out.
@@ -109,4 +96,4 @@ def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
     lost = "".join(" " if place in covered else sign for place, sign in enumerate(text)).split()
     if lost:
         raise DataError(f"prompt: the tokenizer has no token for {', '.join(map(repr, lost))}; leave it out")
-    return [separator_id(tokenizer), *encoding.ids]
+    return [begin, *encoding.ids]

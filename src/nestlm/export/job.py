@@ -12,7 +12,8 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
 from nestlm.axes.base import Axis
-from nestlm.data.tokenizer import load, separator_id
+from nestlm.data.special_tokens import SpecialTokens
+from nestlm.data.tokenizer import load
 from nestlm.elastic.weights import extract
 from nestlm.errors import ExportError
 from nestlm.export import gguf, hf
@@ -42,6 +43,7 @@ class Nested:
         family: its size, and where it came from.
         axes: along which it is cut.
         tokenizer: its tokenizer.json.
+        special_tokens: ids of the tokens that begin and end a text.
         text_BL: tokens of real text that it was not trained on.
     """
 
@@ -49,6 +51,7 @@ class Nested:
     family: Family
     axes: tuple[Axis, ...]
     tokenizer: Path
+    special_tokens: SpecialTokens
     text_BL: Tensor
 
 
@@ -166,30 +169,25 @@ def brings_tokenizer(nested: Nested) -> bool:
 
 
 def ends(nested: Nested) -> gguf.Ends:
-    """The token that starts a document, and the one that the parent ends texts with, or the same."""
-    start = separator_id(load(nested.tokenizer))
-    if not brings_tokenizer(nested):
-        return gguf.Ends(start, start)
-    said = read_config(nested.family.folder).get("eos_token_id")
-    end = said[0] if isinstance(said, list) else said
-    return gguf.Ends(start, start if end is None else end)
+    """The token that begins a document, and the main one that ends a text."""
+    return gguf.Ends(nested.special_tokens.begin, nested.special_tokens.ends[0])
 
 
 def write_tokenizer(nested: Nested, folder: Path) -> None:
     """The run's own tokenizer as transformers opens it. A text starts as documents did in training."""
     tokenizer = load(nested.tokenizer)
-    start = separator_id(tokenizer)
+    start, (main, *others) = nested.special_tokens.begin, nested.special_tokens.ends
     token = str(tokenizer.id_to_token(start))
     with_start(tokenizer, token, start).save(str(folder / "tokenizer.json"), pretty=False)
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": token,
-        "eos_token": token,
+        "eos_token": str(tokenizer.id_to_token(main)),
         "clean_up_tokenization_spaces": False,
         "model_max_length": nested.family.context_length,
     }
     hf.write_json(folder / "tokenizer_config.json", settings)
-    ids = {"bos_token_id": start, "eos_token_id": start}
+    ids = {"bos_token_id": start, "eos_token_id": [main, *others] if others else main}
     hf.write_json(folder / "generation_config.json", ids)
     hf.write_json(folder / "config.json", read_config(folder) | ids)
 
