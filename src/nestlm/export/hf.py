@@ -29,7 +29,7 @@ TOKENIZER = {  # files of a tokenizer
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt",
 }  # fmt: skip
 SIZES = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")
-NESTED, ROUTED = "modeling_nested", "modeling_routed"  # files of `remote`, where the family is called Llama
+NESTED, ROUTED, DECISIONS = "modeling_nested", "modeling_routed", "modeling_decisions"  # files of `remote`, for Llama
 
 
 def export(decoder: Decoder, family: Family, out: Path, *, shard_size: str = "5GB") -> None:
@@ -120,7 +120,7 @@ def write_config(size: Family, folder: Path) -> None:
 def write_modelling(decoder: Decoder, family: Family, folder: Path, *, kind: str, routing: Routing | None) -> None:
     """The modelling file in the family's names, and the keys of config.json that lead to it."""
     name = family.architecture.removesuffix("ForCausalLM")
-    for each in dict.fromkeys((NESTED, kind)):
+    for each in (NESTED,) if kind == NESTED else (NESTED, DECISIONS, ROUTED):
         source = Path(remote.__path__[0], f"{each}.py").read_text(encoding="utf-8")
         text = source.replace("Llama", name).replace("llama", family.model_type)
         (folder / f"{each}.py").write_text(text, encoding="utf-8")
