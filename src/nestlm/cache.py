@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -14,8 +15,11 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from nestlm.checksums import CHECKSUMS, files_below, hashes, known_sums, sha256, write_sums
+from nestlm.json_files import read_json, to_json
 from nestlm.progress import console
 
+LOCK, MARKER = ".lock", "stage.json"
 # Packages whose version decides numbers.
 DETERMINING = ("torch", "lightning", "tokenizers", "numpy", "scipy")
 # What is written from results, after them: a change there makes no cached result stale.
@@ -53,17 +57,10 @@ def files_identity(folder: Path) -> str:
     return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
-
-
 @contextmanager
 def locked(folder: Path, what: str) -> Iterator[None]:
     """One process at a time works in a folder; another says that it waits. The lock of a killed one is free at once."""
-    lock = FileLock(folder / ".lock")
+    lock = FileLock(folder / LOCK)
     try:
         lock.acquire(blocking=False)
     except Timeout:
@@ -76,7 +73,10 @@ def locked(folder: Path, what: str) -> Iterator[None]:
 
 
 class StageFolder:
-    """Where a stage works and leaves its result; `stage.json` is written last and marks it finished."""
+    """Where a stage works and leaves its result; `stage.json` is written last and marks it finished.
+
+    SHA256SUMS lists it, and the other files.
+    """
 
     def __init__(self, root: Path, name: str, key: str) -> None:
         self.name, self.key = name, key
@@ -90,10 +90,56 @@ class StageFolder:
             yield
 
     def result(self) -> dict[str, Any] | None:
-        """What a finished stage reported, or None."""
-        marker = self.path / "stage.json"
-        return json.loads(marker.read_text()) if marker.is_file() else None
+        """What a finished stage reported, or None. A damaged stage is named and cleared, so that it is done again."""
+        if not (self.path / MARKER).is_file():
+            return None
+        try:
+            self.check()
+            return read_json(self.path / MARKER, cure="the stage is done again")
+        except ValueError as error:
+            reason = str(error).partition(";")[0]
+            console.print(
+                f"{self.name:>9} in the cache is damaged ({reason}): it is done again", highlight=False, markup=False
+            )
+            self.clear()
+            return None
+
+    def check(self) -> None:
+        """Compare small files with their hashes; large ones are checked when they are read.
+
+        Raises:
+            ValueError: a file is absent, or not the one that the stage wrote.
+        """
+        wanted = known_sums(self.path)
+        if MARKER not in wanted:
+            raise ValueError(f"{self.path / CHECKSUMS} is absent or damaged")
+        for name, digest in wanted.items():
+            path = self.path / name
+            if not path.is_file():
+                raise ValueError(f"{path} does not exist")
+            if path.suffix != ".safetensors" and sha256(path) != digest:
+                raise ValueError(f"{path} is not the file that the stage wrote")
+
+    def clear(self) -> None:
+        """Remove everything but the lock, the mark of a finished stage first."""
+        for path in sorted(self.path.iterdir(), key=lambda path: path.name != MARKER):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != LOCK:
+                path.unlink()
 
     def finish(self, result: dict[str, Any]) -> None:
-        """Mark the stage finished."""
-        write_json(self.path / "stage.json", result)
+        """List the hashes of the stage's files, but of shards, whose manifest has them, and mark the stage finished."""
+        content = to_json(result)
+        names = [
+            name
+            for name in files_below(self.path)
+            if not name.startswith((".", "checkpoints/")) and not name.endswith(".bin")
+        ]
+        known = known_sums(self.path)
+        sums = known | hashes(self.path, [name for name in names if name not in known])
+        sums = {name: digest for name, digest in sums.items() if name in names}
+        write_sums(self.path, sums | {MARKER: hashlib.sha256(content.encode()).hexdigest()})
+        partial = self.path / f".{MARKER}.partial"
+        partial.write_text(content, encoding="utf-8")
+        partial.replace(self.path / MARKER)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -43,6 +43,28 @@ def read_sums(path: Path) -> dict[str, str]:
     if any(len(line) != 2 or len(line[0]) != 64 for line in lines):
         raise ValueError(f"{path} is damaged: wanted lines of a hash and a name")
     return {name: digest for digest, name in lines}
+
+
+def write_listed(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file whole or not at all, and list its hash in the SHA256SUMS of its folder."""
+    partial = path.with_name(f".{path.name}.partial")
+    write(partial)
+    digest = sha256(partial)
+    partial.replace(path)
+    write_sums(path.parent, known_sums(path.parent) | {path.name: digest})
+
+
+def is_listed(path: Path) -> bool:
+    """Whether a file is there as it was written."""
+    return path.is_file() and known_sums(path.parent).get(path.name) == sha256(path)
+
+
+def known_sums(folder: Path) -> dict[str, str]:
+    """Hashes of a folder's files that are known; none where its SHA256SUMS is absent or damaged."""
+    try:
+        return read_sums(folder / CHECKSUMS)
+    except (FileNotFoundError, ValueError):
+        return {}
 
 
 def check_folder(folder: Path) -> None:

@@ -40,8 +40,9 @@ def report(
     Example: nestlm report runs/default/surrogate-static-seed0-1a2b3c4d
     """
     from nestlm.report.comparison import compare
+    from nestlm.report.record import PROVENANCE
     from nestlm.report.render import render, render_comparison
-    from nestlm.report.runs import PROVENANCE, find_runs
+    from nestlm.report.runs import find_runs
 
     if len(runs) == 1 and (runs[0] / PROVENANCE).is_file():
         render(runs[0])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,11 +14,12 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 
 from nestlm.allocation import keep_freed_blocks
-from nestlm.cache import write_json
 from nestlm.callbacks.throughput import StageThroughput
+from nestlm.checksums import is_listed, write_listed
 from nestlm.cost.table import PriceList
 from nestlm.data.module import PackedTokens
 from nestlm.evaluation import Scores, evaluate
+from nestlm.json_files import read_json, write_json
 from nestlm.layout import Precision
 from nestlm.module import NestedLM
 from nestlm.nn.decoder import Decoder
@@ -195,11 +195,11 @@ class Context:
         scores: dict[str, Scores] = {}
         for name, policy in track(policies.items(), "evaluate", total=len(policies)):
             path = self.folder / f"score-{name}.json"
-            if not ranks.agreed(path.is_file()):
+            if not ranks.agreed(is_listed(path)):
                 list_ = prices[name] if prices is not None else None
                 found = evaluate(decoder, policy, loader=loader, trainer=trainer, prices=list_)
                 if ranks.rank() == 0:
-                    write_json(path, asdict(found))
+                    write_listed(path, lambda partial, found=found: write_json(partial, asdict(found)))
                 ranks.wait()
-            scores[name] = Scores.from_json(json.loads(path.read_text()))
+            scores[name] = Scores.from_json(read_json(path, cure="start the run again"))
         return scores

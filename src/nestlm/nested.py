@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -30,6 +30,7 @@ from nestlm.generation.generate import generate
 from nestlm.generation.rows import policy_of_rows
 from nestlm.generation.sampling import GREEDY, Sampling
 from nestlm.generation.text import continuation
+from nestlm.json_files import REASON_LENGTH, read_json
 from nestlm.model.family import Family
 from nestlm.nn.decoder import Decoder
 from nestlm.nn.policy import Policy, fixed
@@ -117,7 +118,7 @@ class NestedModel:
             NestlmError: something is missing or damaged, or the device is not there.
         """
         settings = own_table(settings, folder)
-        skippable = json.loads((folder / "metrics.json").read_text())["rank"].get(SKIPPABLE)
+        skippable = read_json(folder / "metrics.json", cure=CURE)["rank"].get(SKIPPABLE)
         if skippable is not None:
             settings = settings.with_skippable(skippable)
         return cls(folder, on_device(settings, device))
@@ -155,7 +156,7 @@ class NestedModel:
     @cached_property
     def metrics(self) -> dict[str, dict[str, Any]]:
         """What the run's stages measured."""
-        return json.loads((self.folder / "metrics.json").read_text())
+        return read_json(self.folder / "metrics.json", cure=CURE)
 
     @cached_property
     def provenance(self) -> dict[str, Any]:
@@ -324,20 +325,29 @@ class NestedModel:
         return AtBudget(budget, label, answer, achieved, router.prices)
 
     def recall(self, budget: Budget, path: Path) -> AtBudget:
-        """What the run's router answered. Raises CheckpointError where the file does not say so."""
+        """What the run's router answered, whose sub-network is priced again.
+
+        Raises:
+            CheckpointError: the file does not say so, or its sub-network costs more than the budget,
+                or something else than the file says.
+        """
+        kept = read_json(path, cure=CURE)
         try:
-            kept = json.loads(path.read_text(encoding="utf-8"))
-            plan, space = kept.get("plan"), self.router.prices.space
-            if plan is not None:
-                answer = self.router.recall(budget, plan)
+            label, achieved = str(kept["router"]), float(kept["achieved"])
+            if "plan" in kept:
+                answer = self.router.recall(budget, kept["plan"])
             else:
-                spec = space.spec_by_axis(kept["widths"])
+                spec = self.router.prices.space.spec_by_axis(kept["widths"])
                 answer = Answer(fixed(spec), spec)
-            return AtBudget(budget, kept["router"], answer, kept["achieved"], self.router.prices)
         except BudgetError:
             raise
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{path} is damaged, or of another version of nestlm ({error!r}); {CURE}") from error
+            reason = repr(error)[:REASON_LENGTH]
+            raise CheckpointError(f"{path} is damaged, or of another version of nestlm ({reason}); {CURE}") from error
+        problem = mispriced(answer.spec, budget, achieved, prices=self.prices)
+        if problem:
+            raise CheckpointError(f"{path} is damaged: {problem}; {CURE}")
+        return AtBudget(budget, label, answer, achieved, self.router.prices)
 
     def router_of(self, policy: str) -> tuple[str, Router]:
         """Label and router of a policy. Raises ConfigError where the run has none."""
@@ -394,6 +404,18 @@ class NestedModel:
         found = model.uniform(budget) if uniform else model.at(budget, router=router)
         run = Run(model.context, model.decoder, model.router, model.prices, model.metrics, model.provenance)
         return export(run, found.answer, request, budget=found.budget, router=found.router, achieved=found.achieved)
+
+
+def mispriced(spec: SubnetSpec | None, budget: Budget, achieved: float, *, prices: PriceList) -> str | None:
+    """What is wrong with the cost of a recalled answer: above its budget, or another than was written."""
+    if spec is None:
+        return None if math.isfinite(achieved) and achieved > 0 else "it achieves no share of the whole model's cost"
+    if not prices.fits(spec, budget):
+        return f"its sub-network costs more than the budget {budget}"
+    share = prices.main.share(spec)
+    if not math.isclose(share, achieved, rel_tol=1e-9):
+        return f"its sub-network costs {share:.6g} of the whole model, not {achieved:.6g}"
+    return None
 
 
 def on_device(settings: Settings, device: str | None) -> Settings:

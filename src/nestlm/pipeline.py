@@ -17,10 +17,11 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 
 from nestlm import stages
-from nestlm.cache import StageFolder, file_identity, files_identity, locked, stage_key, write_json
+from nestlm.cache import StageFolder, file_identity, files_identity, locked, stage_key
 from nestlm.context import LATENCY_TABLE, SKIPPABLE, Context
 from nestlm.dry_run import describe
 from nestlm.errors import ConfigError
+from nestlm.json_files import write_json
 from nestlm.parallel import ranks
 from nestlm.parallel.strategy import placement_of, starts_ranks
 from nestlm.profiling import device_name

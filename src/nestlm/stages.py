@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 
 from nestlm.axes.base import search_space
 from nestlm.axes.depth import with_layers
-from nestlm.cache import write_json
 from nestlm.callbacks.probe import Probe
 from nestlm.context import LATENCY_TABLE, MODEL, RECORD, ROUTER, SKIPPABLE, Context
 from nestlm.cost.table import PriceList
@@ -24,6 +23,7 @@ from nestlm.data.prepare import prepare
 from nestlm.data.shards import SPLITS
 from nestlm.elastic.weights import sort_units
 from nestlm.evaluation import Scores, Spending, forward_seconds
+from nestlm.json_files import write_json
 from nestlm.nn.decoder import Decoder
 from nestlm.nn.policy import fixed, full
 from nestlm.objective.base import Parts

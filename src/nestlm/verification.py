@@ -11,40 +11,29 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-import yaml
 from lightning.pytorch.loggers import CSVLogger
 
 from nestlm.context import LATENCY_TABLE
-from nestlm.errors import ConfigError, DataError
+from nestlm.errors import ConfigError
 from nestlm.parallel import ranks
 from nestlm.pipeline import fill_run_folder
 from nestlm.progress import console
 from nestlm.report.console import output
 from nestlm.report.differences import cached_stages, changed_cells, changed_origins, changed_specs, differences_table
 from nestlm.report.provenance import environment
-from nestlm.report.runs import PROVENANCE, read_provenance
+from nestlm.report.record import check_record, is_finished
+from nestlm.report.runs import read_config, read_provenance
 from nestlm.settings import Settings, check
-
-CONFIG = "config.yaml"
 
 
 def read(folder: Path) -> tuple[dict[str, Any], str | None]:
     """The resolved config of a run, and its commit.
 
     Raises:
-        DataError: the folder is no finished run, lacks a file that is needed, or its config cannot be read.
+        DataError: the folder is no finished run, or its files are not those that the run wrote.
     """
-    commit = read_provenance(folder)["commit"]
-    for name in (CONFIG, "results.csv", "timings.csv"):
-        if not (folder / name).is_file():
-            raise DataError(f"{folder} lacks {name}; wanted a run's folder as the run left it")
-    try:
-        config = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise DataError(f"cannot read {folder / CONFIG}: {' '.join(str(error).split())}") from error
-    if not isinstance(config, dict):
-        raise DataError(f"{folder / CONFIG}: got {config!r}, wanted the config of a run")
-    return config, commit
+    check_record(folder)
+    return read_config(folder), read_provenance(folder)["commit"]
 
 
 def verify(folder: Path, settings: Settings, *, config: dict[str, Any], place: Path, tolerance: float) -> bool:
@@ -102,7 +91,7 @@ def workplace(out: Path | None) -> Iterator[Path]:
         with TemporaryDirectory(prefix="nestlm-verify-") as place:
             yield Path(place)
         return
-    if (out / PROVENANCE).is_file():
+    if is_finished(out):
         raise ConfigError(f"--out: {out} holds a finished run; wanted a new folder, or an interrupted verify's")
     yield out
 

@@ -8,23 +8,17 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from nestlm.checksums import CHECKSUMS, read_sums, sha256, write_sums
+from nestlm.checksums import CHECKSUMS, is_listed, write_listed
 from nestlm.errors import CheckpointError
 from nestlm.parallel import ranks
 from nestlm.parallel.sharding import read_state
 
-CURE = "copy the run again, or do it again"
+CURE = "copy its folder again, or remove it and do the run again"
 
 
 def save_weights(tensors: dict[str, Tensor], path: Path) -> None:
     """Write tensors, and their file's hash to the folder's SHA256SUMS."""
-    partial = path.with_name(f".{path.name}.partial")
-    save_file(tensors, partial)
-    sums = path.with_name(CHECKSUMS)
-    known = known_sums(sums) if sums.is_file() else {}
-    known[path.name] = sha256(partial)
-    partial.replace(path)
-    write_sums(path.parent, known)
+    write_listed(path, lambda partial: save_file(tensors, partial))
 
 
 def load_weights(module: nn.Module, path: Path) -> None:
@@ -48,13 +42,5 @@ def check_weights(path: Path) -> None:
     for file in (path, sums):
         if not file.is_file():
             raise CheckpointError(f"{file} does not exist; {CURE}")
-    if known_sums(sums).get(path.name) != sha256(path):
+    if not is_listed(path):
         raise CheckpointError(f"{path} is damaged: it is not the file that {CHECKSUMS} lists; {CURE}")
-
-
-def known_sums(path: Path) -> dict[str, str]:
-    """Hashes by file name. Raises CheckpointError for a file of something else."""
-    try:
-        return read_sums(path)
-    except ValueError as error:
-        raise CheckpointError(f"{error}; {CURE}") from error

@@ -8,12 +8,15 @@ import pytest
 import torch
 
 import nestlm
+from nestlm import verification
 from nestlm.axes.depth import Depth
 from nestlm.data.prepare import prepare
 from nestlm.data.source.synthetic import Synthetic
 from nestlm.data.tokenizer import train
 from nestlm.errors import BudgetError, CheckpointError, ConfigError, DataError
 from nestlm.evaluation import evaluate
+from nestlm.report import record
+from nestlm.report.runs import Run, find_runs
 from nestlm.report.tables import read_csv
 from nestlm.training import make_trainer
 
@@ -102,21 +105,40 @@ def test_damages_of_a_run_are_named(dynamic_run, tmp_path):
         content = bytearray(path.read_bytes())
         content[int(torch.randint(len(content), (), generator=generator))] ^= 1 << (number % 8)
         path.write_bytes(content)
-        with pytest.raises(CheckpointError, match=f"{name} is damaged.*copy the run again"):
+        with pytest.raises(CheckpointError, match=f"{name} is damaged.*copy its folder again"):
             nestlm.load(place)
     for number, name in enumerate(["joint/model.safetensors", "joint/SHA256SUMS", "data", "joint"]):
         place = copied(dynamic_run, tmp_path / f"gone-{number}")
         path = place / "checkpoints" / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-        with pytest.raises(CheckpointError, match=f"{name} does not exist"):
+        with pytest.raises((CheckpointError, DataError), match=f"{name}.* does not exist"):
             nestlm.load(place)
-    place = copied(dynamic_run, tmp_path / "plan")
-    (place / "specs/0.8.json").write_text('{"router": "value-dynamic", "achieved": 0.8, "plan": {"share": 1}}')
+
+
+def test_a_recalled_answer_is_priced_again(dynamic_run, static_run, tmp_path):
+    """Even where the run's record lists the file."""
+    place = copied(dynamic_run, tmp_path / "dynamic")
+    spec = {"router": "value-dynamic", "achieved": 0.8}
+    (place / "specs/0.8.json").write_text(json.dumps(spec | {"plan": {"share": 1}}))
+    (place / "specs/0.7.json").write_text(json.dumps(spec | {"widths": {"mlp_width": [1]}}))
+    record.write_record(place)
+    model = nestlm.load(place)
     with pytest.raises(CheckpointError, match=r"0.8.json is damaged.*KeyError"):
-        nestlm.load(place).at(0.8)
-    (place / "specs/0.7.json").write_text('{"router": "value-dynamic", "achieved": 0.8, "widths": {"mlp_width": [1]}}')
+        model.at(0.8)
     with pytest.raises(CheckpointError, match=r"0.7.json is damaged.*wanted those of"):
-        nestlm.load(place).at(0.7)
+        model.at(0.7)
+    place = copied(static_run, tmp_path / "static")
+    path = place / "specs/0.8.json"
+    kept = json.loads(path.read_text())
+    for changed, message in (
+        ({"widths": kept["full_widths"]}, "costs more than the budget 0.8"),
+        ({"achieved": 0.5}, "of the whole model, not 0.5"),
+        ({"achieved": float("nan")}, "of the whole model, not nan"),
+    ):
+        path.write_text(json.dumps(kept | changed))
+        record.write_record(place)
+        with pytest.raises(CheckpointError, match=f"0.8.json is damaged.*{message}"):
+            nestlm.load(place).at(0.8)
 
 
 def test_what_is_no_finished_run_is_refused(static_run, tmp_path):
@@ -126,6 +148,83 @@ def test_what_is_no_finished_run_is_refused(static_run, tmp_path):
     (place / "provenance.json").unlink()
     with pytest.raises(DataError, match="is no finished run"):
         nestlm.load(place)
+    place = copied(static_run, tmp_path / "without_record")
+    (place / "SHA256SUMS").unlink()
+    with pytest.raises(DataError, match="is no finished run, for it lacks SHA256SUMS"):
+        nestlm.load(place)
+
+
+def text(path: Path, old: str, new: str) -> None:
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new, 1))
+
+
+# what is done to a run's folder, and the file that is named
+CHANGES = {
+    "an edited setting": (lambda run, _: text(run / "config.yaml", "norm_eps:", "norm_eps: 1e-3 #"), "config.yaml"),
+    "a cut config": (lambda run, _: (run / "config.yaml").write_text(""), "config.yaml"),
+    "edited metrics": (lambda run, _: text(run / "metrics.json", "steps", "Steps"), "metrics.json"),
+    "edited results": (lambda run, _: text(run / "results.csv", "uniform", "knapsack"), "results.csv"),
+    "edited timings": (lambda run, _: text(run / "timings.csv", "False", "True"), "timings.csv"),
+    "edited provenance": (lambda run, _: text(run / "provenance.json", "seed", "Seed"), "provenance.json"),
+    "a swapped spec": (lambda run, _: shutil.copy(run / "specs/1.json", run / "specs/0.8.json"), "specs/0.8.json"),
+    "another spec": (lambda run, _: shutil.copy(run / "specs/1.json", run / "specs/0.75.json"), "specs/0.75.json"),
+    "a lost spec": (lambda run, _: (run / "specs/0.8.json").unlink(), "specs/0.8.json"),
+    "another run's weights": (
+        lambda run, other: shutil.copytree(
+            other / "checkpoints/joint", run / "checkpoints/joint", dirs_exist_ok=True
+        ),
+        "checkpoints/joint/SHA256SUMS",
+    ),
+    "another tokenizer": (
+        lambda run, _: text(run / "checkpoints/data/tokenizer.json", "{", "{ "), "checkpoints/data/tokenizer.json"
+    ),
+    "no record": (lambda run, _: (run / "SHA256SUMS").write_text("everything is well"), "SHA256SUMS"),
+    "a damaged record": (
+        lambda run, _: (run / "SHA256SUMS").write_bytes(bytes(100) + (run / "SHA256SUMS").read_bytes()[100:]),
+        "SHA256SUMS",
+    ),
+    "a link out of the run": (
+        lambda run, other: move_away(run / "checkpoints/joint/model.safetensors", other), "joint/model.safetensors"
+    ),
+    "a linked folder": (lambda run, other: move_away(run / "specs", other), "specs"),
+    "a name that leads out": (
+        lambda run, _: text(run / "SHA256SUMS", "  metrics.json", "  ../metrics.json"), "../metrics.json"
+    ),
+    "an absolute name": (lambda run, _: text(run / "SHA256SUMS", "  metrics.json", "  /etc/hosts"), "/etc/hosts"),
+}  # fmt: skip
+
+
+def move_away(path: Path, other: Path) -> None:
+    """Move a file or folder out of a run, and leave a link."""
+    place = other.with_name("moved") / path.name
+    place.parent.mkdir()
+    path.rename(place)
+    path.symlink_to(place)
+
+
+@pytest.mark.parametrize(("change", "name"), CHANGES.values(), ids=CHANGES)
+def test_a_file_that_the_run_did_not_write_is_named(change, name, static_run, dynamic_run, tmp_path):
+    """By everything that opens a run, before weights are read."""
+    place = copied(static_run, tmp_path / "run")
+    other = copied(dynamic_run, tmp_path / "other")
+    change(place, other)
+    for opened in (nestlm.load, verification.read, Run.read):
+        with pytest.raises(DataError) as refused:
+            opened(place)
+        assert name in str(refused.value)
+        assert "\n" not in str(refused.value)
+
+
+def test_notes_and_scores_in_a_runs_folder_are_no_change(static_run, tmp_path):
+    """Neither is a link to the run, as sweeps leave them."""
+    place = copied(static_run, tmp_path / "run")
+    (place / "notes.txt").write_text("the best")
+    (place / "evaluation.csv").write_text("a\n1\n")
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep/0").symlink_to(place)
+    assert nestlm.load(tmp_path / "sweep/0").folder.name == "0"
+    assert len(find_runs([tmp_path / "sweep"])) == 1
 
 
 def test_text_that_was_prepared_elsewhere_is_missed_only_where_a_router_tries_things_on_it(run, tmp_path):

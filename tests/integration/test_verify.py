@@ -12,6 +12,7 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from nestlm.cli import app
+from nestlm.report.record import write_record
 
 ROOT = Path(__file__).parents[2]
 TIMED = ["cost.repeats=1", "model.mlp_width=2048"]  # wide enough that narrow is faster
@@ -63,6 +64,8 @@ def test_what_was_changed_is_found_and_reasons_are_given_first(run):
     rewrite(folder / "results.csv", f"{last[2]},", "0.7,")
     torch_version = json.loads((folder / "provenance.json").read_text())["packages"]["torch"]
     rewrite(folder / "provenance.json", f'"torch": "{torch_version}"', '"torch": "1.0"')
+    assert "is not the file that the run wrote" in verify(folder).stderr
+    write_record(folder)
     result = verify(folder)
     assert result.exit_code == 1
     reason = f"packages.torch: 1.0 then, {torch_version} now"
@@ -97,10 +100,8 @@ SPOILED = {
         lambda run: rewrite(run / "config.yaml", "uniform.UniformRouter", "uniform.EvenRouter"),
         ["of another version", "'EvenRouter'"],
     ),
-    "no config": (lambda run: (run / "config.yaml").unlink(), ["lacks config.yaml"]),
-    "no results": (lambda run: (run / "results.csv").unlink(), ["lacks results.csv"]),
-    "no YAML": (lambda run: (run / "config.yaml").write_text("a: [1"), ["cannot read", "config.yaml"]),
-    "no mapping": (lambda run: (run / "config.yaml").write_text("3"), ["config.yaml: got 3"]),
+    "no YAML": (lambda run: (run / "config.yaml").write_text("a: [1"), ["no YAML", "config.yaml"]),
+    "no mapping": (lambda run: (run / "config.yaml").write_text("3"), ["config.yaml: got a int"]),
     "no table": (lambda run: (run / "latency_table.json").unlink(), ["latency_table.json"]),
     "no weights": (
         lambda run: rewrite(run / "config.yaml", "weights: null", "weights: absent"), ["model.weights", "absent"]
@@ -112,6 +113,7 @@ SPOILED = {
 def test_a_run_that_cannot_be_done_again_is_refused_in_a_line(run, tmp_path, spoil, expected):
     folder = run("budget=1.0", "router=uniform", "cost=latency", "cost.repeats=1")
     spoil(folder)
+    write_record(folder)
     result = verify(folder, "--out", "again")
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr.count("\n") == 1

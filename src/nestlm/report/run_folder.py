@@ -10,8 +10,9 @@ from typing import Any
 
 import yaml
 
-from nestlm.cache import write_json
+from nestlm.json_files import write_json
 from nestlm.report.provenance import provenance
+from nestlm.report.record import PROVENANCE, begin, write_record
 from nestlm.report.tables import write_csv
 
 # Kept out of metrics.json: seconds and peaks of memory go to timings.csv, rows to results.csv, specs to specs/.
@@ -62,6 +63,7 @@ def write_run_folder(
     """
     results = {stage.name: stage.result for stage in finished}
     metrics = stage_metrics(results, router=router)
+    begin(run_dir)
     (run_dir / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     write_json(run_dir / "metrics.json", metrics)
     write_csv(run_dir / "results.csv", results["evaluate"]["rows"])
@@ -72,7 +74,7 @@ def write_run_folder(
         for table in stage.folder.glob("latency_table.json"):
             shutil.copy2(table, run_dir / table.name)
     write_json(
-        run_dir / "provenance.json",
+        run_dir / PROVENANCE,
         provenance(
             seed=config["seed"],
             data_fingerprint=results["data"]["fingerprint"],
@@ -81,6 +83,7 @@ def write_run_folder(
             seconds=sum(stage.result["seconds"] for stage in finished),
         ),
     )
+    write_record(run_dir)
     return metrics
 
 

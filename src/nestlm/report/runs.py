@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,16 +10,28 @@ from typing import Any
 import yaml
 
 from nestlm.errors import DataError
+from nestlm.json_files import read_json
+from nestlm.report.record import CURE, PROVENANCE, check_record, is_finished
 from nestlm.report.tables import Row, read_csv
-
-PROVENANCE = "provenance.json"  # written last but the pictures: its folder is a finished run
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:
     """Where the numbers of a run come from. Raises DataError for a folder that is no finished run."""
-    if not (folder / PROVENANCE).is_file():
-        raise DataError(f"{folder} is no finished run; wanted the folder that a run printed at its end")
-    return json.loads((folder / PROVENANCE).read_text())
+    if not is_finished(folder):
+        check_record(folder)
+    return read_json(folder / PROVENANCE, cure=CURE)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The resolved settings of a run, as plain values. Raises DataError where they cannot be read."""
+    path = folder / "config.yaml"
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise DataError(f"{path} is damaged: no YAML ({' '.join(str(error).split())[:100]}); {CURE}") from error
+    if not isinstance(config, dict):
+        raise DataError(f"{path}: got a {type(config).__name__}, wanted the settings of a run; {CURE}")
+    return config
 
 
 @dataclass(frozen=True)
@@ -51,8 +62,9 @@ class Run:
         """The run of a folder.
 
         Raises:
-            DataError: the folder is no finished run.
+            DataError: the folder is no finished run, or its files are not those that the run wrote.
         """
+        check_record(folder)
         provenance = read_provenance(folder)
         results = read_csv(folder / "results.csv")
         timings = read_csv(folder / "timings.csv")
@@ -60,13 +72,13 @@ class Run:
         for row in results:
             row["time"] = seconds[f"forward {row['router']} {row['budget']}"] / seconds["forward full"]
             row["find"] = seconds[f"find {row['router']} {row['budget']}"]
-        metrics = json.loads((folder / "metrics.json").read_text())
+        metrics = read_json(folder / "metrics.json", cure=CURE)
         return cls(
             folder,
-            yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")),
+            read_config(folder),
             results,
             metrics,
-            [json.loads(path.read_text()) for path in sorted((folder / "specs").glob("*.json"))],
+            [read_json(path, cure=CURE) for path in sorted((folder / "specs").glob("*.json"))],
             provenance,
             {row["what"]: row["cached"] for row in timings if row["what"] in metrics},
         )
