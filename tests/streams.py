@@ -52,7 +52,7 @@ def loader(source: StreamSource, tokenizer: Path, *, num_steps: int, share: Shar
     loaded = load(tokenizer)
     return StreamLoader(
         source, for_texts(loaded), num_steps=num_steps, batch_size=BATCH, sequence_length=LENGTH,
-        document_separator=0, separate_documents=False, share=share,
+        document_separator=0, vocab_size=288, separate_documents=False, share=share,
     )  # fmt: skip
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -138,6 +140,9 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that hold this much probability.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
+    special_tokens: Annotated[
+        bool, typer.Option("--special-tokens", help="Names of special tokens in the prompt are special tokens.")
+    ] = False,
     device: Annotated[str | None, typer.Option(help="Such as cpu or cuda; default: the run's own.")] = None,
 ) -> None:
     """Continue a prompt at a budget, token by token; what is written where the speed is goes to standard error.
@@ -156,10 +161,11 @@ def generate(
     from nestlm.generation.sampling import Sampling
 
     sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
+    options = {"router": router, "max_tokens": max_tokens, "sampling": sampling, "special_tokens": special_tokens}
     if compare is not None:
-        terminal.compare(model, prompt, budgets=budgets, router=router, max_tokens=max_tokens, sampling=sampling)
+        terminal.compare(model, prompt, budgets=budgets, **options)
     else:
-        terminal.write(model, prompt, budget=budgets[0], router=router, max_tokens=max_tokens, sampling=sampling)
+        terminal.write(model, prompt, budget=budgets[0], **options)
 
 
 @app.command()
@@ -289,6 +295,9 @@ def export(
 
 def main() -> None:
     """Entry point: errors that a user can cure are one line and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # of a terminal that cannot show every character
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except NestlmError as error:

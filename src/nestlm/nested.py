@@ -21,7 +21,7 @@ from nestlm.data.module import DataSettings
 from nestlm.data.opened import Prepared
 from nestlm.data.shards import TOKENIZER
 from nestlm.data.source.auto import by_path
-from nestlm.data.special_tokens import SpecialTokens
+from nestlm.data.special_tokens import PlainNames, SpecialTokens
 from nestlm.errors import BudgetError, CheckpointError, ConfigError
 from nestlm.evaluation import evaluate
 from nestlm.export.check import Check
@@ -210,6 +210,7 @@ class NestedModel:
         router: str | None = None,
         max_tokens: int = 64,
         sampling: Sampling = GREEDY,
+        special_tokens: bool = False,
     ) -> list[str]:
         """Continue prompts in one batch, each at a budget of its own. No row depends on the others.
 
@@ -219,18 +220,34 @@ class NestedModel:
             router: as in `at`.
             max_tokens: of each continuation, at most.
             sampling: how tokens are chosen; by default the likeliest.
+            special_tokens: whether the name of a special token in a prompt becomes that token, and not plain text.
 
         Raises:
             BudgetError, ConfigError: as `at` does.
             DataError: a prompt that does not fit into the context, or that the tokenizer cannot say.
         """
-        encoded = [
-            tokenizers.encode_prompt(self.tokenizer, prompt, begin=self.special_tokens.begin) for prompt in prompts
-        ]
+        encoded = [self.encode(prompt, special_tokens=special_tokens) for prompt in prompts]
         found = [self.at(budget, router=router) for budget in budgets]
         steps = list(self.tokens(encoded, found, max_tokens=max_tokens, sampling=sampling))
         rows = [[token for step in steps if (token := step[row]) is not None] for row in range(len(encoded))]
         return [continuation(self.tokenizer, prompt, row) for prompt, row in zip(encoded, rows, strict=True)]
+
+    def encode(self, prompt: str, *, special_tokens: bool = False) -> list[int]:
+        """Token ids of a prompt, the token that begins a document first.
+
+        Args:
+            prompt: the text.
+            special_tokens: as `generate_batch` takes it.
+
+        Raises:
+            DataError: the tokenizer cannot say it, or the model has no such token.
+        """
+        encoder = tokenizers.for_texts(self.tokenizer, special_tokens=True) if special_tokens else self.tokenizer
+        cure = "special_tokens=True (--special-tokens)"
+        PlainNames(encoder, where="prompt: holds", cure=cure).look(prompt)
+        ids = tokenizers.encode_prompt(encoder, prompt, begin=self.special_tokens.begin)
+        tokenizers.check_ids(encoder, ids, vocab_size=self.decoder.config.vocab_size, where="prompt:")
+        return ids
 
     def tokens(
         self, prompts: Sequence[Sequence[int]], found: Sequence[AtBudget], *, max_tokens: int, sampling: Sampling

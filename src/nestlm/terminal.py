@@ -14,7 +14,6 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from nestlm.data.tokenizer import encode_prompt
 from nestlm.generation.sampling import GREEDY, Sampling
 from nestlm.generation.text import TextStream
 from nestlm.nested import AtBudget, NestedModel
@@ -62,13 +61,25 @@ def write(
     router: str | None,
     max_tokens: int,
     sampling: Sampling,
-    shown: bool = True,
+    special_tokens: bool,
+) -> None:
+    """Continue a prompt, and write to standard output what is there as soon as it is."""
+    found, ids = model.at(budget, router=router), model.encode(prompt, special_tokens=special_tokens)
+    written = continued(model, ids, found, max_tokens=max_tokens, sampling=sampling, shown=True)
+    sys.stdout.write("\n")
+    console.print(f"budget {budget}: {', '.join(filter(None, written.facts))}", highlight=False, markup=False)
+
+
+def continued(
+    model: NestedModel,
+    ids: list[int],
+    found: AtBudget,
+    *,
+    max_tokens: int,
+    sampling: Sampling,
+    shown: bool = False,
 ) -> Written:
-    """Continue a prompt; `shown` writes to standard output what is there as soon as it is."""
-    found, ids = (
-        model.at(budget, router=router),
-        encode_prompt(model.tokenizer, prompt, begin=model.special_tokens.begin),
-    )
+    """Continue the tokens of a prompt; `shown` writes to standard output what is there as soon as it is."""
     text, pieces, times = TextStream(model.tokenizer, ids), list[str](), list[float]()
 
     def take(piece: str) -> None:
@@ -83,11 +94,7 @@ def write(
         take(text.add(token))
     take(text.rest())
     speed = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else None
-    written = Written(found, "".join(pieces), len(times), speed)
-    if shown:
-        sys.stdout.write("\n")
-        console.print(f"budget {budget}: {', '.join(filter(None, written.facts))}", highlight=False, markup=False)
-    return written
+    return Written(found, "".join(pieces), len(times), speed)
 
 
 def compare(
@@ -98,14 +105,15 @@ def compare(
     router: str | None,
     max_tokens: int,
     sampling: Sampling,
+    special_tokens: bool,
 ) -> None:
     """Print the continuations of one prompt at several budgets side by side, each generated alone after a warm-up."""
     table = Table(show_lines=True, expand=True)
-    columns = []
+    columns, ids = list[Written](), model.encode(prompt, special_tokens=special_tokens)
     for budget in budgets:
-        write(model, prompt, budget=budget, router=router, max_tokens=2, sampling=GREEDY, shown=False)
-        options = {"router": router, "max_tokens": max_tokens, "sampling": sampling}
-        columns.append(write(model, prompt, budget=budget, **options, shown=False))
+        found = model.at(budget, router=router)
+        continued(model, ids, found, max_tokens=2, sampling=GREEDY)
+        columns.append(continued(model, ids, found, max_tokens=max_tokens, sampling=sampling))
         table.add_column(f"budget {budget}", ratio=1, overflow="fold")
     table.add_row(*(Text("\n".join(filter(None, column.facts))) for column in columns))
     table.add_row(*(Text(column.text) for column in columns))

@@ -42,6 +42,35 @@ def test_a_continuation_is_written_as_it_comes(static_run):
     assert wanted != model.generate("the cat", budget=["0.7", "0.9params"], max_tokens=9)
 
 
+def test_names_of_special_tokens_in_a_prompt(static_run):
+    """They are plain text, and named once, unless they are to be special tokens."""
+    model, prompt = nestlm.load(static_run), "<|endoftext|>the cat"
+    options = ["--prompt", prompt, "--max-tokens", "4"]
+    plain, special = command(static_run, *options), command(static_run, *options, "--special-tokens")
+    for done in (plain, special, command(static_run, *options, "--compare", "1.0,0.8")):
+        assert done.exit_code == 0, done.output
+        warned = "prompt: holds <|endoftext|>: names of special tokens, taken as plain text; special_tokens=True"
+        assert done.stderr.count(warned) == (done is not special)
+    assert special.stdout == model.generate(prompt, max_tokens=4, special_tokens=True) + "\n"
+    assert model.encode(prompt, special_tokens=True) == model.encode("the cat"), "it brought its own begin token"
+    assert len(model.encode(prompt)) > len(model.encode("the cat")) + 1
+
+
+def test_output_that_cannot_be_shown_or_is_not_read(static_run):
+    """A terminal without the characters, and a reader that has gone."""
+    arguments = ["generate", str(static_run), "--prompt", "the cat", "--max-tokens", "60", "--temperature", "5"]
+    script = f"import sys; sys.argv[1:] = {arguments!r}; from nestlm.cli import main; main()"
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "PYTHONIOENCODING": "ascii"}
+    shown = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    assert "\\ufffd" in shown.stdout
+    process = subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=-1, stderr=-1, text=True)
+    assert process.stdout is not None
+    process.stdout.close()
+    assert "Traceback" not in process.communicate()[1]
+    assert process.returncode == 1
+
+
 def test_continuations_side_by_side(dynamic_run):
     done = command(dynamic_run, "--compare", "1.0,0.8,0.7", "--prompt", "the cat", "--max-tokens", "5")
     assert done.exit_code == 0, done.output

@@ -149,5 +149,5 @@ def test_a_prepared_folder_trains_as_its_texts_do(run, tmp_path):
     half = f"data.sources=[{{path: {folder}, weight: 1}}, {{path: {folder}, weight: 2}}]"
     mixed = run("budget=0.8", "data=mixture", half, name="mixture")
     assert (mixed / "results.csv").read_bytes() != expected, "another order"
-    with pytest.raises(DataError, match=r"model.vocab_size is 287"):
+    with pytest.raises(DataError, match=r"holds '.*', token 287, but the model has only 287 tokens"):
         run("data=shards", f"data.path={folder}", "model.vocab_size=287", name="other")

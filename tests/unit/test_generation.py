@@ -1,6 +1,7 @@
 """Generation: the cache, mixed budgets and padding change nothing; sampling; prompts that cannot be continued."""
 
 from collections import Counter
+from random import Random
 
 import pytest
 import torch
@@ -176,3 +177,26 @@ def test_text_is_streamed_in_whole_characters(byte_level):
         assert not any("�" in piece for piece in pieces)
         assert whole.startswith(" ")
         assert "".join(pieces).strip() == text.strip()
+
+
+def test_bytes_of_any_order_are_streamed():
+    """A tokenizer of SentencePiece's kind, whose decoder replaces all bytes of a run where one of them is wrong."""
+    vocabulary = {"<unk>": 0, "<s>": 1} | {f"<0x{byte:02X}>": byte + 2 for byte in range(256)} | {"▁a": 258, "b": 259}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(steps)
+    source = Random(0)
+    for text in ("é", "\n\n", "\n\n\xff", "日b", "é\xffb"):
+        run = [byte + 2 for byte in (text.encode() if "\xff" not in text else text.encode("latin1"))]
+        check_stream(tokenizer, [1, 258], [259, *run, 258, *run])
+    for length in (5, 20, 300):
+        for _ in range(5):
+            check_stream(tokenizer, [1, 258, 259], [259, *(source.randrange(2, 260) for _ in range(length))])
+    check_stream(tokenizer, [1], [259, 400, 259])  # the embedding may have more rows than the tokenizer has tokens
+
+
+def check_stream(tokenizer: Tokenizer, prompt: list[int], tokens: list[int]) -> None:
+    stream = TextStream(tokenizer, prompt)
+    pieces = [stream.add(token) for token in tokens]
+    assert "".join(pieces) + stream.rest() == continuation(tokenizer, prompt, tokens)
+    assert any(pieces)

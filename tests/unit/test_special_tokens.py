@@ -3,11 +3,14 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from nestlm.data.prepare import prepare
+from nestlm.data.opened import Prepared
+from nestlm.data.prepare import BY_FILES, prepare
 from nestlm.data.shards import Manifest
+from nestlm.data.source.base import Document
 from nestlm.data.source.synthetic import Synthetic
 from nestlm.data.special_tokens import SpecialTokens, SpecialTokenSettings, read_special_tokens
 from nestlm.data.tokenizer import train
@@ -155,3 +158,86 @@ def test_documents_begin_with_what_the_files_or_the_user_say(tmp_path):
         assert manifest.special_token_ids == wanted
         assert (out / "validation-00000.bin").read_bytes()[:2] == wanted.begin.to_bytes(2, "little")
         assert read_special_tokens(tokenizer, out) == wanted, "also without the model's files"
+
+
+@pytest.fixture
+def chat(tmp_path) -> Path:
+    """A tokenizer.json of 290 tokens, the last two of which are special; the first of these begins texts."""
+    folder = tmp_path / "chat"
+    folder.mkdir()
+    tokenizer = train((text for _, text in CHATS.documents()), vocab_size=288)
+    tokenizer.add_special_tokens(["<start>", "<end>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    write(folder, tokenizer_config={"bos_token": "<start>", "eos_token": "<end>"})
+    return folder / "tokenizer.json"
+
+
+class Chats:
+    """Texts with markup; every second one brings its own begin token, as chat templates write it."""
+
+    def documents(self):
+        for number, (name, text) in enumerate(Synthetic(num_documents=60, num_words=60, seed=0).documents()):
+            yield Document(name, f"<start>{text}<end>" if number % 2 else f"{text}<end>")
+
+
+CHATS = Chats()
+
+
+def prepared(folder: Path, tokenizer: Path, **options) -> tuple[Manifest, np.ndarray]:
+    folder.mkdir(exist_ok=True)
+    settings = {"vocab_size": None, "tokenizer_file": tokenizer, "heldout_share": 0.1}
+    manifest = prepare(CHATS, folder, **settings | options)
+    return manifest, np.fromfile(folder / "train-00000.bin", manifest.dtype)
+
+
+def test_names_of_special_tokens_in_texts_are_special_tokens_where_that_is_asked_for(chat, tmp_path, capsys):
+    manifest, tokens = prepared(tmp_path / "marked", chat, special=SpecialTokenSettings(in_text=True))
+    documents = manifest.splits["train"].documents
+    assert (tokens == 288).sum() == (tokens == 289).sum() == documents, "no document begins twice"
+    assert capsys.readouterr().err == ""
+
+
+def test_names_of_special_tokens_in_plain_texts_are_named_once(chat, tmp_path, capsys):
+    manifest, tokens = prepared(tmp_path / "plain", chat)
+    assert (tokens == 288).sum() == manifest.splits["train"].documents
+    assert 289 not in tokens
+    said = capsys.readouterr().err
+    assert said.count("special tokens, taken as plain text") == 1
+    assert "data: texts hold <end>: names of" in said
+    assert "data.special_tokens=true (nestlm prepare --special-tokens)" in said
+    with pytest.raises(DataError, match="was begun with special_tokens False, now it is True"):
+        prepared(tmp_path / "plain", chat, special=SpecialTokenSettings(in_text=True))
+
+
+def test_a_prepared_folder_is_used_with_the_special_tokens_that_it_was_made_with(chat, tmp_path):
+    plain = tmp_path / "plain"
+    prepared(plain, chat)
+    opened = Prepared.read(plain)
+    options = {"vocab_size": 290, "tokenizer_file": chat}
+    assert opened.of_model(special=SpecialTokenSettings(), **options).special_tokens == SpecialTokens(288, (289,))
+    named = opened.of_model(special=SpecialTokenSettings(ends=["<start>"]), **options)
+    assert named.special_tokens == SpecialTokens(288, (288,)), "end tokens change no token of a text"
+    with pytest.raises(DataError, match=r"begin with '<start>', wanted '<end>'; prepare it with --begin-token"):
+        opened.of_model(special=SpecialTokenSettings("<end>"), **options)
+    with pytest.raises(DataError, match=r"data.special_tokens: got true, but .*plain was prepared without"):
+        opened.of_model(special=SpecialTokenSettings(in_text=True), **options)
+    write(chat.parent, tokenizer_config={"bos_token": "<end>"})
+    with pytest.raises(DataError, match=r"begin with '<start>', wanted '<end>'"):
+        opened.of_model(special=SpecialTokenSettings(), **options)
+
+
+def test_a_token_above_the_embedding_matters_where_a_text_holds_it(chat, tmp_path):
+    """The tokenizer has 290 tokens, the model rows for 289."""
+    manifest, _ = prepared(tmp_path / "unused", chat, vocab_size=289)
+    assert manifest.vocab_size == 289
+    marked = SpecialTokenSettings(in_text=True)
+    message = r"holds '<end>', token 289, but the model has only 289 tokens"
+    with pytest.raises(DataError, match=r"data: synthetic-00\d+ " + message):
+        prepared(tmp_path / "used", chat, vocab_size=289, special=marked)
+    prepared(tmp_path / "whole", chat, special=marked)
+    opened = Prepared.read(tmp_path / "whole")
+    opened.of_model(vocab_size=290, tokenizer_file=None, special=BY_FILES)
+    with pytest.raises(DataError, match=r"data.path: .*whole " + message):
+        opened.of_model(vocab_size=289, tokenizer_file=None, special=BY_FILES)
+    with pytest.raises(DataError, match=r"data.tokenizer: has 288 tokens, model.vocab_size is 287; wanted the"):
+        prepared(tmp_path / "small", chat, vocab_size=287)

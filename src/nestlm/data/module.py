@@ -144,6 +144,7 @@ class PackedTokens(L.LightningDataModule):
                 batch_size=self.settings.batch_size,
                 sequence_length=self.settings.sequence_length,
                 document_separator=self.prepared.special_tokens.begin,
+                vocab_size=self.prepared.manifests[0].vocab_size,
                 separate_documents=self.settings.separate_documents,
                 share=share,
             )

@@ -88,11 +88,10 @@ class Prepared:
             DataError: the tokens are not the model's.
         """
         manifest, path = self.manifests[0], self.portions[0].path
-        if manifest.vocab_size > vocab_size:
-            raise DataError(
-                f"data.path: {path} was prepared with {manifest.vocab_size} tokens, model.vocab_size is {vocab_size}; "
-                "prepare it with the model's own tokenizer"
-            )
+        tokenizer = tokenizers.load(path / TOKENIZER)
+        for name in SPLITS:
+            largest = self.split(name).bound - 1
+            tokenizers.check_ids(tokenizer, [largest], vocab_size=vocab_size, where=f"data.path: {path}")
         if tokenizer_file is not None:
             wanted = tokenizers.tokenizer_hash(tokenizers.load(tokenizer_file))
             if wanted != manifest.tokenizer_hash:
@@ -103,7 +102,6 @@ class Prepared:
             raise DataError(
                 f"data.special_tokens: got true, but {path} was prepared without; prepare it with --special-tokens"
             )
-        tokenizer = tokenizers.load(path / TOKENIZER)
         found = special.read(tokenizer, path if tokenizer_file is None else tokenizer_file.parent)
         if found.begin != manifest.begin:
             made, wanted = (tokenizer.id_to_token(index) for index in (manifest.begin, found.begin))
@@ -132,6 +130,7 @@ class Prepared:
             documents=sum(split.documents for split in splits),
             tokens=sum(split.tokens for split in splits),
             bytes=sum(split.bytes for split in splits),
+            bound=max(split.bound for split in splits),
         )
 
     def rows(self, split: str, *, sequence_length: int) -> PackedRows | MixedRows:

@@ -28,7 +28,7 @@ from nestlm.data.shards import (
     write_shard,
 )
 from nestlm.data.source.base import Document, Source
-from nestlm.data.special_tokens import SpecialTokenSettings
+from nestlm.data.special_tokens import PlainNames, SpecialTokenSettings
 from nestlm.data.survey import Survey
 from nestlm.errors import DataError
 from nestlm.progress import progress_bar, track
@@ -72,15 +72,13 @@ def prepare(
     split_of = survey.splits(heldout_share=heldout_share)
     tokenizer = choose_tokenizer(source, split_of, vocab_size=vocab_size, tokenizer_file=tokenizer_file)
     size = tokenizers.id_bound(tokenizer)
-    if vocab_size is not None and size > vocab_size:
-        raise DataError(
-            f"data.tokenizer: has {size} tokens, model.vocab_size is {vocab_size}; wanted the model's own tokenizer"
-        )
+    if vocab_size is not None:
+        tokenizers.check_vocabulary(tokenizer, vocab_size=vocab_size)
     around = special.read(tokenizer, None if tokenizer_file is None else tokenizer_file.parent)
     manifest = Manifest(
         fingerprint=survey.fingerprint,
         tokenizer_hash=tokenizers.tokenizer_hash(tokenizer),
-        vocab_size=size,
+        vocab_size=size if vocab_size is None else min(size, vocab_size),
         begin=around.begin,
         ends=around.ends,
         special_tokens=special.in_text,
@@ -97,13 +95,9 @@ def prepare(
     write_file(folder / TOKENIZER, tokenizer.to_str().encode())
     writer, started = Writer.resume(folder, manifest), time.monotonic()
     before = writer.manifest.num_tokens
-    write_documents(
-        source,
-        writer,
-        survey=survey,
-        split_of=split_of,
-        tokenizer=tokenizers.for_texts(tokenizer, special_tokens=special.in_text),
-    )
+    encoder = tokenizers.for_texts(tokenizer, special_tokens=special.in_text)
+    names = special.plain_names(encoder)
+    write_documents(source, writer, survey=survey, split_of=split_of, tokenizer=encoder, names=names)
     manifest = writer.finish()
     if timings is not None:
         timings |= {"tokens": manifest.num_tokens - before, "seconds": time.monotonic() - started}
@@ -178,9 +172,8 @@ class Writer:
         self.pending_bytes, self.waiting = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
 
     def add(self, split: str, ids: list[int], *, num_bytes: int) -> None:
-        """Take a document; the begin token stands before it."""
-        tokens = np.empty(len(ids) + 1, dtype=self.manifest.dtype)
-        tokens[0], tokens[1:] = self.manifest.begin, ids
+        """Take a document, which begins with the begin token."""
+        tokens = np.array(ids, dtype=self.manifest.dtype)
         self.pending[split].append(tokens)
         self.pending_bytes[split] += num_bytes
         self.waiting[split] += len(tokens)
@@ -197,6 +190,7 @@ class Writer:
                 splits[name] = Split(
                     shards=(*old.shards, shard),
                     documents=old.documents + len(arrays),
+                    bound=max(old.bound, *(int(array.max()) + 1 for array in arrays)),
                     tokens=old.tokens + shard.tokens,
                     bytes=old.bytes + self.pending_bytes[name],
                 )
@@ -215,10 +209,10 @@ class Writer:
 
 
 def write_documents(
-    source: Source, writer: Writer, *, survey: Survey, split_of: np.ndarray, tokenizer: Tokenizer
+    source: Source, writer: Writer, *, survey: Survey, split_of: np.ndarray, tokenizer: Tokenizer, names: PlainNames
 ) -> None:
     """Tokenize all documents that the writer has not got yet; reading, tokenizing and writing overlap."""
-    number, done = writer.consumed, float(survey.sizes[: writer.consumed].sum()) / MB
+    manifest, number, done = writer.manifest, writer.consumed, float(survey.sizes[: writer.consumed].sum()) / MB
     total, tokens, started = survey.num_bytes / MB, 0, time.monotonic()
     batches = ahead(batched(source.documents(), skip=writer.consumed))
     with progress_bar("MB, {task.fields[speed]} tokens/s") as progress, ThreadPoolExecutor(1) as pool:
@@ -228,9 +222,11 @@ def write_documents(
                 num_bytes = len(document.text.encode())
                 if number >= len(survey.sizes) or num_bytes != survey.sizes[number]:
                     raise DataError(f"data: {document.name} has changed while it was read; run this again")
-                ids = encoding.ids
+                names.look(document.text)
+                ids = tokenizers.with_begin(tokenizer, encoding.ids, begin=manifest.begin)
+                tokenizers.check_ids(tokenizer, ids, vocab_size=manifest.vocab_size, where=f"data: {document.name}")
                 writer.add(SPLITS[split_of[number]], ids, num_bytes=num_bytes)
-                number, done, tokens = number + 1, done + num_bytes / MB, tokens + len(ids) + 1
+                number, done, tokens = number + 1, done + num_bytes / MB, tokens + len(ids)
             speed = tokens / (time.monotonic() - started)
             progress.update(bar, completed=round(done), speed=f"{speed:,.0f}")
     if number != len(survey.sizes):

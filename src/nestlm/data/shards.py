@@ -43,18 +43,27 @@ class Shard:
 
 @dataclass(frozen=True)
 class Split:
-    """What a split holds; `bytes` are those of its texts."""
+    """What a split holds.
+
+    Attributes:
+        shards: its files.
+        documents: how many.
+        tokens: how many.
+        bytes: of its texts.
+        bound: all its token ids are below.
+    """
 
     shards: tuple[Shard, ...] = ()
     documents: int = 0
     tokens: int = 0
     bytes: int = 0
+    bound: int = 0
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Split:
         """As `asdict` wrote it."""
         shards = tuple(Shard(**shard) for shard in fields["shards"])
-        return cls(shards, fields["documents"], fields["tokens"], fields["bytes"])
+        return cls(**fields | {"shards": shards})
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,6 +14,7 @@ from tokenizers import Tokenizer
 
 from nestlm.data.tokenizer import SEPARATOR, for_texts
 from nestlm.errors import DataError
+from nestlm.progress import console
 
 KNOWN_BEGINS = (SEPARATOR, "<|begin_of_text|>", "<s>", "</s>")
 KNOWN_ENDS = ("</s>", "<|end_of_text|>", "<|eot_id|>", "<|im_end|>")
@@ -53,6 +55,12 @@ class SpecialTokenSettings:
     begin: str | None = None
     ends: Sequence[str] | None = None
     in_text: bool = False
+
+    def plain_names(self, tokenizer: Tokenizer) -> PlainNames:
+        """What warns of texts that the encoder of texts does not take as the user may have meant them."""
+        return PlainNames(
+            tokenizer, where="data: texts hold", cure="data.special_tokens=true (nestlm prepare --special-tokens)"
+        )
 
     def read(self, tokenizer: Tokenizer, folder: Path | None) -> SpecialTokens:
         """The tokens around a text; see `read_special_tokens`."""
@@ -237,3 +245,31 @@ def special_names(tokenizer: Tokenizer) -> Iterator[str]:
     for _, token in sorted(tokenizer.get_added_tokens_decoder().items()):
         if token.special:
             yield token.content
+
+
+class PlainNames:
+    """Warns, once, of texts that hold names of special tokens which are taken as plain text."""
+
+    def __init__(self, tokenizer: Tokenizer, *, where: str, cure: str) -> None:
+        """Take the names.
+
+        Args:
+            tokenizer: as texts are encoded; one that makes special tokens of names has no plain ones.
+            where: what holds them, as the message begins.
+            cure: the setting that makes special tokens of them.
+        """
+        names = [] if not tokenizer.encode_special_tokens else sorted(special_names(tokenizer), key=len, reverse=True)
+        self.pattern = re.compile("|".join(map(re.escape, names))) if names else None
+        self.where, self.cure = where, cure
+
+    def look(self, text: str) -> None:
+        """Look at a text; the first that holds a name is the last that is looked at."""
+        if self.pattern is not None and self.pattern.search(text):
+            found = ", ".join(list(dict.fromkeys(self.pattern.findall(text)))[:SHOWN])
+            console.print(
+                f"{self.where} {found}: names of special tokens, taken as plain text; {self.cure} makes special tokens "
+                "of them",
+                highlight=False,
+                markup=False,
+            )
+            self.pattern = None

@@ -13,6 +13,8 @@ from nestlm.data.ahead import ahead
 from nestlm.data.batch import Batch
 from nestlm.data.packed import collate
 from nestlm.data.source.base import StreamSource
+from nestlm.data.special_tokens import SpecialTokenSettings
+from nestlm.data.tokenizer import check_ids, with_begin
 from nestlm.errors import DataError
 from nestlm.parallel.ranks import ALONE, Share
 
@@ -35,6 +37,7 @@ class StreamLoader:
         batch_size: int,
         sequence_length: int,
         document_separator: int,
+        vocab_size: int,
         separate_documents: bool,
         share: Share = ALONE,
     ) -> None:
@@ -43,6 +46,7 @@ class StreamLoader:
         self.document_separator = document_separator
         self.collate_separator = document_separator if separate_documents else None
         self.share = share
+        self.vocab_size, self.plain_names = vocab_size, SpecialTokenSettings().plain_names(tokenizer)
         self.next_step, self.number, self.offset = 0, source.heldout_documents, 0
 
     def __len__(self) -> int:
@@ -73,8 +77,13 @@ class StreamLoader:
             while group := list(islice(texts, TOGETHER)):
                 found = True
                 encodings = self.tokenizer.encode_batch_fast([text for _, text in group], add_special_tokens=False)
-                for (number, _), encoding in zip(group, encodings, strict=True):
-                    yield number, np.array([self.document_separator, *encoding.ids], dtype=np.int64)
+                for (number, text), encoding in zip(group, encodings, strict=True):
+                    self.plain_names.look(text)
+                    check_ids(
+                        self.tokenizer, encoding.ids, vocab_size=self.vocab_size, where=f"data: document {number}"
+                    )
+                    ids = with_begin(self.tokenizer, encoding.ids, begin=self.document_separator)
+                    yield number, np.array(ids, dtype=np.int64)
             if not found and start == self.source.heldout_documents:
                 raise DataError(f"data: the stream has no more than its {start} held-out documents; bring more text")
             start = self.source.heldout_documents

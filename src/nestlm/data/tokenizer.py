@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from nestlm.errors import DataError
@@ -57,6 +58,28 @@ def id_bound(tokenizer: Tokenizer) -> int:
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
+def check_vocabulary(tokenizer: Tokenizer, *, vocab_size: int) -> None:
+    """Raise DataError where a tokenizer's own tokens are more than a model's.
+
+    Tokens that were added above the vocabulary may lack a row in the embedding as long as no text holds them.
+    """
+    size = max(tokenizer.get_vocab(with_added_tokens=False).values(), default=-1) + 1
+    if size > vocab_size:
+        raise DataError(
+            f"data.tokenizer: has {size} tokens, model.vocab_size is {vocab_size}; wanted the model's own tokenizer"
+        )
+
+
+def check_ids(tokenizer: Tokenizer, ids: Sequence[int] | np.ndarray, *, vocab_size: int, where: str) -> None:
+    """Raise DataError, naming the token, where ids hold one that a model's embedding has no row for."""
+    largest = max(ids) if len(ids) else 0
+    if largest >= vocab_size:
+        raise DataError(
+            f"{where} holds {tokenizer.id_to_token(int(largest))!r}, token {largest}, but the model has only "
+            f"{vocab_size} tokens (model.vocab_size); take it out of the text, or use the model's own tokenizer"
+        )
+
+
 def for_texts(tokenizer: Tokenizer, *, special_tokens: bool = False) -> Tokenizer:
     """A copy that takes texts as they are: none is cut or filled up.
 
@@ -75,7 +98,7 @@ def encode_prompt(tokenizer: Tokenizer, text: str, *, begin: int) -> list[int]:
     """Token ids of a text, after the token that begins a document.
 
     Args:
-        tokenizer: as `for_texts` returns it.
+        tokenizer: as `for_texts` returns it; where it makes special tokens of names, a prompt may bring its own begin.
         text: the prompt.
         begin: id of the token that begins a document.
 
@@ -96,4 +119,12 @@ def encode_prompt(tokenizer: Tokenizer, text: str, *, begin: int) -> list[int]:
     lost = "".join(" " if place in covered else sign for place, sign in enumerate(text)).split()
     if lost:
         raise DataError(f"prompt: the tokenizer has no token for {', '.join(map(repr, lost))}; leave it out")
-    return [begin, *encoding.ids]
+    return with_begin(tokenizer, encoding.ids, begin=begin)
+
+
+def with_begin(tokenizer: Tokenizer, ids: list[int], *, begin: int) -> list[int]:
+    """Token ids of a document after the token that begins it, unless the text named that token itself.
+
+    Chat templates write it. Where names are plain text, no text can name it.
+    """
+    return ids if not tokenizer.encode_special_tokens and ids[:1] == [begin] else [begin, *ids]
