@@ -63,7 +63,7 @@ class Split:
     def from_json(cls, fields: dict[str, Any]) -> Split:
         """As `asdict` wrote it."""
         shards = tuple(Shard(**shard) for shard in fields["shards"])
-        return cls(**fields | {"shards": shards})
+        return cls(**{**fields, "shards": shards})
 
 
 @dataclass(frozen=True)
