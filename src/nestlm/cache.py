@@ -16,8 +16,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from nestlm.checksums import CHECKSUMS, files_below, hashes, known_sums, sha256, write_sums
-from nestlm.json_files import read_json, to_json
-from nestlm.progress import console
+from nestlm.json_files import read_json, to_json, write_json
+from nestlm.progress import console, track
 
 LOCK, MARKER = ".lock", "stage.json"
 # Packages whose version decides numbers.
@@ -51,10 +51,32 @@ def file_identity(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def files_identity(folder: Path) -> str:
-    """Names, sizes and times of a folder's files: tells whether weights changed, without reading gigabytes."""
-    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.iterdir())]
-    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
+def contents_identity(files: list[Path], *, known: Path) -> str:
+    """Hash of the contents of files, whatever their names, places and times.
+
+    Gigabytes are hashed once: a file of our own remembers the hash of every path at one size, time and inode.
+
+    Args:
+        files: in an order that matters.
+        known: the file that remembers, made where it is absent; a damaged one is begun anew.
+    """
+    try:
+        content = json.loads(known.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        content = None
+    remembered: dict[str, Any] = content if isinstance(content, dict) else {}
+    digests, before = [], dict(remembered)
+    for path in track(files, "hash weights", total=len(files)):
+        stat = path.stat()
+        state = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+        entry = remembered.get(str(path.resolve()))
+        if not (isinstance(entry, dict) and entry.get("state") == state and isinstance(entry.get("sha256"), str)):
+            entry = remembered[str(path.resolve())] = {"state": state, "sha256": sha256(path)}
+        digests.append(entry["sha256"])
+    if remembered != before:
+        known.parent.mkdir(parents=True, exist_ok=True)
+        write_json(known, remembered)
+    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from nestlm.context import Context
 from nestlm.cost.table import PriceList
 from nestlm.data.opened import Prepared
 from nestlm.data.shards import TOKENIZER
-from nestlm.errors import ExportError
+from nestlm.errors import CheckpointError, ExportError
 from nestlm.evaluation import spent_shares
 from nestlm.export import job
 from nestlm.export.card import Facts
@@ -21,12 +21,15 @@ from nestlm.export.check import Check
 from nestlm.export.gguf import Precision
 from nestlm.model.family import Family
 from nestlm.model.hub import HUB_ID
+from nestlm.model.parent import Parent
 from nestlm.nn.decoder import Decoder
+from nestlm.report.run_folder import PARENT
 from nestlm.report.tables import read_csv
 from nestlm.router.base import Answer, Router
 from nestlm.router.calibration import Plan
 from nestlm.router.per_token import TokenRouter
 from nestlm.spec import Budget
+from nestlm.weights_files import CURE
 
 TEXT_ROWS, TEXT_TOKENS = 4, 256  # of validation text, on which an export is compared
 FORMATS = ("hf", "gguf")
@@ -104,6 +107,7 @@ def export(run: Run, answer: Answer, request: Request, *, budget: Budget, router
     nested = job.Nested(
         decoder=run.decoder,
         family=run.family,
+        parent=kept_parent(run),
         axes=run.context.settings.axis_list,
         tokenizer=run.context.inputs["data"] / TOKENIZER,
         special_tokens=Prepared.read(run.context.inputs["data"]).special_tokens,
@@ -137,6 +141,16 @@ def chosen(run: Run, budget: Budget, answer: Answer) -> job.Chosen:
     assert answer.plan is not None, "tokens differ by a plan"
     tariffs = run.router.tariffs(run.router.planned.bounds(budget))
     return job.Chosen(routed=(run.router, Plan.from_json(answer.plan, tariffs=tariffs)))
+
+
+def kept_parent(run: Run) -> Parent | None:
+    """What the run keeps of the weights that it was made from. Raises CheckpointError where that is lost."""
+    if run.family.weights is None:
+        return None
+    folder = run.context.folder / "checkpoints" / PARENT
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} does not exist; {CURE}")
+    return Parent.read(folder)
 
 
 def parent(family: Family) -> str:

@@ -17,11 +17,13 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 
 from nestlm import stages
-from nestlm.cache import StageFolder, file_identity, files_identity, locked, stage_key
+from nestlm.cache import StageFolder, contents_identity, file_identity, locked, stage_key
 from nestlm.context import LATENCY_TABLE, SKIPPABLE, Context
 from nestlm.dry_run import describe
 from nestlm.errors import ConfigError
 from nestlm.json_files import write_json
+from nestlm.model.checkpoint import shard_files
+from nestlm.model.parent import Parent
 from nestlm.parallel import ranks
 from nestlm.parallel.strategy import placement_of, starts_ranks
 from nestlm.profiling import device_name
@@ -34,6 +36,7 @@ from nestlm.report.run_folder import FinishedStage, write_run_folder
 from nestlm.settings import Settings, View, check, check_budgets
 from nestlm.training import make_trainer, trainer_device
 
+HASHES = "weights.json"  # in the cache: hashes of weights that were read before
 TRAINING = ("optim", "trainer", "data", "seed")
 
 
@@ -108,6 +111,8 @@ def run(settings: Settings, *, config: dict[str, Any]) -> FinishedRun | None:
     if settings.dry_run:
         describe(settings)
         return None
+    if settings.model.weights is not None:
+        settings.model.check_headers()
     return fill_run_folder(settings, config=config)
 
 
@@ -128,12 +133,13 @@ def fill_run_folder(settings: Settings, *, config: dict[str, Any], shown: bool =
 
 def work_in(run_dir: Path, settings: Settings, *, config: dict[str, Any], shown: bool) -> FinishedRun:
     """Walk the stages and write the run's folder, alone in it."""
+    parent = settings.model.parent() if ranks.rank() == 0 else None
     cache = Path(settings.cache_dir or "cache") if settings.cache == "on" else run_dir / "stages"
     with open_logger(settings, run_dir, config=config) as logger:
         finished = run_stages(settings, config=config, cache=cache, logger=logger)
         gap = 0.0
         if ranks.rank() == 0:
-            gap = write(run_dir, finished, settings, config=config, logger=logger, shown=shown)
+            gap = write(run_dir, finished, settings, config=config, logger=logger, shown=shown, parent=parent)
     return FinishedRun(run_dir, ranks.agreed(gap))
 
 
@@ -145,9 +151,11 @@ def write(
     config: dict[str, Any],
     logger: Logger,
     shown: bool,
+    parent: Parent | None,
 ) -> float:
     """Write a run's folder, and tell the logger; returns the pareto gap."""
-    metrics = write_run_folder(run_dir, config=config, finished=finished, router=settings.router.label)
+    label = settings.router.label
+    metrics = write_run_folder(run_dir, config=config, finished=finished, router=label, parent=parent)
     logger.log_metrics(result_metrics(finished[-1].result["rows"], metrics))
     if shown:
         render(run_dir)
@@ -233,7 +241,7 @@ def run_stages(settings: Settings, *, config: dict[str, Any], cache: Path, logge
             stage.name,
             sections={name: determining(name, config[name]) for name in stage.reads},
             previous=[keys[name] for name in direct],
-            extra=outside_inputs(stage.name, settings),
+            extra=outside_inputs(stage.name, settings, cache=cache),
         )
         folder = StageFolder(cache, stage.name, key)
         inputs = {name: folders[name] for name in seen[stage.name]}
@@ -280,7 +288,12 @@ def run_stage(stage: Stage, folder: StageFolder, context: Context) -> FinishedSt
 
 
 def determining(section: str, config: Any) -> Any:
-    """What of a section determines results: not how many ranks share the work, so that another number can go on."""
+    """What of a section determines results.
+
+    Not how many ranks share the work, so that another number can go on, nor where weights lie: their content counts.
+    """
+    if section == "model":
+        return config | {"weights": config["weights"] is not None}
     if section != "trainer":
         return config
     return {key: value for key, value in config.items() if key not in ("devices", "num_nodes", "strategy")}
@@ -291,14 +304,15 @@ def drop_checkpoints(folder: Path) -> None:
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
-def outside_inputs(stage: str, settings: Settings) -> str:
+def outside_inputs(stage: str, settings: Settings, *, cache: Path) -> str:
     """What determines a stage from outside the config: the text, the tokenizer, the weights, a table, the device."""
     if stage == "data":
         tokenizer = settings.tokenizer_file
         tokenizer_hash = file_identity(tokenizer) if tokenizer and tokenizer.is_file() else ""
         return settings.data.identity + tokenizer_hash + repr(settings.special_tokens)
     if stage == "pretrain" and settings.model.weights is not None:
-        return files_identity(settings.model.folder)
+        files, first = shard_files(settings.model.folder), ranks.rank() == 0
+        return ranks.agreed(contents_identity(files, known=cache / HASHES) if first else "")
     if stage == "profile" and settings.latency is not None:
         if settings.latency.table is not None:
             return file_identity(Path(settings.latency.table))

@@ -352,8 +352,7 @@ def check(settings: Settings) -> None:
         raise ConfigError(f"trainer.{taken[0]}: the stages decide that themselves; remove it (lengths are STAGE.steps)")
     if not 0 <= settings.seed < 2**63:
         raise ConfigError(f"seed: got {settings.seed}, wanted 0 or more, below 2**63")
-    if settings.tokenizer_file is not None and not settings.tokenizer_file.is_file() and not settings.dry_run:
-        raise ConfigError(f"data.tokenizer: {settings.tokenizer_file} does not exist; wanted a tokenizer.json")
+    check_tokenizer(settings)
     special = settings.special_tokens
     if special is not None and special.begin >= config.vocab_size:
         raise ConfigError(
@@ -383,6 +382,20 @@ def check(settings: Settings) -> None:
         )
     if settings.is_priced:
         check_budgets(settings)
+
+
+def check_tokenizer(settings: Settings) -> None:
+    """Raise ConfigError where the tokenizer that is named, or that of the weights, is not there."""
+    file = settings.tokenizer_file
+    if file is None or file.is_file():
+        return
+    if settings.data.tokenizer is None:
+        raise ConfigError(
+            f"data.tokenizer: {file.parent} has no tokenizer.json, the only form of a tokenizer that is read; save it "
+            "with transformers' AutoTokenizer and save_pretrained, or name another with data.tokenizer=FILE"
+        )
+    if not settings.dry_run:
+        raise ConfigError(f"data.tokenizer: {file} does not exist; wanted a tokenizer.json")
 
 
 def check_budgets(settings: Settings) -> None:

@@ -43,9 +43,14 @@ def load(path: Path) -> Tokenizer:
     if not path.is_file():
         raise DataError(f"data.tokenizer: {path} does not exist; wanted a tokenizer.json")
     try:
-        return Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        return parse(path.read_bytes())
     except Exception as error:  # the library raises bare Exception
         raise DataError(f"data.tokenizer: {path} is no tokenizer.json ({error})") from error
+
+
+def parse(content: bytes) -> Tokenizer:
+    """The tokenizer of a tokenizer.json's content. Raises an exception of the library where it is none."""
+    return Tokenizer.from_str(content.decode())
 
 
 def tokenizer_hash(tokenizer: Tokenizer) -> str:

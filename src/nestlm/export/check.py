@@ -96,8 +96,13 @@ class Check:
         ]
 
 
-def check_hf(folder: Path, question: Question) -> Check:
+def check_hf(folder: Path, question: Question, *, runs_code: bool) -> Check:
     """Reload a Hugging Face folder with transformers and compare.
+
+    Args:
+        folder: the export, checked by `hf.check_code`.
+        question: what it is held to.
+        runs_code: whether a modelling file of ours travels with it.
 
     Raises:
         ExportError: above the limit, or transformers is not installed.
@@ -107,7 +112,8 @@ def check_hf(folder: Path, question: Question) -> Check:
     import transformers
 
     with quiet(transformers):
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=True).eval()
+        opening = {"trust_remote_code": runs_code, "local_files_only": True}
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **opening).eval()
         whole = whole_in_transformers(question, dtype=model.dtype)
 
     def run(tokens_BL: Tensor) -> Tensor:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import shutil
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,24 +10,23 @@ from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from safetensors import safe_open
 from torch import Tensor
 
+from nestlm.errors import ExportError
 from nestlm.export import remote
 from nestlm.export.place import new_folder, writing
 from nestlm.export.routing import Routing
-from nestlm.model import hub
-from nestlm.model.checkpoint import read_config, shard_files
+from nestlm.model.checkpoint import CONFIG, read_config, read_object
 from nestlm.model.family import Family
+from nestlm.model.parent import GENERATION, TOKENIZER_OBJECTS, Parent, to_json, without_code, write_files
 from nestlm.nn.config import BlockConfig
 from nestlm.nn.decoder import Decoder
 
-OURS_TO_WRITE = {"config.json", "model.safetensors.index.json"}
-TOKENIZER = {  # files of a tokenizer
-    "added_tokens.json", "chat_template.jinja", "chat_template.json", "merges.txt", "special_tokens_map.json",
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt",
-}  # fmt: skip
 SIZES = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")
+WIDTHS = ("num_layers", "num_heads", "num_kv_groups", "mlp_width")  # of a family, that an export may change
+OBJECTS = (CONFIG, GENERATION, *TOKENIZER_OBJECTS)  # files that can lead transformers to code
+CODE_SUFFIXES = (".py", ".pyc", ".so", ".bin", ".pt", ".pth", ".pkl", ".pickle")  # that can run
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NESTED, ROUTED, DECISIONS = "modeling_nested", "modeling_routed", "modeling_decisions"  # files of `remote`, for Llama
 
 
@@ -38,15 +36,16 @@ def export(decoder: Decoder, family: Family, out: Path, *, shard_size: str = "5G
     Args:
         decoder: of the family's size, or a sub-network of it.
         family: the size that the decoder was made from. Where it has weights, their dtypes, their config.json but for
-            the widths, and the files beside them are kept.
+            the widths, their tokenizer and generation settings are kept.
         out: a folder that does not exist yet, or is empty; it appears whole or not at all.
         shard_size: of a safetensors file, at most.
 
     Raises:
         ExportError: a folder that holds something, or cannot be written.
     """
+    parent = family.parent()
     with new_folder(out) as folder, writing(out):
-        write(decoder, family, folder, shard_size=shard_size)
+        write(decoder, family, folder, parent=parent, shard_size=shard_size)
 
 
 def write(
@@ -54,6 +53,7 @@ def write(
     family: Family,
     folder: Path,
     *,
+    parent: Parent | None = None,
     routing: Routing | None = None,
     dtype: torch.dtype | None = None,
     tokenizer: bool = True,
@@ -65,26 +65,28 @@ def write(
         decoder: what is stored.
         family: the size that it was made from.
         folder: an empty one.
+        parent: files and dtypes of the weights that it was made from; None: it was trained from scratch.
         routing: where tokens decide in it; None: nowhere.
         dtype: of the weights; None: the parent's.
         tokenizer: whether the parent's is the model's.
         shard_size: of a file, at most.
     """
-    weights = state(decoder, family, dtype=dtype)
+    weights = state(decoder, family, parent=parent, dtype=dtype)
     if routing is not None:
         weights |= routing.weights
     kind = modelling(decoder, family, routing)
     size = replace(family, num_layers=len(decoder.config.blocks))
     if kind is None:
-        write_config(replace(size, **fields(decoder.config.blocks[0])), folder)
+        write_config(replace(size, **fields(decoder.config.blocks[0])), folder, parent)
     else:
-        write_config(size, folder)
+        write_config(size, folder, parent)
         write_modelling(decoder, family, folder, kind=kind, routing=routing)
-    if dtype is not None or family.weights is None:
+    if dtype is not None or parent is None:
         set_dtype(folder, weights)
     save_torch_state_dict(weights, folder, max_shard_size=shard_size)
-    if family.weights is not None:
-        copy_side_files(family.folder, folder, besides=OURS_TO_WRITE if tokenizer else OURS_TO_WRITE | TOKENIZER)
+    if parent is not None:
+        kept = {GENERATION: parent.files[GENERATION]} if GENERATION in parent.files else {}
+        write_files(folder, kept | (parent.tokenizer_files if tokenizer else {}))
 
 
 def modelling(decoder: Decoder, family: Family, routing: Routing | None) -> str | None:
@@ -101,31 +103,29 @@ def fields(block: BlockConfig) -> dict[str, int]:
     return {"num_heads": block.num_heads, "num_kv_groups": block.num_kv_groups, "mlp_width": block.mlp_width}
 
 
-def write_config(size: Family, folder: Path) -> None:
-    """The config.json: the parent's, as it is where no width changed."""
-    path, own = folder / "config.json", size.write()
-    if size.weights is None:
+def write_config(size: Family, folder: Path, parent: Parent | None) -> None:
+    """The config.json: the parent's, as it is where no width changed and all of its keys are used."""
+    path, own = folder / CONFIG, size.write()
+    if parent is None:
         write_json(path, own)
         return
-    config = read_config(size.folder)
+    config, unused = parent.config, size.unused_keys(parent.config)
     known = size.read(config)
-    if all(known[name] == getattr(size, name) for name in ("num_layers", "num_heads", "num_kv_groups", "mlp_width")):
-        shutil.copyfile(size.folder / "config.json", path)
+    changed = any(known[name] != getattr(size, name) for name in WIDTHS)
+    if not changed and not unused:
+        write_files(folder, {CONFIG: parent.files[CONFIG]})
         return
     if known["num_layers"] != size.num_layers:  # all layers look at all tokens: the reader's own default says so
-        config.pop("layer_types", None)
-    write_json(path, config | {name: own[name] for name in SIZES})
+        unused |= {"layer_types"}
+    kept = {name: value for name, value in config.items() if name not in unused}
+    write_json(path, kept | {name: own[name] for name in SIZES})
 
 
 def write_modelling(decoder: Decoder, family: Family, folder: Path, *, kind: str, routing: Routing | None) -> None:
     """The modelling file in the family's names, and the keys of config.json that lead to it."""
-    name = family.architecture.removesuffix("ForCausalLM")
-    for each in (NESTED,) if kind == NESTED else (NESTED, DECISIONS, ROUTED):
-        source = Path(remote.__path__[0], f"{each}.py").read_text(encoding="utf-8")
-        text = source.replace("Llama", name).replace("llama", family.model_type)
-        (folder / f"{each}.py").write_text(text, encoding="utf-8")
-    prefix = kind.removeprefix("modeling_")
-    classes = {"AutoConfig": "Config", "AutoModel": "Model", "AutoModelForCausalLM": "ForCausalLM"}
+    for name, text in modelling_files(kind, family).items():
+        (folder / name).write_text(text, encoding="utf-8")
+    name, prefix = family_name(family), kind.removeprefix("modeling_")
     layers = {
         str(layer): {
             "intermediate_size": block.mlp_width,
@@ -138,11 +138,56 @@ def write_modelling(decoder: Decoder, family: Family, folder: Path, *, kind: str
         "architectures": [f"{prefix.title()}{name}ForCausalLM"],
         "model_type": f"{prefix}_{family.model_type}",
         "head_dim": family.head_dim,
-        "auto_map": {auto: f"{kind}.{prefix.title()}{name}{suffix}" for auto, suffix in classes.items()},
+        "auto_map": auto_map(kind, family),
         "per_layer_config": layers,
     }
-    path = folder / "config.json"
+    path = folder / CONFIG
     write_json(path, read_config(folder) | own | ({} if routing is None else {"router": routing.config}))
+
+
+def family_name(family: Family) -> str:
+    """The name of a family in transformers' classes, such as Llama."""
+    return family.architecture.removesuffix("ForCausalLM")
+
+
+def modelling_files(kind: str, family: Family) -> dict[str, str]:
+    """The Python files that travel with a model, by name: ours, in the family's names."""
+    names = (NESTED,) if kind == NESTED else (NESTED, DECISIONS, ROUTED)
+    texts = {each: Path(remote.__path__[0], f"{each}.py").read_text(encoding="utf-8") for each in names}
+    return {
+        f"{each}.py": text.replace("Llama", family_name(family)).replace("llama", family.model_type)
+        for each, text in texts.items()
+    }
+
+
+def auto_map(kind: str, family: Family) -> dict[str, str]:
+    """The key of config.json that leads transformers to the modelling file."""
+    prefix = f"{kind}.{kind.removeprefix('modeling_').title()}{family_name(family)}"
+    classes = {"AutoConfig": "Config", "AutoModel": "Model", "AutoModelForCausalLM": "ForCausalLM"}
+    return {auto: f"{prefix}{suffix}" for auto, suffix in classes.items()}
+
+
+def check_code(folder: Path, family: Family, kind: str | None) -> None:
+    """Raise ExportError unless all code that transformers can find in a folder is a modelling file of ours.
+
+    Args:
+        folder: an export, before it is opened.
+        family: its family.
+        kind: its modelling file; None: it has none.
+    """
+    files = {} if kind is None else modelling_files(kind, family)
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        is_ours = name in files and path.read_bytes() == files[name].encode()
+        if path.is_symlink() or (path.suffix in CODE_SUFFIXES and not is_ours):
+            raise ExportError(f"export: {name} is not a file of nestlm; nothing was run, and nothing is left of it")
+    for path in folder.glob("*.json"):
+        if path.name in OBJECTS:
+            content = read_object(folder, path.name)
+            if path.name == CONFIG and kind is not None and content.get("auto_map") == auto_map(kind, family):
+                del content["auto_map"]
+            if without_code(content) != content:
+                raise ExportError(f"export: {path.name} leads to code that is not nestlm's; nothing was run")
 
 
 def set_dtype(folder: Path, weights: Mapping[str, Tensor]) -> None:
@@ -151,38 +196,58 @@ def set_dtype(folder: Path, weights: Mapping[str, Tensor]) -> None:
     config, name = read_config(folder), str(largest.dtype).removeprefix("torch.")
     if config.get("dtype", config.get("torch_dtype")) != name:
         config.pop("torch_dtype", None)
-        write_json(folder / "config.json", config | {"dtype": name})
+        write_json(folder / CONFIG, config | {"dtype": name})
 
 
 def write_json(path: Path, value: Any) -> None:
     """A file as transformers lays it out."""
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    path.write_bytes(to_json(value))
 
 
-def state(decoder: Decoder, family: Family, *, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """The weights under their Hugging Face names, in one dtype, or the parent's, or their own where it has none."""
+def state(
+    decoder: Decoder, family: Family, *, parent: Parent | None = None, dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """The weights under their Hugging Face names, in one dtype, or the parent's, or their own where it has none.
+
+    Raises:
+        ExportError: a weight that the dtype cannot hold.
+    """
     parameters = dict(decoder.named_parameters())
-    dtypes = {} if family.weights is None or dtype is not None else parent_dtypes(family.folder)
-    named = family.hf_names(decoder).items()
-    return {
-        theirs: parameters[ours].detach().to("cpu", dtype or dtypes.get(theirs, parameters[ours].dtype))
-        for theirs, ours in named
-    }
+    dtypes = {} if parent is None or dtype is not None else parent_dtypes(parent)
+    weights = {}
+    for theirs, ours in family.hf_names(decoder).items():
+        value = parameters[ours].detach()
+        wanted = dtype or dtypes.get(theirs, value.dtype)
+        check_range(value, wanted, name=theirs)
+        weights[theirs] = value.to("cpu", wanted)
+    return weights
 
 
-def parent_dtypes(folder: Path) -> dict[str, torch.dtype]:
-    """The dtype of every tensor of a checkpoint."""
-    dtypes = {}
-    for shard in shard_files(folder):
-        with safe_open(shard, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                dtypes[name] = tensors.get_slice(name)[:0].dtype
-    return dtypes
+def check_range(value: Tensor, dtype: torch.dtype, *, name: str, largest: float | None = None) -> None:
+    """Raise ExportError where a dtype cannot hold a weight.
+
+    Args:
+        value: the weight.
+        dtype: what it is stored in.
+        name: of the weight.
+        largest: number that can be stored; None: the dtype's own.
+    """
+    bound = torch.finfo(dtype).max if largest is None else largest
+    low, high = (float(each) for each in value.aminmax())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ExportError(f"export: {name} of the run holds numbers that are not finite; train it again, with a lower lr")
+    most = max(-low, high)
+    if most > bound:
+        kind = str(dtype).removeprefix("torch.")
+        raise ExportError(
+            f"export: {name} holds a weight of size {most:.6g}, and {kind} ends at {bound:.6g}; "
+            "wanted a dtype of larger range: --dtype bf16 or f32"
+        )
 
 
-def copy_side_files(parent: Path, folder: Path, *, besides: set[str]) -> None:
-    """Tokenizer, generation settings and what else small lies beside a checkpoint, unchanged."""
-    for pattern in hub.SMALL:
-        for path in parent.glob(pattern):
-            if path.name not in besides:
-                shutil.copyfile(path, folder / path.name)
+def parent_dtypes(parent: Parent) -> dict[str, torch.dtype]:
+    """The dtype of every tensor of a checkpoint. Raises ExportError for one that is not read."""
+    try:
+        return {name: DTYPES[kind] for name, kind in parent.dtypes.items()}
+    except (KeyError, TypeError) as error:
+        raise ExportError(f"export: the run's record of its parent names {error} as a dtype; copy the run again") from error

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nestlm.axes.base import Axis
 from nestlm.data.special_tokens import SpecialTokens
-from nestlm.data.tokenizer import load
+from nestlm.data.tokenizer import load, parse, tokenizer_hash
 from nestlm.elastic.weights import extract
 from nestlm.errors import ExportError
 from nestlm.export import gguf, hf
@@ -24,6 +24,7 @@ from nestlm.export.push import check_token, push
 from nestlm.export.routing import Routing
 from nestlm.model.checkpoint import read_config
 from nestlm.model.family import Family
+from nestlm.model.parent import TOKENIZER_JSON, Parent
 from nestlm.nn.decoder import Decoder
 from nestlm.nn.policy import Policy, fixed
 from nestlm.router.calibration import Plan
@@ -40,7 +41,8 @@ class Nested:
 
     Attributes:
         decoder: the whole model, in float32, for evaluation, on the CPU.
-        family: its size, and where it came from.
+        family: its size.
+        parent: what the run keeps of the weights that it was made from; None: it was trained from scratch.
         axes: along which it is cut.
         tokenizer: its tokenizer.json.
         special_tokens: ids of the tokens that begin and end a text.
@@ -49,6 +51,7 @@ class Nested:
 
     decoder: Decoder
     family: Family
+    parent: Parent | None
     axes: tuple[Axis, ...]
     tokenizer: Path
     special_tokens: SpecialTokens
@@ -101,8 +104,8 @@ def run(
     spec = chosen.spec if routing is None else routing.spec
     assert spec is not None, "a router has stored widths"
     small = extract(nested.decoder, spec, axes=nested.axes).eval()
-    dtype = None if precision is None and nested.family.weights is not None else DTYPES.get(precision or "f32")
-    precision = precision or parent_precision(nested.family)
+    dtype = None if precision is None and nested.parent is not None else DTYPES.get(precision or "f32")
+    precision = precision or parent_precision(nested.parent)
     question = Question(
         wanted=lambda tokens_BL: nested.decoder(tokens_BL, chosen.policy).logits_BLV,
         decoder=nested.decoder,
@@ -120,10 +123,13 @@ def run(
         else:
             brought = brings_tokenizer(nested)
             with writing(out):
-                hf.write(small, nested.family, folder, routing=routing, dtype=dtype, tokenizer=brought)
+                told = {"parent": nested.parent, "routing": routing, "dtype": dtype, "tokenizer": brought}
+                hf.write(small, nested.family, folder, **told)
                 if not brought:
                     write_tokenizer(nested, folder)
-            check = check_hf(folder, question)
+            kind = hf.modelling(small, nested.family, routing)
+            hf.check_code(folder, nested.family, kind)
+            check = check_hf(folder, question, runs_code=kind is not None)
         text = card(facts, small.config, check, routing=routing, form=form, precision=precision, name=out.name)
         with writing(out):
             (folder / "README.md").write_text(text, encoding="utf-8")
@@ -153,19 +159,21 @@ def check_form(chosen: Chosen, *, form: str, precision: str | None) -> None:
         raise ExportError(f"export: --dtype {precision} is of GGUF; wanted one of {', '.join(DTYPES)} with --format hf")
 
 
-def parent_precision(family: Family) -> gguf.Precision:
+def parent_precision(parent: Parent | None) -> gguf.Precision:
     """That of the parent's matrices; float32 of what was trained from scratch."""
-    if family.weights is None:
+    if parent is None:
         return "f32"
-    found = set(hf.parent_dtypes(family.folder).values()) - {torch.float32}
+    found = set(hf.parent_dtypes(parent).values()) - {torch.float32}
     names: dict[torch.dtype, gguf.Precision] = {torch.float16: "f16", torch.bfloat16: "bf16"}
     return names.get(found.pop(), "f32") if len(found) == 1 else "f32"
 
 
 def brings_tokenizer(nested: Nested) -> bool:
-    """Whether the parent's own tokenizer was used, so that its files serve."""
-    theirs = nested.family.tokenizer_file
-    return theirs is not None and theirs.is_file() and theirs.read_bytes() == nested.tokenizer.read_bytes()
+    """Whether the parent's own tokenizer was used, so that its files serve, however they are laid out."""
+    if nested.parent is None or TOKENIZER_JSON not in nested.parent.files:
+        return False
+    theirs = parse(nested.parent.files[TOKENIZER_JSON])
+    return tokenizer_hash(theirs) == tokenizer_hash(load(nested.tokenizer))
 
 
 def ends(nested: Nested) -> gguf.Ends:

@@ -6,7 +6,8 @@ import json
 from collections.abc import Iterator, Mapping, Set
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -15,26 +16,137 @@ from torch import Tensor
 
 from nestlm.checksums import CHECKSUMS, sha256
 from nestlm.errors import CheckpointError
+from nestlm.model.keys import show
 from nestlm.parallel.sharding import fill
 from nestlm.progress import track
 
+CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
+FLOATS = ("F32", "F16", "BF16", "F64")
 BUFFERS = ".rotary_emb.inv_freq"  # old checkpoints hold what follows from config.json
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor as a file's header describes it; `dtype` as safetensors names it."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def own_file(folder: Path, name: str) -> Path:
+    """The path of a small file of a folder, which need not be there.
+
+    Raises:
+        CheckpointError: it is a link out of the folder. In a hub's cache, files of `snapshots/REVISION` are links into
+            `blobs` beside `snapshots`: those are followed.
+    """
+    path, home = folder / name, folder.resolve()
+    roots = [home, *([home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [])]
+    if path.exists() and not any(path.resolve().is_relative_to(root) for root in roots):
+        raise CheckpointError(f"model.weights: {path} is a link out of its folder; put a copy of the file in its place")
+    return path
+
+
+def read_object(folder: Path, name: str) -> dict[str, Any]:
+    """An object of a folder's JSON file. Raises CheckpointError where it is damaged, or a link out of the folder."""
+    path = own_file(folder, name)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse_constant)
+    except (OSError, ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)[:100]
+        raise CheckpointError(f"model.weights: {path} is no JSON ({reason}); fetch it again") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(
+            f"model.weights: {path} holds a {type(content).__name__}, wanted an object; fetch it again"
+        )
+    return content
+
+
+def refuse_constant(name: str) -> None:
+    """Raise ValueError for the constants that Python's reader adds to JSON."""
+    raise ValueError(f"it holds {name}, which is no number of JSON")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """A folder's config.json. Raises CheckpointError where there is none, or it is damaged."""
-    path = folder / "config.json"
-    if not path.is_file():
+    if not (folder / CONFIG).is_file():
         raise CheckpointError(f"model.weights: {folder} holds no config.json; wanted a Hugging Face checkpoint folder")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"model.weights: {path} is no JSON ({error}); fetch it again") from error
-    if not isinstance(config, dict):
+    config = read_object(folder, CONFIG)
+    if config.get("transformers_weights") is not None:
         raise CheckpointError(
-            f"model.weights: {path} holds a {type(config).__name__}, wanted an object; fetch it again"
+            f"model.weights: {folder / CONFIG} names its weights by transformers_weights, which is not read; name the "
+            f"file {SINGLE} and remove that key"
         )
     return config
+
+
+def survey(folder: Path) -> dict[str, Stored]:
+    """Every tensor of a checkpoint, from the headers of its files: no weight is read.
+
+    Raises:
+        CheckpointError: there are no safetensors, a file is absent or cut off, or a tensor is in two files.
+    """
+    found: dict[str, Stored] = {}
+    for shard in shard_files(folder):
+        with opened(shard) as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                if name in found and not name.endswith(BUFFERS):
+                    raise CheckpointError(f"model.weights: {name} is in {found[name].file.name} and in {shard.name}")
+                part = tensors.get_slice(name)
+                found[name] = Stored(shard, tuple(part.get_shape()), part.get_dtype())
+    return found
+
+
+def is_equal(stored: Mapping[str, Stored], one: str, other: str) -> bool:
+    """Whether two tensors of a checkpoint hold the same numbers."""
+    if (stored[one].shape, stored[one].dtype) != (stored[other].shape, stored[other].dtype):
+        return False
+    values = []
+    for name in (one, other):
+        with opened(stored[name].file) as tensors:
+            values.append(tensors.get_tensor(name))
+    return torch.equal(*values)
+
+
+def check_tensors(
+    stored: Mapping[str, Stored], shapes: Mapping[str, torch.Size], *, names: Mapping[str, str], ignored: Set[str]
+) -> None:
+    """Compare a checkpoint's headers with a model's parameters.
+
+    Args:
+        stored: what `survey` found.
+        shapes: of our parameters.
+        names: theirs to ours; each has to be there.
+        ignored: theirs that may be there besides.
+
+    Raises:
+        CheckpointError: a tensor that is absent, left over, of another shape, or of a dtype that is not read.
+    """
+    for theirs, tensor in stored.items():
+        if is_ignored(theirs, ignored):
+            continue
+        if theirs not in names:
+            raise CheckpointError(f"model.weights: {tensor.file.name} has {theirs}, which this family or size lacks")
+        if tensor.dtype not in FLOATS:
+            raise CheckpointError(
+                f"model.weights: {theirs} holds {tensor.dtype}, wanted {', '.join(FLOATS)}: quantized weights are not "
+                "read; bring the checkpoint that they were made from"
+            )
+        wanted = tuple(shapes[names[theirs]])
+        if tensor.shape != wanted:
+            raise CheckpointError(f"model.weights: {theirs} has shape {tensor.shape}, wanted {wanted}")
+    missing = sorted(set(names) - set(stored))
+    if missing:
+        raise CheckpointError(
+            f"model.weights: the checkpoint lacks {missing[0]} and {len(missing) - 1} more tensors; fetch it again"
+        )
+
+
+def is_ignored(name: str, ignored: Set[str]) -> bool:
+    """Whether a checkpoint's tensor is not read."""
+    return name in ignored or name.endswith(BUFFERS)
 
 
 def read_tensors(
@@ -54,26 +166,20 @@ def read_tensors(
         CheckpointError: a damaged or absent file, or a tensor that is absent, left over, of another shape, no float, or
             not finite.
     """
-    shards = shard_files(folder)
+    stored = survey(folder)
+    check_tensors(stored, {name: value.shape for name, value in parameters.items()}, names=names, ignored=ignored)
     check_sums(folder)
-    filled: dict[str, Path] = {}
+    shards = list(dict.fromkeys(tensor.file for tensor in stored.values()))
     with workers() as pool:
         for shard in track(shards, "read weights", total=len(shards)):
             jobs = []
-            for theirs, value in tensors_of(shard):
-                if theirs in ignored or theirs.endswith(BUFFERS):
-                    continue
-                if theirs not in names:
-                    raise CheckpointError(f"model.weights: {shard.name} has {theirs}, which this family or size lacks")
-                if theirs in filled:
-                    raise CheckpointError(f"model.weights: {theirs} is in {filled[theirs].name} and in {shard.name}")
-                jobs.append(pool.submit(fill_checked, parameters[names[theirs]], value, name=theirs))
-                filled[theirs] = shard
+            with opened(shard) as tensors:
+                for theirs in tensors.keys():  # noqa: SIM118 (not a dict)
+                    if not is_ignored(theirs, ignored):
+                        value = tensors.get_tensor(theirs)
+                        jobs.append(pool.submit(fill_checked, parameters[names[theirs]], value, name=theirs))
             for job in jobs:
                 job.result()
-    missing = sorted(set(names) - set(filled))
-    if missing:
-        raise CheckpointError(f"model.weights: {folder} lacks {missing[0]} and {len(missing) - 1} more")
 
 
 @contextmanager
@@ -92,39 +198,53 @@ def workers() -> Iterator[Executor]:
 
 
 def shard_files(folder: Path) -> list[Path]:
-    """The files that the checkpoint's index names, or its one file; other files of the folder are not ours to read."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(
-                f"model.weights: {index} is no index of shards ({error!r}); fetch it again"
-            ) from error
-        return [folder / name for name in sorted(names)]
-    single = folder / "model.safetensors"
-    if not single.is_file():
-        raise CheckpointError(f"model.weights: {folder} holds no model.safetensors and no index of several")
-    return [single]
+    """A checkpoint's files as transformers chooses them: the single one, else those that the index names.
+
+    Raises:
+        CheckpointError: there is neither, the index is damaged or names a file outside the folder, or one is absent.
+    """
+    single = folder / SINGLE
+    if single.is_file():
+        return [single]
+    if not (folder / INDEX).is_file():
+        pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+        found = f": {pickles[0]} is not read, since such a file can run code;" if pickles else ";"
+        raise CheckpointError(
+            f"model.weights: {folder} holds no {SINGLE} and no index of several{found} save the model with transformers' "
+            "save_pretrained, which writes safetensors"
+        )
+    names = read_object(folder, INDEX).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+        raise CheckpointError(f"model.weights: {folder / INDEX} is no index of shards; fetch it again")
+    shards = []
+    for name in sorted(set(names.values())):
+        check_plain(name, INDEX)
+        if not (folder / name).is_file():
+            raise CheckpointError(f"model.weights: {INDEX} names {name}, which is not in {folder}; fetch the shard")
+        shards.append(folder / name)
+    return shards
 
 
-def tensors_of(shard: Path) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors of a file, one at a time. Raises CheckpointError when it is absent or damaged."""
+def check_plain(name: str, where: str) -> None:
+    """Raise CheckpointError unless a name that a checkpoint's file holds is that of a file in the same folder."""
+    if name in ("", ".", "..") or any(sign in name for sign in ("/", "\\", "\0")):
+        raise CheckpointError(f"model.weights: {where} names {show(name)}, wanted the plain name of a file beside it")
+
+
+@contextmanager
+def opened(shard: Path) -> Iterator[Any]:
+    """A safetensors file. Raises CheckpointError when it is absent or damaged, also while it is read."""
     try:
         with safe_open(shard, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                yield name, tensors.get_tensor(name)
+            yield tensors
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"model.weights: {shard} is absent or damaged ({error}); fetch it again") from error
+        reason = str(error)[:100]
+        raise CheckpointError(f"model.weights: {shard} is absent or damaged ({reason}); fetch it again") from error
 
 
 @torch.no_grad()
 def fill_checked(parameter: Tensor, value: Tensor, *, name: str) -> None:
-    """Copy a tensor in. Raises CheckpointError when shapes differ, or it holds no finite floats."""
-    if parameter.shape != value.shape:
-        raise CheckpointError(f"model.weights: {name} has shape {tuple(value.shape)}, wanted {tuple(parameter.shape)}")
-    if not value.is_floating_point():
-        raise CheckpointError(f"model.weights: {name} holds {value.dtype}; wanted floats, not quantized weights")
+    """Copy a tensor in. Raises CheckpointError when it holds numbers that are not finite."""
     fill(parameter, value)
     # a sum is not finite where a term is not, and takes no memory
     if not value.sum().isfinite() and not value.isfinite().all():
@@ -137,13 +257,15 @@ def check_sums(folder: Path) -> None:
     Raises:
         CheckpointError: a file is absent or another, or a shard is not listed.
     """
-    sums = folder / CHECKSUMS
+    sums = own_file(folder, CHECKSUMS)
     if not sums.is_file():
         return
     lines = [line.split(maxsplit=1) for line in sums.read_text(encoding="utf-8", errors="replace").splitlines()]
     if any(len(line) != 2 for line in lines):
         raise CheckpointError(f"model.weights: {sums} is damaged; wanted lines of a hash and a name; fetch it again")
-    known = {name.removeprefix("*"): digest for digest, name in lines}
+    known = {name.removeprefix("*").removeprefix("./"): digest for digest, name in lines}
+    for name in known:
+        check_relative(name)
     for shard in shard_files(folder):
         if shard.name not in known:
             raise CheckpointError(f"model.weights: {sums} does not list {shard.name}; fetch it again")
@@ -151,3 +273,10 @@ def check_sums(folder: Path) -> None:
         path = folder / name
         if not path.is_file() or sha256(path) != digest:
             raise CheckpointError(f"model.weights: {path} is not the file that {CHECKSUMS} lists; fetch it again")
+
+
+def check_relative(name: str) -> None:
+    """Raise CheckpointError for a name in SHA256SUMS that leads out of its folder."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\0" in name:
+        raise CheckpointError(f"model.weights: {CHECKSUMS} names {show(name)}, wanted a file of the same folder")

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 from nestlm.errors import CheckpointError, ConfigError
-from nestlm.model import hub
-from nestlm.model.checkpoint import read_config, read_tensors
+from nestlm.model import hub, keys
+from nestlm.model.checkpoint import Stored, check_tensors, is_equal, own_file, read_config, read_tensors, survey
+from nestlm.model.parent import TOKENIZER_JSON, Parent
 from nestlm.model.rotary import read_rotary, write_rotary
 from nestlm.nn.config import BlockConfig, DecoderConfig
 from nestlm.nn.decoder import Decoder
@@ -40,6 +41,7 @@ BLOCK_NAMES = {
     "mlp.down": "mlp.down_proj",
 }
 OUTER_NAMES = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +63,7 @@ class Family(ABC):
     activation: ClassVar[Literal["silu", "relu2"]]  # of the MLP
     norm_eps_key: ClassVar[str]
     default_norm_eps: ClassVar[float]
+    knows_windows: ClassVar[bool] = False  # whether layers of transformers' class can use a sliding window
     heads_divide_hidden_size: ClassVar[bool] = False  # transformers' class wants it, whatever the head width
 
     weights: str | None
@@ -97,28 +100,42 @@ class Family(ABC):
         """What the family's layers compute, fields of `DecoderConfig`."""
 
     @classmethod
+    def window(cls, config: Mapping[str, Any]) -> int | None:  # noqa: ARG003 (for families that have one)
+        """Tokens of the sliding window that some layer uses, from a config.json; None where no layer uses one."""
+        return None
+
+    @classmethod
+    def unused_keys(cls, config: Mapping[str, Any]) -> set[str]:
+        """Keys of a window that the family's layers do not know, but transformers' cache would go by."""
+        if cls.knows_windows:
+            return set()
+        is_sliding = "sliding_attention" in (config.get("layer_types") or ())
+        kinds = {"layer_types"} if is_sliding else set[str]()
+        return kinds | ({"sliding_window"} if config.get("sliding_window") is not None else set())
+
+    @classmethod
     def read(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         """Our fields from a config.json.
 
         Raises:
             CheckpointError: it lacks a size, or has what the family's decoder does not compute.
         """
-        wanted(config, "hidden_act", cls.activation)
+        keys.check_value(config, "hidden_act", cls.activation)
         theta, scaling = read_rotary(config)
-        hidden_size, heads = needed(config, "hidden_size"), needed(config, "num_attention_heads")
+        hidden_size, heads = keys.size(config, "hidden_size"), keys.size(config, "num_attention_heads")
         return {
-            "vocab_size": needed(config, "vocab_size"),
+            "vocab_size": keys.size(config, "vocab_size"),
             "hidden_size": hidden_size,
-            "num_layers": needed(config, "num_hidden_layers"),
+            "num_layers": keys.size(config, "num_hidden_layers"),
             "num_heads": heads,
-            "num_kv_groups": config.get("num_key_value_heads") or heads,
-            "head_dim": config.get("head_dim") or hidden_size // heads,
-            "mlp_width": needed(config, "intermediate_size"),
-            "context_length": needed(config, "max_position_embeddings"),
+            "num_kv_groups": keys.size(config, "num_key_value_heads", default=heads),
+            "head_dim": keys.size(config, "head_dim", default=hidden_size // heads),
+            "mlp_width": keys.size(config, "intermediate_size"),
+            "context_length": keys.size(config, "max_position_embeddings"),
             "rope_theta": theta,
             "rope_scaling": scaling,
-            "norm_eps": config.get(cls.norm_eps_key, cls.default_norm_eps),
-            "tie_embeddings": config.get("tie_word_embeddings", False),
+            "norm_eps": keys.number(config, cls.norm_eps_key, default=cls.default_norm_eps),
+            "tie_embeddings": keys.flag(config, "tie_word_embeddings"),
             **cls.read_own(config),
         }
 
@@ -176,26 +193,51 @@ class Family(ABC):
     @property
     def tokenizer_file(self) -> Path | None:
         """The tokenizer that belongs to the weights."""
-        return None if self.weights is None else hub.small_files(self.weights) / "tokenizer.json"
+        return None if self.weights is None else own_file(hub.small_files(self.weights), TOKENIZER_JSON)
 
     def check_weights(self, *, dry_run: bool) -> None:
-        """Raise when weights don't suit, or there are neither weights nor leave to train from scratch."""
+        """Raise when weights don't suit, or there are neither weights nor leave to train from scratch.
+
+        Of a folder on disk, all files are looked at, of the weights their headers; of a hub's repository those that are
+        small, since the others are fetched by the run.
+        """
         if self.weights is not None:
-            self.check_config(read_config(hub.small_files(self.weights)))
+            folder = hub.small_files(self.weights)
+            self.check_config(read_config(folder))
+            if Path(self.weights).is_dir():
+                self.check_headers()
         elif self.init is None and not dry_run:
             raise ConfigError(
                 "model.weights: this size has none; give a folder with model.weights=FOLDER, "
                 "or train from scratch with model.init=random"
             )
 
+    def check_headers(self) -> None:
+        """Raise CheckpointError when the tensors of `weights` are not those of this size; their headers are read.
+
+        A tied head that the files hold besides is compared with the embedding, number by number.
+        """
+        stored, decoder = survey(self.folder), Decoder.on_meta(self.decoder_config())
+        shapes = {name: value.shape for name, value in decoder.named_parameters()}
+        check_tensors(stored, shapes, **self.names_in(stored, decoder))
+        if self.tie_embeddings and {HEAD, EMBEDDING} <= set(stored) and not is_equal(stored, HEAD, EMBEDDING):
+            raise CheckpointError(
+                f"model.weights: {HEAD} differs from {EMBEDDING}, though tie_word_embeddings is true in config.json; "
+                "transformers keeps both: set tie_word_embeddings to false there"
+            )
+
+    def parent(self) -> Parent | None:
+        """What exports take from the folder of `weights`; None where there is none."""
+        return None if self.weights is None else Parent.of_checkpoint(self.folder)
+
     def check_config(self, config: Mapping[str, Any]) -> None:
         """Raise CheckpointError when the config.json of `weights` is another size, or computes something else."""
         if config.get("model_type") != self.model_type:
             raise CheckpointError(
-                f"model.weights: model_type is {config.get('model_type')!r} in config.json, the chosen size is of "
+                f"model.weights: model_type is {keys.show(config.get('model_type'))} in config.json, the chosen size is of "
                 f"{self.model_type!r}; try model=pretrained"
             )
-        check_features(config, context_length=self.context_length)
+        self.check_features(config, context_length=self.context_length)
         for name, theirs in self.read(config).items():
             ours = getattr(self, name)
             if name == "context_length":
@@ -213,9 +255,20 @@ class Family(ABC):
         Raises:
             CheckpointError: missing, damaged, left-over or wrongly shaped tensors.
         """
+        names = self.names_in(survey(self.folder), decoder)
+        read_tensors(self.folder, dict(decoder.named_parameters()), **names)
+
+    def names_in(self, stored: Mapping[str, Stored], decoder: Decoder) -> dict[str, Any]:
+        """How a checkpoint names a decoder's parameters, and what it may hold besides: `names` and `ignored`.
+
+        Of a tied head and embedding, either is enough.
+        """
         names = self.hf_names(decoder)
-        known = {"lm_head.weight"} if self.tie_embeddings else set[str]()  # some files repeat the tied head
-        read_tensors(self.folder, dict(decoder.named_parameters()), names=names, ignored=known)
+        if not self.tie_embeddings:
+            return {"names": names, "ignored": set[str]()}
+        if HEAD in stored and EMBEDDING not in stored:
+            names[HEAD] = names.pop(EMBEDDING)
+        return {"names": names, "ignored": {HEAD} - set(names)}
 
     @staticmethod
     def hf_names(decoder: Decoder) -> dict[str, str]:
@@ -234,39 +287,27 @@ class Family(ABC):
     def of_folder(cls, weights: str, config: Mapping[str, Any], **changes: Any) -> Self:
         """The size that a config.json names. Raises CheckpointError where it names none."""
         known = cls.read(config) | {name: value for name, value in changes.items() if value is not None}
-        check_features(config, context_length=known["context_length"])
+        cls.check_features(config, context_length=known["context_length"])
         rest = {field.name: None for field in fields(cls) if field.name not in known}
         values: dict[str, Any] = {**rest, **known, "weights": weights}
         return cls(**values)
 
-
-def check_features(config: Mapping[str, Any], *, context_length: int) -> None:
-    """Raise CheckpointError, naming it, where a config.json has a feature that no family computes."""
-    for name, what in UNSUPPORTED.items():
-        if config.get(name):
-            raise CheckpointError(f"model.weights: {name} is {config[name]} in config.json: {what} is not supported")
-    # Mistral's window has no switch; the others say whether it is used, and in which layers.
-    kinds = set(config.get("layer_types") or ())
-    used = config.get("use_sliding_window", True) and (not kinds or "sliding_attention" in kinds)
-    window = config.get("sliding_window") if used else None
-    if window is not None and window < context_length:
-        raise CheckpointError(
-            f"model.weights: a sliding window of {window} tokens is not supported; rows of at most {window} do not use "
-            f"it: set model.context_length={window}"
-        )
-    others = sorted(kinds - {"full_attention", "sliding_attention"})
-    if others:
-        raise CheckpointError(f"model.weights: layers of type {others[0]} are not supported")
-
-
-def needed(config: Mapping[str, Any], name: str) -> Any:
-    """A key that a config.json must have. Raises CheckpointError."""
-    if config.get(name) is None:
-        raise CheckpointError(f"model.weights: config.json lacks {name}; wanted a Hugging Face checkpoint folder")
-    return config[name]
-
-
-def wanted(config: Mapping[str, Any], name: str, value: Any) -> None:
-    """Raise CheckpointError unless a key of a config.json, where it is there, has the one value that is computed."""
-    if config.get(name, value) != value:
-        raise CheckpointError(f"model.weights: {name} is {config[name]!r} in config.json, wanted {value!r}")
+    @classmethod
+    def check_features(cls, config: Mapping[str, Any], *, context_length: int) -> None:
+        """Raise CheckpointError, naming it, where a config.json has a feature that no family computes."""
+        for name, what in UNSUPPORTED.items():
+            if config.get(name):
+                shown = keys.show(config[name])
+                raise CheckpointError(f"model.weights: {name} is {shown} in config.json: {what} is not supported")
+        window = cls.window(config)
+        if window is not None and window < context_length:
+            raise CheckpointError(
+                f"model.weights: a sliding window of {window} tokens is not supported; rows of at most {window} do not "
+                f"use it: set model.context_length={window}"
+            )
+        kinds = config.get("layer_types") or ()
+        if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds):
+            raise keys.refuse("layer_types", kinds, "a list of names")
+        others = sorted(set(kinds) - {"full_attention", "sliding_attention"})
+        if others:
+            raise CheckpointError(f"model.weights: layers of type {keys.show(others[0])} are not supported")

@@ -12,6 +12,7 @@ from nestlm.errors import CheckpointError
 from nestlm.model import hub
 from nestlm.model.checkpoint import read_config
 from nestlm.model.family import Family
+from nestlm.model.keys import show
 
 
 def pretrained(*, weights: str, context_length: int | None, pretraining_tokens: float | None) -> Family:
@@ -28,9 +29,9 @@ def pretrained(*, weights: str, context_length: int | None, pretraining_tokens: 
     config = read_config(hub.small_files(weights))
     known = families()
     kind = config.get("model_type")
-    if kind not in known:
+    if not isinstance(kind, str) or kind not in known:
         raise CheckpointError(
-            f"model.weights: model_type is {kind!r} in config.json, wanted one of {', '.join(sorted(known))}"
+            f"model.weights: model_type is {show(kind)} in config.json, wanted one of {', '.join(sorted(known))}"
         )
     return known[kind].of_folder(weights, config, context_length=context_length, pretraining_tokens=pretraining_tokens)
 

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from nestlm.json_files import write_json
+from nestlm.model.parent import Parent
 from nestlm.report.provenance import provenance
 from nestlm.report.record import PROVENANCE, begin, write_record
 from nestlm.report.tables import write_csv
@@ -28,6 +29,7 @@ ELSEWHERE = {
     "full_seconds",
     "forward_seconds",
 }
+PARENT = "pretrain/parent"  # below a run's checkpoints: what exports need of the weights that were given
 # Files that a run keeps of its stages' folders.
 KEPT = (
     "*.safetensors",
@@ -51,7 +53,7 @@ class FinishedStage:
 
 
 def write_run_folder(
-    run_dir: Path, *, config: dict[str, Any], finished: list[FinishedStage], router: str
+    run_dir: Path, *, config: dict[str, Any], finished: list[FinishedStage], router: str, parent: Parent | None
 ) -> dict[str, dict[str, Any]]:
     """Write config, provenance, metrics, results, timings, specs and weights of a run; returns the metrics.
 
@@ -60,6 +62,7 @@ def write_run_folder(
         config: the resolved settings.
         finished: all stages, in order.
         router: label of the router that was asked for.
+        parent: what exports need of the weights that were given.
     """
     results = {stage.name: stage.result for stage in finished}
     metrics = stage_metrics(results, router=router)
@@ -70,6 +73,8 @@ def write_run_folder(
     write_csv(run_dir / "timings.csv", timing_rows(finished))
     write_specs(run_dir / "specs", results["evaluate"], router=router)
     link_checkpoints(run_dir / "checkpoints", finished)
+    if parent is not None:
+        parent.write(run_dir / "checkpoints" / PARENT)
     for stage in finished:
         for table in stage.folder.glob("latency_table.json"):
             shutil.copy2(table, run_dir / table.name)

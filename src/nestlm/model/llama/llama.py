@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from nestlm.model.family import Family, wanted
+from nestlm.model.family import Family
+from nestlm.model.keys import check_value, flag
 from nestlm.model.rotary import PARTIAL, read_rotary_share
 
 
@@ -35,13 +36,13 @@ class Llama(Family):
 
     @classmethod
     def read_own(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        wanted({PARTIAL: read_rotary_share(config, 1.0)}, PARTIAL, 1.0)
-        attention_bias = config.get("attention_bias", False)
+        check_value({PARTIAL: read_rotary_share(config, 1.0)}, PARTIAL, 1.0)
+        attention_bias = flag(config, "attention_bias")
         return {
             "qk_norm": False,
             "qkv_bias": attention_bias,
             "output_bias": attention_bias,
-            "mlp_bias": config.get("mlp_bias", False),
+            "mlp_bias": flag(config, "mlp_bias"),
         }
 
     def write_own(self) -> dict[str, Any]:

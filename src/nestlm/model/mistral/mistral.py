@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from nestlm.model.family import needed
+from nestlm.model.keys import size
 from nestlm.model.llama.llama import Llama
 
 
@@ -16,11 +16,18 @@ class Mistral(Llama):
 
     model_type: ClassVar[str] = "mistral"
     architecture: ClassVar[str] = "MistralForCausalLM"
+    knows_windows: ClassVar[bool] = True
     heads_divide_hidden_size: ClassVar[bool] = False
 
     @classmethod
+    def window(cls, config: Mapping[str, Any]) -> int | None:
+        if "sliding_window" in config and config["sliding_window"] is None:
+            return None
+        return size(config, "sliding_window", default=4096)  # transformers' own default: no other key switches it off
+
+    @classmethod
     def read_own(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        needed(config, "num_key_value_heads")  # absent, it would mean 8 here
+        size(config, "num_key_value_heads")  # absent, it would mean 8 here
         return super().read_own({})
 
     def write_own(self) -> dict[str, Any]:

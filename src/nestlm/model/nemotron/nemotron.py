@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from nestlm.model.family import Family
+from nestlm.model.keys import flag
 from nestlm.model.rotary import PARTIAL, read_rotary_share, write_rotary
 
 
@@ -34,8 +35,8 @@ class Nemotron(Family):
     def read_own(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         return {
             "rotary_share": read_rotary_share(config, 0.5),
-            "attention_bias": config.get("attention_bias", False),
-            "mlp_bias": config.get("mlp_bias", False),
+            "attention_bias": flag(config, "attention_bias"),
+            "mlp_bias": flag(config, "mlp_bias"),
         }
 
     def write_own(self) -> dict[str, Any]:

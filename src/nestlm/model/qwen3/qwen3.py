@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from nestlm.model.family import needed
+from nestlm.model.keys import size
 from nestlm.model.llama.llama import Llama
+from nestlm.model.qwen2.qwen2 import switched_window
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,12 +17,17 @@ class Qwen3(Llama):
 
     model_type: ClassVar[str] = "qwen3"
     architecture: ClassVar[str] = "Qwen3ForCausalLM"
+    knows_windows: ClassVar[bool] = True
     heads_divide_hidden_size: ClassVar[bool] = False
+
+    @classmethod
+    def window(cls, config: Mapping[str, Any]) -> int | None:
+        return switched_window(config)
 
     @classmethod
     def read_own(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         for name in ("num_key_value_heads", "head_dim"):  # absent, they would mean 32 and 128 here
-            needed(config, name)
+            size(config, name)
         return super().read_own(config) | {"qk_norm": True, "mlp_bias": False}
 
     def write_own(self) -> dict[str, Any]:

@@ -1,0 +1,118 @@
+"""What travels from a parent's folder into exports: settings, tokenizer and chat templates; never its code.
+
+The list says what belongs to an export, so that whatever else lies beside a checkpoint stays behind: adapters, indices of
+other weights, images, Python files. Of the JSON files, keys that lead transformers to code are left out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from nestlm.errors import CheckpointError
+from nestlm.model.checkpoint import own_file, read_object, survey
+
+CONFIG, GENERATION, TOKENIZER_JSON = "config.json", "generation_config.json", "tokenizer.json"
+TEMPLATES = "additional_chat_templates"  # a folder of .jinja files
+# Files of a tokenizer: objects, which may lead to code, and those that hold nothing but tokens or a template.
+TOKENIZER_OBJECTS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.json")
+TOKENIZER_PLAIN = (
+    TOKENIZER_JSON, "added_tokens.json", "chat_template.jinja", "merges.txt", "tokenizer.model", "vocab.json", "vocab.txt",
+)  # fmt: skip
+# What leads transformers to code, or to files that stay behind.
+CODE_KEYS = frozenset({
+    "auto_map", "attn_implementation", "code_revision", "custom_generate", "custom_pipeline", "custom_pipelines",
+    "experts_implementation", "fast_tokenizer_files", "kernel_config", "trust_remote_code", "use_kernels",
+    "_attn_implementation", "_attn_implementation_internal", "_experts_implementation",
+    "_experts_implementation_internal",
+})  # fmt: skip
+DTYPES = "dtypes.json"
+MOST_TEMPLATES = 100
+
+
+@dataclass(frozen=True)
+class Parent:
+    """The small files that exports take from a checkpoint, and the dtypes of its tensors.
+
+    Attributes:
+        files: contents, by path relative to the folder, without keys that lead to code.
+        dtypes: by name of a tensor, as safetensors names them.
+    """
+
+    files: Mapping[str, bytes]
+    dtypes: Mapping[str, str]
+
+    @classmethod
+    def of_checkpoint(cls, folder: Path) -> Parent:
+        """Read a checkpoint folder. Raises CheckpointError for a damaged file, or a link out of the folder."""
+        return cls(small_files(folder), {name: tensor.dtype for name, tensor in survey(folder).items()})
+
+    @classmethod
+    def read(cls, folder: Path) -> Parent:
+        """Read what `write` wrote. Raises CheckpointError for a damaged file, or a link out of the folder."""
+        return cls(small_files(folder), read_object(folder, DTYPES))
+
+    def write(self, folder: Path) -> None:
+        """Write all of it into a folder, which is made where it is absent."""
+        folder.mkdir(parents=True, exist_ok=True)
+        write_files(folder, self.files)
+        (folder / DTYPES).write_text(json.dumps(self.dtypes, indent=2) + "\n", encoding="utf-8")
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The config.json."""
+        return self.object(CONFIG)
+
+    def object(self, name: str) -> dict[str, Any]:
+        """A JSON file's content; empty where there is none."""
+        return json.loads(self.files[name]) if name in self.files else {}
+
+    @property
+    def tokenizer_files(self) -> dict[str, bytes]:
+        """The files that belong to the tokenizer, chat templates among them."""
+        return {name: content for name, content in self.files.items() if name not in (CONFIG, GENERATION)}
+
+
+def small_files(folder: Path) -> dict[str, bytes]:
+    """Contents of the files of a checkpoint folder that travel, by relative path, without keys that lead to code."""
+    files = {}
+    for name in (CONFIG, GENERATION, *TOKENIZER_OBJECTS):
+        path = own_file(folder, name)
+        if path.is_file():
+            content = read_object(folder, name)
+            known = without_code(content)
+            files[name] = path.read_bytes() if known == content else to_json(known)
+    templates = sorted((folder / TEMPLATES).glob("*.jinja"))
+    if len(templates) > MOST_TEMPLATES:
+        raise CheckpointError(
+            f"model.weights: {folder / TEMPLATES} holds {len(templates)} templates, wanted at most {MOST_TEMPLATES}"
+        )
+    for name in (*TOKENIZER_PLAIN, *(str(PurePosixPath(TEMPLATES, path.name)) for path in templates)):
+        path = own_file(folder, name)
+        if path.is_file():
+            files[name] = path.read_bytes()
+    return files
+
+
+def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write contents into a folder, by relative path."""
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
+
+
+def without_code(value: Any) -> Any:
+    """A JSON value without the keys that lead transformers to code, at any depth."""
+    if isinstance(value, dict):
+        return {key: without_code(each) for key, each in value.items() if key not in CODE_KEYS}
+    return [without_code(each) for each in value] if isinstance(value, list) else value
+
+
+def to_json(value: Any) -> bytes:
+    """A JSON file as transformers lays it out."""
+    return (json.dumps(value, indent=2) + "\n").encode()
