@@ -78,13 +78,13 @@ class Request:
     precision: str | None
     push_to: str | None
 
-    def check(self, family: Family) -> None:
+    def check(self, family: Family, *, run: Path) -> None:
         """Raise ExportError, before anything is computed, for what can be known to fail."""
         for name, value, known in (("format", self.form, FORMATS), ("dtype", self.precision, (None, *PRECISIONS))):
             if value not in known:
                 wanted = ", ".join(filter(None, known))
                 raise ExportError(f"export: --{name} got {value!r}, wanted one of {wanted}")
-        job.check_target(family, self.out, form=self.form, push_to=self.push_to)
+        job.check_target(family, self.out, run=run, form=self.form, push_to=self.push_to)
 
 
 def export(run: Run, answer: Answer, request: Request, *, budget: Budget, router: str, achieved: float | None) -> Check:

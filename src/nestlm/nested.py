@@ -414,7 +414,7 @@ class NestedModel:
             NestlmError: the budget cannot be met, or nothing is written: see `exporting.export`.
         """
         request = Request(Path(out), form, precision, push_to)
-        request.check(self.family)
+        request.check(self.family, run=self.folder)
         if uniform and router == "dynamic":
             raise ConfigError("export: got uniform and router=dynamic, wanted one of them")
         model = self if self.device.type == "cpu" else NestedModel.open(self.folder, self.settings, device="cpu")

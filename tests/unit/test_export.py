@@ -175,7 +175,8 @@ def of_weights(case: str, folder: Path) -> job.Nested:
     """A checkpoint of its own, as a run holds it."""
     parity.checkpoint(case, folder)
     family, decoder = parity.imported(folder)
-    return job.Nested(decoder.eval(), family, AXES, folder / "tokenizer.json", SpecialTokens(0, (0,)), tokens(2, 40))
+    tokenizer, special = folder / "tokenizer.json", SpecialTokens(0, (0,))
+    return job.Nested(decoder.eval(), family, family.parent(), AXES, tokenizer, special, tokens(2, 40))
 
 
 @pytest.mark.parametrize("case", ["Llama 2, bfloat16", "Qwen2.5 (tied, YaRN)", "GPT-3 (Nemotron), biases"])

@@ -148,7 +148,20 @@ def test_a_named_size_that_disagrees_is_refused(folder):
         ({"num_local_experts": 8}, "num_local_experts is 8.*mixture of experts"),
         ({"quantization_config": {"bits": 4}}, "quantization_config.*quantized"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'.*'silu'"),
-        ({"sliding_window": 32}, r"sliding window of 32.*model\.context_length=32"),
+        ({"model_type": "mistral", "sliding_window": 32}, r"sliding window of 32.*model\.context_length=32"),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
+            "window of 8",
+        ),
+        ({"num_hidden_layers": "3"}, "num_hidden_layers is '3' in config.json, wanted a whole number of 1 or more"),
+        ({"max_position_embeddings": -64}, "max_position_embeddings is -64"),
+        ({"intermediate_size": 10**400}, r"intermediate_size is 10{59}\.\.\. in config.json"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": None}}, "rope_theta is None.*a positive number"),
+        ({"rope_parameters": [1]}, r"rope_parameters is \[1\].*an object"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no'.*true or false"),
+        ({"rms_norm_eps": True}, "rms_norm_eps is True"),
+        ({"layer_types": "full_attention"}, "layer_types is 'full_attention'.*a list"),
+        ({"transformers_weights": "other.safetensors"}, "transformers_weights, which is not read"),
         ({"layer_types": ["linear_attention"] * 3}, "linear_attention"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic'"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "mscale": 1.0}}, "'mscale'"),
@@ -169,8 +182,30 @@ def test_a_window_that_rows_do_not_reach_is_no_obstacle(folder):
     with pytest.raises(CheckpointError, match="context_length=32"):
         load(folder)
     assert load(folder, context_length=32).context_length == 32
-    edit(folder, sliding_window=32, use_sliding_window=False)
-    assert load(folder).context_length == 64
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sliding_window": 8, "use_sliding_window": True, "layer_types": ["sliding_attention"] * 3},
+        {"model_type": "qwen2", "sliding_window": 8},
+        {"model_type": "qwen2", "sliding_window": 8, "use_sliding_window": True, "max_window_layers": 3},
+        {"model_type": "qwen2", "sliding_window": 8, "use_sliding_window": True, "layer_types": ["full_attention"] * 3},
+    ],
+)
+def test_a_window_that_no_layer_uses_is_ignored_as_transformers_does(tmp_path, changes):
+    parity.checkpoint("Qwen2" if "model_type" in changes else "Llama 3", tmp_path / "in")
+    config = json.loads((tmp_path / "in/config.json").read_text())
+    for key in ("layer_types", "use_sliding_window", "sliding_window", "max_window_layers"):
+        config.pop(key, None)
+    (tmp_path / "in/config.json").write_text(json.dumps(config | changes))
+    family, decoder = parity.imported(tmp_path / "in")
+    assert parity.largest_difference(decoder, parity.opened(tmp_path / "in"))[0] < 1e-5
+    export(decoder, family, tmp_path / "out")
+    model, prompt = parity.opened(tmp_path / "out"), torch.arange(20)[None]
+    settings = {"max_new_tokens": 12, "do_sample": False, "attention_mask": torch.ones_like(prompt)}
+    with_cache, without = (model.generate(prompt, use_cache=use, **settings) for use in (True, False))
+    assert torch.equal(with_cache, without), "transformers' cache has no window either"
 
 
 def test_tensors_that_do_not_fit_are_named(folder):
@@ -189,7 +224,7 @@ def test_tensors_that_do_not_fit_are_named(folder):
 
     refused(r"has extra\.weight, which this family or size lacks", extra__weight=torch.zeros(2))
     refused("has shape", **{name: tensors[name][:-1].contiguous()})
-    refused(r"holds torch\.int8", **{name: tensors[name].to(torch.int8)})
+    refused(r"holds I8, wanted F32, F16, BF16, F64", **{name: tensors[name].to(torch.int8)})
     refused("not finite", **{name: tensors[name] * torch.inf})
     other = load_file(sorted(folder.glob("*.safetensors"))[0])
     twice, value = next(iter(other.items()))

@@ -218,7 +218,7 @@ def compare(
         full_loss=float(torch.stack(full_losses).mean()),
         parameters=parameters,
         full_parameters=sum(each.numel() for each in question.decoder.parameters()),
-        size=sum(each.stat().st_size for each in folder.iterdir()),
+        size=sum(each.stat().st_size for each in folder.rglob("*") if each.is_file()),
         seconds=seconds,
         full_seconds=full_seconds,
         timed_in=timed_in,

@@ -235,7 +235,7 @@ def check_range(value: Tensor, dtype: torch.dtype, *, name: str, largest: float 
     bound = torch.finfo(dtype).max if largest is None else largest
     low, high = (float(each) for each in value.aminmax())
     if not (math.isfinite(low) and math.isfinite(high)):
-        raise ExportError(f"export: {name} of the run holds numbers that are not finite; train it again, with a lower lr")
+        raise ExportError(f"export: {name} holds numbers that are not finite; train the run again, with a lower lr")
     most = max(-low, high)
     if most > bound:
         kind = str(dtype).removeprefix("torch.")
@@ -250,4 +250,4 @@ def parent_dtypes(parent: Parent) -> dict[str, torch.dtype]:
     try:
         return {name: DTYPES[kind] for name, kind in parent.dtypes.items()}
     except (KeyError, TypeError) as error:
-        raise ExportError(f"export: the run's record of its parent names {error} as a dtype; copy the run again") from error
+        raise ExportError(f"export: the run says of its parent that a dtype is {error}; copy the run again") from error

@@ -19,7 +19,7 @@ from nestlm.errors import ExportError
 from nestlm.export import gguf, hf
 from nestlm.export.card import Facts, card
 from nestlm.export.check import LIMITS, Check, Question, check_gguf, check_hf
-from nestlm.export.place import check_free, new_folder, writing
+from nestlm.export.place import check_place, new_folder, writing
 from nestlm.export.push import check_token, push
 from nestlm.export.routing import Routing
 from nestlm.model.checkpoint import read_config
@@ -138,9 +138,9 @@ def run(
     return check
 
 
-def check_target(family: Family, out: Path, *, form: str, push_to: str | None) -> None:
+def check_target(family: Family, out: Path, *, run: Path, form: str, push_to: str | None) -> None:
     """Raise ExportError, before anything is computed, where the family or the place will not do."""
-    check_free(out)
+    check_place(out, run=run)
     if form == "gguf":
         gguf.check(family)
     if push_to is not None:

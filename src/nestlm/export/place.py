@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
+from nestlm.checksums import files_below, hashes, write_sums
 from nestlm.errors import ExportError
-from nestlm.model.checkpoint import CHECKSUMS, sha256
+
+LOCK = ".nestlm-export"  # in a folder that an export fills; the lock of a killed one is free
 
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
     """A folder to fill, beside `out`; it becomes `out` when the block ends well, and is gone when it does not.
+
+    What killed exports to the same place have left is removed.
 
     Raises:
         ExportError: `out` holds something, or nothing can be written there.
@@ -24,18 +30,30 @@ def new_folder(out: Path) -> Iterator[Path]:
     place = out.absolute()
     with writing(out):
         place.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(place)
         beside = TemporaryDirectory(prefix=f".{place.name}-", dir=place.parent)
-    with beside as partial:
+    with beside as partial, FileLock(Path(partial, LOCK)):
         folder = Path(partial) / "model"
         with writing(out):
             folder.mkdir()
         yield folder
         with writing(out):
-            sums = "".join(f"{sha256(path)}  {path.name}\n" for path in sorted(folder.iterdir()))
-            (folder / CHECKSUMS).write_text(sums, encoding="utf-8")
+            write_sums(folder, hashes(folder, files_below(folder)))
             if place.exists():
                 place.rmdir()
             folder.rename(place)
+
+
+def remove_leftovers(place: Path) -> None:
+    """Remove folders that killed exports to a place have left beside it; one that is running now holds its lock."""
+    for left in place.parent.iterdir():
+        lock = left / LOCK
+        if left.name.startswith(f".{place.name}-") and lock.is_file() and not left.is_symlink():
+            try:
+                with FileLock(lock, timeout=0):
+                    shutil.rmtree(left, ignore_errors=True)
+            except Timeout:
+                continue
 
 
 @contextmanager
@@ -53,5 +71,27 @@ def writing(out: Path) -> Iterator[None]:
 
 def check_free(out: Path) -> None:
     """Raise ExportError unless a folder is not there yet, or is empty."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
         raise ExportError(f"export: {out} is there already; wanted a new folder")
+
+
+def check_place(out: Path, *, run: Path) -> None:
+    """Raise ExportError, before anything is computed, unless a folder can be made.
+
+    Args:
+        out: the folder to make.
+        run: the folder of the run, which nothing is added to.
+    """
+    try:
+        check_free(out)
+        if out.is_mount():
+            raise ExportError(f"export: {out} is a mount point, which cannot be replaced; wanted a folder below it")
+        if out.resolve().is_relative_to(run.resolve()):
+            raise ExportError(f"export: {out} lies in the run's folder; wanted a place outside of {run}")
+        above = next(path for path in out.absolute().parents if path.exists())
+        with TemporaryDirectory(prefix=f".{out.name}-", dir=above):
+            pass
+    except OSError as error:
+        raise ExportError(
+            f"export: cannot write {out} ({error.strerror}); wanted a new folder in a place that can be written to"
+        ) from error

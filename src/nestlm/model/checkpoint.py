@@ -208,10 +208,10 @@ def shard_files(folder: Path) -> list[Path]:
         return [single]
     if not (folder / INDEX).is_file():
         pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
-        found = f": {pickles[0]} is not read, since such a file can run code;" if pickles else ";"
+        found = f" ({pickles[0]} is not read: such a file can run code)" if pickles else ""
         raise CheckpointError(
-            f"model.weights: {folder} holds no {SINGLE} and no index of several{found} save the model with transformers' "
-            "save_pretrained, which writes safetensors"
+            f"model.weights: {folder} holds no {SINGLE} and no index of several{found}; wanted safetensors, as "
+            "transformers' save_pretrained writes them"
         )
     names = read_object(folder, INDEX).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):

@@ -100,7 +100,7 @@ class Family(ABC):
         """What the family's layers compute, fields of `DecoderConfig`."""
 
     @classmethod
-    def window(cls, config: Mapping[str, Any]) -> int | None:  # noqa: ARG003 (for families that have one)
+    def window(cls, config: Mapping[str, Any]) -> int | None:
         """Tokens of the sliding window that some layer uses, from a config.json; None where no layer uses one."""
         return None
 
@@ -233,9 +233,10 @@ class Family(ABC):
     def check_config(self, config: Mapping[str, Any]) -> None:
         """Raise CheckpointError when the config.json of `weights` is another size, or computes something else."""
         if config.get("model_type") != self.model_type:
+            kind = keys.show(config.get("model_type"))
             raise CheckpointError(
-                f"model.weights: model_type is {keys.show(config.get('model_type'))} in config.json, the chosen size is of "
-                f"{self.model_type!r}; try model=pretrained"
+                f"model.weights: model_type is {kind} in config.json, the chosen size is of {self.model_type!r}; "
+                "try model=pretrained"
             )
         self.check_features(config, context_length=self.context_length)
         for name, theirs in self.read(config).items():
@@ -299,15 +300,15 @@ class Family(ABC):
             if config.get(name):
                 shown = keys.show(config[name])
                 raise CheckpointError(f"model.weights: {name} is {shown} in config.json: {what} is not supported")
+        kinds = config.get("layer_types") or []
+        if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds):
+            raise keys.refuse("layer_types", kinds, "a list of names")
         window = cls.window(config)
         if window is not None and window < context_length:
             raise CheckpointError(
                 f"model.weights: a sliding window of {window} tokens is not supported; rows of at most {window} do not "
                 f"use it: set model.context_length={window}"
             )
-        kinds = config.get("layer_types") or ()
-        if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds):
-            raise keys.refuse("layer_types", kinds, "a list of names")
         others = sorted(set(kinds) - {"full_attention", "sliding_attention"})
         if others:
             raise CheckpointError(f"model.weights: layers of type {keys.show(others[0])} are not supported")

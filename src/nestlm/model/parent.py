@@ -1,7 +1,7 @@
 """What travels from a parent's folder into exports: settings, tokenizer and chat templates; never its code.
 
-The list says what belongs to an export, so that whatever else lies beside a checkpoint stays behind: adapters, indices of
-other weights, images, Python files. Of the JSON files, keys that lead transformers to code are left out.
+The list says what belongs to an export. Whatever else lies beside a checkpoint stays behind: adapters, indices of other
+weights, images, Python files. Keys of JSON files that lead transformers to code are left out.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ TEMPLATES = "additional_chat_templates"  # a folder of .jinja files
 # Files of a tokenizer: objects, which may lead to code, and those that hold nothing but tokens or a template.
 TOKENIZER_OBJECTS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.json")
 TOKENIZER_PLAIN = (
-    TOKENIZER_JSON, "added_tokens.json", "chat_template.jinja", "merges.txt", "tokenizer.model", "vocab.json", "vocab.txt",
+    TOKENIZER_JSON, "added_tokens.json", "chat_template.jinja", "merges.txt", "tokenizer.model", "vocab.json",
+    "vocab.txt",
 )  # fmt: skip
 # What leads transformers to code, or to files that stay behind.
 CODE_KEYS = frozenset({
