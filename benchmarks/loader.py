@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 from bench import Row, main
 from nestlm.compose import build, compose
 from nestlm.data.module import PackedTokens
+from nestlm.data.opened import Prepared
 from nestlm.data.prepare import prepare
 from nestlm.nn.decoder import Decoder
 from nestlm.objective.pretrain import Pretrain
@@ -32,7 +33,7 @@ def rows(shape: Shape, *, repeats: int) -> Iterator[Row]:
             data.source, Path(folder), vocab_size=config.vocab_size, tokenizer_file=None,
             heldout_share=data.heldout_share,
         )  # fmt: skip
-        module = PackedTokens(data, Path(folder), seed=0, stream="pretrain", num_steps=STEPS)
+        module = PackedTokens(data, Prepared.read(Path(folder)), seed=0, stream="pretrain", num_steps=STEPS)
         decoder = Decoder(config)
         decoder.init_weights(seed=0)
         batch = next(iter(module.train_dataloader()))

@@ -23,6 +23,7 @@ from nestlm.compose import build
 from nestlm.cost.table import CostTable
 from nestlm.data.batch import Batch
 from nestlm.data.module import PackedTokens
+from nestlm.data.opened import Prepared
 from nestlm.data.prepare import prepare
 from nestlm.nn.decoder import Decoder
 from nestlm.nn.loss import Beliefs, LossReader
@@ -48,7 +49,9 @@ def text(settings: Settings, run: Path) -> list[Batch]:
             tokenizer_file=run / "checkpoints/data/tokenizer.json",
             heldout_share=settings.data.heldout_share,
         )
-        data = PackedTokens(settings.data, Path(folder), seed=settings.seed, stream="calibration", num_steps=0)
+        data = PackedTokens(
+            settings.data, Prepared.read(Path(folder)), seed=settings.seed, stream="calibration", num_steps=0
+        )
         return list(data.heldout_dataloader("calibration", num_rows=ROWS))
 
 

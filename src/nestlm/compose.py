@@ -45,7 +45,7 @@ SETTINGS = "nestlm.settings.Settings"
 PRETRAINED = "nestlm.model.pretrained.pretrained"
 INSTANTIATE_KEYS = {"_target_", "_partial_"}
 PLUGGED_IN = ("joblib", "submitit_local", "submitit_slurm")  # launchers that are not Hydra's own
-RUNS_OWN_SIZES = ("sequence_length", "eval_batch_size", "heldout_share", "separate_documents")
+RUNS_OWN_SIZES = ("sequence_length", "eval_batch_size", "separate_documents")
 USER_ERRORS = (NestlmError, HydraException, OmegaConfBaseException)
 
 
@@ -156,7 +156,7 @@ def load(folder: Path, *, device: str | None) -> NestedModel:
 
 
 def data_settings(overrides: list[str], *, run: Path) -> DataSettings:
-    """The data group of `data=NAME data.FIELD=VALUE ...`; sizes that are not named are those of a run.
+    """The data group of `data=NAME data.FIELD=VALUE ...`, for text to score; other sizes are those of a run.
 
     Raises:
         NestlmError, HydraException: something else is overridden, or cannot be used.
@@ -168,7 +168,8 @@ def data_settings(overrides: list[str], *, run: Path) -> DataSettings:
         raise ConfigError(f"{strangers[0]}: only the data group can be another than the run's; wanted data.FIELD=VALUE")
     node, own = compose(overrides)["data"], verification.read(run)[0]["data"]
     named = {override.partition("=")[0].lstrip("+") for override in overrides}
-    node |= {name: own[name] for name in RUNS_OWN_SIZES if f"data.{name}" not in named}
+    kept = {"heldout_share": None} | {name: own[name] for name in RUNS_OWN_SIZES}
+    node |= {name: value for name, value in kept.items() if f"data.{name}" not in named}
     check_node(node, "data")
     return instantiate(node, _convert_="all")
 

@@ -18,6 +18,7 @@ from nestlm.callbacks.throughput import StageThroughput
 from nestlm.checksums import is_listed, write_listed
 from nestlm.cost.table import PriceList
 from nestlm.data.module import PackedTokens
+from nestlm.data.opened import Prepared
 from nestlm.evaluation import Scores, evaluate
 from nestlm.json_files import read_json, write_json
 from nestlm.layout import Precision
@@ -136,7 +137,11 @@ class Context:
     def data(self, *, stream: str, num_steps: int = 0) -> PackedTokens:
         """The token loaders."""
         return PackedTokens(
-            self.settings.data, self.inputs["data"], seed=self.settings.seed, stream=stream, num_steps=num_steps
+            self.settings.data,
+            Prepared.read(self.inputs["data"]),
+            seed=self.settings.seed,
+            stream=stream,
+            num_steps=num_steps,
         )
 
     def train(self, stage: str, task: Task, *, callbacks: Sequence[L.Callback] = ()) -> dict[str, Any]:

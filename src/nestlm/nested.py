@@ -283,8 +283,9 @@ class NestedModel:
         Args:
             budgets: as in `at`; None: those of the run.
             router: as in `at`.
-            data: where held-out text comes from: settings of the data group, or what `data.path=` takes; its validation
-                split counts. None: the run's own.
+            data: where text comes from: settings of the data group, or what `data.path=` takes. The validation split of
+                a prepared folder counts, of other text all, or with a `heldout_share` its validation split. None: the
+                run's own validation split.
             tasks: of the harness, by name.
             task_files: a folder of task files, which then are the only ones known.
             shots: examples before a question, by task; by default the paper's, and else what the task says.
@@ -309,7 +310,7 @@ class NestedModel:
                 batch_size=self.settings.data.eval_batch_size if batch_size is None else batch_size,
             )
         if isinstance(data, str):
-            data = replace(self.settings.data, source=by_path(data), path=data)
+            data = replace(self.settings.data, source=by_path(data), path=data, heldout_share=None)
         with held_out(data, settings=self.settings, context=self.context) as text:
             rows = [self.row(each, text, run) for each in track(found, "evaluate", total=len(found))]
         return rows

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,14 +14,17 @@ from tokenizers import Tokenizer
 
 from nestlm.context import Context
 from nestlm.data.batch import Batch
-from nestlm.data.module import DataSettings
-from nestlm.data.shards import TOKENIZER, Split
+from nestlm.data.module import DataSettings, PackedTokens
+from nestlm.data.opened import Prepared
+from nestlm.data.prepare import prepare
+from nestlm.data.shards import Split
+from nestlm.data.source.base import PreparedSource
 from nestlm.data.special_tokens import SpecialTokens
 from nestlm.errors import ConfigError
 from nestlm.nn.decoder import Decoder
 from nestlm.nn.policy import Policy
-from nestlm.settings import Settings, View
-from nestlm.stages import prepare_data
+from nestlm.progress import console
+from nestlm.settings import Settings
 
 RunTasks = Callable[[Policy], dict[str, float]]
 
@@ -33,38 +37,47 @@ class HeldOut:
     split: Split
 
     @classmethod
-    def of(cls, context: Context) -> HeldOut:
-        """The validation split of what a data stage left."""
-        data = context.data(stream="validation")
+    def of(cls, data: PackedTokens) -> HeldOut:
+        """The validation split of prepared tokens."""
         return cls(data.heldout_dataloader("validation"), data.prepared.split("validation"))
 
 
 @contextmanager
 def held_out(data: DataSettings | None, *, settings: Settings, context: Context) -> Iterator[HeldOut]:
-    """The validation split of a text in the run's tokens. What is not prepared yet is prepared for the while.
+    """Text in the run's tokens: a validation split, or all of a text that nothing is trained on.
 
     Args:
-        data: where it comes from; None: the run's own.
+        data: where it comes from; None: the run's own. What is not prepared yet is prepared for the while; where its
+            `heldout_share` is None, all of it counts, unless it is the very text of the run.
         settings: of the run.
         context: of the run.
 
     Raises:
         NestlmError: a text that cannot be read, or rows that the model cannot take.
     """
+    own = context.data(stream="validation")
     if data is None:
-        yield HeldOut.of(context)
+        yield HeldOut.of(own)
         return
-    longest = settings.model.decoder_config().context_length
-    if data.sequence_length > longest:
+    config = settings.model.decoder_config()
+    if data.sequence_length > config.context_length:
         raise ConfigError(
-            f"data.sequence_length: got {data.sequence_length}, wanted at most model.context_length={longest}"
+            f"data.sequence_length: got {data.sequence_length}, wanted at most model.context_length="
+            f"{config.context_length}"
         )
-    data = replace(data, tokenizer=str(context.inputs["data"] / TOKENIZER))
+    tokens = partial(PackedTokens, data, seed=settings.seed, stream="validation")
+    like_run = {"vocab_size": config.vocab_size, "tokenizer_file": own.prepared.tokenizer_file}
+    special = replace(data.special, in_text=own.prepared.manifests[0].special_tokens)
     with TemporaryDirectory(prefix="nestlm-evaluate-") as place:
-        view = View(replace(settings, data=data), ("data", "model", "seed"))
-        other = replace(context, settings=view, folder=Path(place), inputs={"data": Path(place)})
-        prepare_data(other)
-        yield HeldOut.of(other)
+        if isinstance(data.source, PreparedSource):
+            prepared = Prepared.open(data.source.portions()).of_model(**like_run, special=data.special)
+        elif data.heldout_share is None and data.fingerprint == own.prepared.fingerprint:
+            console.print("the text is the run's own: its validation split is scored", highlight=False)
+            prepared = own.prepared
+        else:
+            prepare(data.source, Path(place), **like_run, heldout_share=data.heldout_share, special=special)
+            prepared = Prepared.read(Path(place))
+        yield HeldOut.of(tokens(prepared))
 
 
 def task_runner(

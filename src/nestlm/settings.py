@@ -18,7 +18,7 @@ from nestlm.cost.latency import Latency
 from nestlm.cost.table import Cost, PriceList
 from nestlm.data.module import DataSettings
 from nestlm.data.special_tokens import SpecialTokens
-from nestlm.data.tokenizer import load
+from nestlm.data.tokenizer import check_vocabulary, load
 from nestlm.errors import ConfigError
 from nestlm.model.family import Family
 from nestlm.objective.base import Signal
@@ -353,12 +353,8 @@ def check(settings: Settings) -> None:
     if not 0 <= settings.seed < 2**63:
         raise ConfigError(f"seed: got {settings.seed}, wanted 0 or more, below 2**63")
     check_tokenizer(settings)
-    special = settings.special_tokens
-    if special is not None and special.begin >= config.vocab_size:
-        raise ConfigError(
-            f"data.begin_token: the tokenizer's is token {special.begin}, model.vocab_size is {config.vocab_size}; "
-            "name another (data.begin_token)"
-        )
+    if settings.data.heldout_share is None:
+        raise ConfigError("data.heldout_share: got null, wanted a share between 0 and 0.5")
     try:
         settings.optim.optimizer([nn.Parameter(torch.zeros(1))], lr=1e-3)
     except ValueError as error:
@@ -385,16 +381,23 @@ def check(settings: Settings) -> None:
 
 
 def check_tokenizer(settings: Settings) -> None:
-    """Raise ConfigError where the tokenizer that is named, or that of the weights, is not there."""
-    file = settings.tokenizer_file
-    if file is None or file.is_file():
+    """Raise where the tokenizer that is named, or that of the weights, is not there, damaged, or not the model's."""
+    file, size = settings.tokenizer_file, settings.model.decoder_config().vocab_size
+    if file is None:
         return
-    if settings.data.tokenizer is None:
+    if file.is_file():
+        check_vocabulary(load(file), vocab_size=size)
+        special = settings.special_tokens
+        if special is not None and special.begin >= size:
+            raise ConfigError(
+                f"data.begin_token: that of {file} is token {special.begin}, model.vocab_size is {size}; name another"
+            )
+    elif settings.data.tokenizer is None:
         raise ConfigError(
             f"data.tokenizer: {file.parent} has no tokenizer.json, the only form of a tokenizer that is read; save it "
             "with transformers' AutoTokenizer and save_pretrained, or name another with data.tokenizer=FILE"
         )
-    if not settings.dry_run:
+    elif not settings.dry_run:
         raise ConfigError(f"data.tokenizer: {file} does not exist; wanted a tokenizer.json")
 
 

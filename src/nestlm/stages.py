@@ -64,7 +64,8 @@ def prepare_data(context: Context) -> Result:
     prepared = settings.prepared
     if prepared is not None:
         prepared = prepared.of_model(vocab_size=vocab_size, tokenizer_file=tokenizer_file, special=settings.special)
-        prepared.write_pointer(context.folder)
+        prepared.check(sequence_length=settings.sequence_length)
+        prepared.keep(context.folder)
     else:
         prepare(
             settings.source,
@@ -75,7 +76,7 @@ def prepare_data(context: Context) -> Result:
             special=settings.special,
         )
         prepared = Prepared.read(context.folder)
-    prepared.check(sequence_length=settings.sequence_length)
+        prepared.check(sequence_length=settings.sequence_length)
     return {"fingerprint": prepared.fingerprint, "tokenizer": prepared.manifests[0].tokenizer_hash} | {
         f"{name}_tokens": prepared.split(name).tokens for name in SPLITS
     }

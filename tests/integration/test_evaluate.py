@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -88,10 +89,12 @@ def test_other_texts_are_scored_in_the_runs_tokens(static_run, tmp_path):
         (text / f"{number}.txt").write_text(f"the old house number {number} sees the river. " * 12)
     model = nestlm.load(static_run)
     tokenizer = static_run / "checkpoints/data/tokenizer.json"
-    share = model.settings.data.heldout_share
-    prepare(TextFolder(str(text)), shards, vocab_size=288, tokenizer_file=tokenizer, heldout_share=share)
+    prepare(TextFolder(str(text)), shards, vocab_size=288, tokenizer_file=tokenizer, heldout_share=0.1)
     (row,) = model.evaluate([0.8], data=str(text))
-    assert row == model.evaluate([0.8], data=str(shards))[0]
+    (part,) = model.evaluate([0.8], data=str(shards))
+    split = replace(model.settings.data, source=TextFolder(str(text)), heldout_share=0.1)
+    assert model.evaluate([0.8], data=split) == [part], "the validation split"
+    assert row["val_loss"] != part["val_loss"], "all of a text that is not split"
     assert row["val_loss"] != model.evaluate([0.8])[0]["val_loss"]
     out = tmp_path / "scores"
     done = command(static_run, "data=text", f"data.path={text}", "--budgets", "0.8,0.7+0.9params", "--out", out)
@@ -105,6 +108,28 @@ def test_other_texts_are_scored_in_the_runs_tokens(static_run, tmp_path):
     assert isinstance(longer.exception, SystemExit)
     assert longer.exit_code == 2
     assert "data.sequence_length: got 512, wanted at most model.context_length=" in longer.stderr
+
+
+def test_one_file_is_scored_whole(static_run, tmp_path):
+    """Its tokens in rows of the run's length, the first of which begins with the begin token."""
+    model, file = nestlm.load(static_run), tmp_path / "test.txt"
+    file.write_text("the old house sees the river. " * 100)
+    length = model.settings.data.sequence_length
+    ids = model.encode(file.read_text())
+    rows = torch.tensor([ids[start : start + length + 1] for start in range(0, len(ids) - length, length)])
+    with torch.no_grad():
+        logits_BLV = model.decoder(rows[:, :-1], model.at(0.8).policy).logits_BLV
+    wanted = torch.nn.functional.cross_entropy(logits_BLV.flatten(0, 1), rows[:, 1:].flatten())
+    out = tmp_path / "scores"
+    done = command(static_run, "data=text", f"data.path={file}", "--budgets", "0.8", "--out", out)
+    assert done.exit_code == 0, done.output
+    assert read_csv(tmp_path / "scores.csv")[0]["val_loss"] == pytest.approx(float(wanted), rel=1e-5)
+
+
+def test_the_runs_own_text_is_scored_on_what_was_held_out(static_run):
+    model = nestlm.load(static_run)
+    own = replace(model.settings.data, heldout_share=None)
+    assert model.evaluate([0.8], data=own) == model.evaluate([0.8])
 
 
 def test_what_cannot_be_evaluated_is_said(static_run, tmp_path):

@@ -62,6 +62,28 @@ def test_splits_are_disjoint_and_stable():
     assert [splits[name] for name in by_hash[:11]] == ["validation"] * 5 + ["calibration"] * 5 + ["train"]
 
 
+@pytest.mark.parametrize(
+    ("sizes", "heldout_share"),
+    [([100_000] + [250] * 60, 0.1), ([10, 10, 10], 0.4), ([900, 50, 50], 0.3), ([5] * 4 + [10_000] * 3, 0.49)],
+)
+def test_large_documents_leave_something_to_train_on(sizes, heldout_share, capsys):
+    documents = [Document(f"file{number}", "x" * size) for number, size in enumerate(sizes)]
+    splits = Survey.of(documents).splits(heldout_share=heldout_share)
+    held = [sum(size for size, split in zip(sizes, splits, strict=True) if split == code) for code in (0, 1, 2)]
+    assert min(held) > 0
+    assert splits[np.argmax(sizes)] == 0 or sizes == [10, 10, 10]
+    said = capsys.readouterr().err
+    assert f"instead of {heldout_share} (heldout_share)" in said or sizes == [10, 10, 10]
+
+
+def test_too_few_documents_to_split():
+    for number in range(3):
+        documents = [Document(str(each), "text") for each in range(number)]
+        with pytest.raises(DataError, match=rf"got {number} documents, wanted at least 3: .*cut the text"):
+            Survey.of(documents).splits(heldout_share=0.1)
+    assert set(Survey.of([Document("one", "text")]).splits(heldout_share=None)) == {SPLITS.index("validation")}
+
+
 def test_preparing_twice_gives_the_same_bytes(folder, tmp_path):
     prepare(SOURCE, tmp_path, vocab_size=288, tokenizer_file=None, heldout_share=0.1)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {p.name: p.read_bytes() for p in folder.iterdir()}
@@ -144,7 +166,7 @@ def test_bad_data_is_named(tmp_path):
     with pytest.raises(DataError, match=r"binary\.txt"):
         list(TextFolder(str(tmp_path)).documents())
     (tmp_path / "binary.txt").write_text("one document")
-    with pytest.raises(DataError, match="bring more files"):
+    with pytest.raises(DataError, match="got 1 documents, wanted at least 3"):
         prepare(TextFolder(str(tmp_path)), tmp_path, vocab_size=288, tokenizer_file=None, heldout_share=0.1)
     with pytest.raises(DataError, match=r"tokens, wanted 4000"):
         prepare(SOURCE, tmp_path, vocab_size=4000, tokenizer_file=None, heldout_share=0.1)

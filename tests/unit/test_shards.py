@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from nestlm.data.module import DataSettings, PackedTokens
 from nestlm.data.opened import Prepared
 from nestlm.data.prepare import BY_FILES, prepare
 from nestlm.data.shards import BLOCK, SPLITS, Manifest
 from nestlm.data.source.base import Portion
+from nestlm.data.source.shards import Mixture
 from nestlm.data.source.synthetic import Synthetic
 from nestlm.data.tokenizer import load
 from nestlm.errors import DataError
@@ -135,15 +137,104 @@ def test_a_tokenizer_that_is_not_the_models_is_refused(folder, others, tmp_path)
         Prepared.open([Portion(folder, 1.0), Portion(others[1], 1.0)])
 
 
-def test_a_pointer_to_a_folder_that_changed_is_refused(folder, others, tmp_path):
-    copy, stage = tmp_path / "copy", tmp_path / "stage"
+@pytest.fixture
+def kept(folder, others, tmp_path) -> tuple[Path, list[Path]]:
+    """What a stage keeps of two prepared folders, moved; and copies of these, which are gone."""
+    copies, stage = [tmp_path / "a", tmp_path / "b"], tmp_path / "stage"
     stage.mkdir()
+    for source, copy in zip((folder, others[0]), copies, strict=True):
+        shutil.copytree(source, copy)
+    Prepared.open([Portion(path, weight) for path, weight in zip(copies, (1.0, 3.0), strict=True)]).keep(stage)
+    for copy in copies:
+        shutil.rmtree(copy)
+    return stage.rename(tmp_path / "moved"), copies
+
+
+def loader_of(stage: Path, copies: list[Path]) -> PackedTokens:
+    source = Mixture([{"path": str(path), "weight": weight} for path, weight in zip(copies, (1.0, 3.0), strict=True)])
+    return PackedTokens(settings_of(source), Prepared.read(stage), seed=0, stream="t", num_steps=1)
+
+
+def test_held_out_tokens_are_kept_and_training_tokens_are_read_in_place(folder, others, kept):
+    stage, copies = kept
+    whole = Prepared.open([Portion(folder, 1.0), Portion(others[0], 3.0)])
+    loader = loader_of(stage, copies)
+    for split in SPLITS[1:]:
+        rows, wanted = loader.rows(split), whole.rows(split, sequence_length=64)
+        assert len(rows) == len(wanted)
+        assert all(np.array_equal(rows[index], wanted[index]) for index in range(len(rows)))
+    with pytest.raises(DataError, match=r"a holds no manifest.json"):
+        loader.rows("train")
+    for source, copy in zip((folder, folder), copies, strict=True):
+        shutil.copytree(source, copy)
+    with pytest.raises(DataError, match=r"b has changed since this run began"):
+        loader.rows("train")
+    shutil.rmtree(copies[1])
+    shutil.copytree(others[0], copies[1])
+    assert len(loader.rows("train")) == len(whole.rows("train", sequence_length=64))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", "damaged: got a list, wanted a dict"),
+        ("{", "damaged: no JSON"),
+        ('{"begin": 0, "ends": [0]}', "portions.json is damaged"),
+        ('{"begin": 0, "ends": 3, "weights": [1]}', "portions.json is damaged"),
+        ('{"begin": 0, "ends": [0], "weights": []}', "portions.json is damaged"),
+        ('{"begin": 0, "ends": [0], "weights": ["../../x"]}', "portions.json is damaged"),
+        ('{"begin": 0, "ends": [0], "weights": [1, 3, 1]}', "portion-2 holds no manifest.json"),
+    ],
+)
+def test_a_damaged_list_of_portions_is_named(kept, content, message):
+    (kept[0] / "portions.json").write_text(content)
+    with pytest.raises(DataError, match=message):
+        Prepared.read(kept[0])
+
+
+def test_nothing_outside_a_prepared_folder_is_read(folder, tmp_path):
+    """Neither by a name in the manifest, whose own checksum is right, nor by a link."""
+    for name in ("../one/train-00000.bin", str(folder / "train-00000.bin"), "train-00000.bin/../../x", ".lock"):
+        copy = tmp_path / "copy"
+        shutil.copytree(folder, copy)
+        manifest = Manifest.read(copy)
+        train = manifest.splits["train"]
+        shards = (replace(train.shards[0], name=name), *train.shards[1:])
+        replace(manifest, splits=manifest.splits | {"train": replace(train, shards=shards)}).write(copy)
+        with pytest.raises(DataError, match=r"manifest.json is damaged"):
+            read_all(copy)
+        shutil.rmtree(copy)
+    for name in ("train-00000.bin", "train-00001.bin.crc", "manifest.json", "tokenizer.json"):
+        copy = tmp_path / "copy"
+        shutil.copytree(folder, copy)
+        (copy / name).unlink()
+        (copy / name).symlink_to(folder / name)
+        with pytest.raises(DataError, match=rf"{name} is a link out of its folder"):
+            read_all(copy)
+        (copy / name).unlink()
+        shutil.copy(folder / name, copy / f"{name}.moved")
+        (copy / name).symlink_to(f"{name}.moved")
+        assert read_all(copy) == read_all(folder), "a link within the folder"
+        shutil.rmtree(copy)
+
+
+@pytest.mark.parametrize("change", [{"dtype": "O"}, {"begin": -1}, {"ends": ()}, {"vocab_size": 1.5}])
+def test_values_that_no_manifest_has_are_refused(folder, change, tmp_path):
+    copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
-    Prepared.open([Portion(copy, 1.0)]).write_pointer(stage)
-    assert read_all(stage) == read_all(folder)
-    shutil.rmtree(copy)
-    with pytest.raises(DataError, match=r"holds no manifest.json"):
-        read_all(stage)
-    shutil.copytree(others[0], copy)
-    with pytest.raises(DataError, match="has changed since this run began"):
-        read_all(stage)
+    replace(Manifest.read(copy), **change).write(copy)
+    with pytest.raises(DataError, match=r"manifest.json is damaged, or of another version"):
+        read_all(copy)
+
+
+def test_a_folder_of_an_earlier_version_is_to_be_prepared_again(folder, tmp_path):
+    (tmp_path / "manifest.json").write_text((folder / "manifest.json").read_text().replace('"begin"', '"separator"'))
+    with pytest.raises(DataError, match="was prepared by an earlier version of nestlm; prepare it again"):
+        Manifest.read(tmp_path)
+
+
+def settings_of(source: Mixture) -> DataSettings:
+    return DataSettings(
+        source, None, None, None, special_tokens=False, sequence_length=64, batch_size=2, eval_batch_size=2,
+        heldout_share=0.1, separate_documents=True, num_workers=0,
+    )  # fmt: skip

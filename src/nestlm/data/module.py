@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -14,7 +13,6 @@ from nestlm.data import tokenizer as tokenizers
 from nestlm.data.mixed import MixedRows
 from nestlm.data.opened import Prepared
 from nestlm.data.packed import HeldOut, PackedRows, StepLoader
-from nestlm.data.shards import TOKENIZER
 from nestlm.data.source.base import PreparedSource, Source, StreamSource, fingerprint
 from nestlm.data.special_tokens import SpecialTokenSettings
 from nestlm.data.stream import StreamLoader
@@ -38,6 +36,7 @@ class DataSettings:
         batch_size: rows a step over all ranks together, B.
         eval_batch_size: rows at once when evaluating.
         heldout_share: share of the bytes in each of calibration and validation; folders of tokens are split already.
+            None, for text that is only scored: nothing is split, all of it counts.
         separate_documents: documents packed into one row don't attend to each other.
         num_workers: loader processes a rank.
         path: folder of a source that reads one; its YAML hands it on.
@@ -52,7 +51,7 @@ class DataSettings:
     sequence_length: int
     batch_size: int
     eval_batch_size: int
-    heldout_share: float
+    heldout_share: float | None
     separate_documents: bool
     num_workers: int
     path: str | None = None
@@ -62,7 +61,7 @@ class DataSettings:
         for name in ("sequence_length", "batch_size", "eval_batch_size"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"data.{name}: got {getattr(self, name)}, wanted a positive number")
-        if not 0 < self.heldout_share < 0.5:
+        if self.heldout_share is not None and not 0 < self.heldout_share < 0.5:
             raise ConfigError(f"data.heldout_share: got {self.heldout_share}, wanted a share between 0 and 0.5")
         if self.num_workers and isinstance(self.source, StreamSource):
             raise ConfigError(f"data.num_workers: got {self.num_workers}, wanted 0: a stream is read in one place")
@@ -103,12 +102,14 @@ class DataSettings:
 class PackedTokens(L.LightningDataModule):
     """Packed rows of a prepared folder, for one stage of a run."""
 
-    def __init__(self, settings: DataSettings, folder: Path, *, seed: int, stream: str, num_steps: int = 0) -> None:
-        """Open the folder.
+    def __init__(
+        self, settings: DataSettings, prepared: Prepared, *, seed: int, stream: str, num_steps: int = 0
+    ) -> None:
+        """Take the folder.
 
         Args:
             settings: the data group.
-            folder: what the data stage left.
+            prepared: what the data stage left.
             seed: seed of the order.
             stream: the stage; each stage has its own order.
             num_steps: steps that the stage trains.
@@ -118,12 +119,20 @@ class PackedTokens(L.LightningDataModule):
         self.seed = seed
         self.stream = stream
         self.num_steps = num_steps
-        self.prepared = Prepared.read(folder)
+        self.prepared = prepared
         self.separator = self.prepared.special_tokens.begin if settings.separate_documents else None
 
     def rows(self, split: str) -> PackedRows | MixedRows:
-        """The rows of a split."""
-        return self.prepared.rows(split, sequence_length=self.settings.sequence_length)
+        """The rows of a split.
+
+        Raises:
+            DataError: the folders with the training tokens are absent, or have changed.
+        """
+        prepared = self.prepared
+        if split == "train" and isinstance(self.settings.source, PreparedSource):
+            prepared = Prepared.open(self.settings.source.portions())  # the data stage copied the held-out parts alone
+            self.prepared.check_same(prepared)
+        return prepared.rows(split, sequence_length=self.settings.sequence_length)
 
     def train_dataloader(self) -> StepLoader | StreamLoader:
         """This rank's share of every step's rows.
@@ -137,7 +146,7 @@ class PackedTokens(L.LightningDataModule):
             return StreamLoader(
                 self.settings.source,
                 tokenizers.for_texts(
-                    tokenizers.load(self.prepared.portions[0].path / TOKENIZER),
+                    tokenizers.load(self.prepared.tokenizer_file),
                     special_tokens=self.settings.special_tokens,
                 ),
                 num_steps=self.num_steps,

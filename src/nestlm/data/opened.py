@@ -1,45 +1,59 @@
-"""What the data stage left: a prepared folder of its own, or the names of those that a run reads in place."""
+"""What the data stage left: a prepared folder of its own, or the held-out parts of those that a run reads in place."""
 
 from __future__ import annotations
 
-import json
+import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from nestlm.cache import file_identity
 from nestlm.data import tokenizer as tokenizers
 from nestlm.data.mixed import MixedRows
 from nestlm.data.packed import PackedRows
-from nestlm.data.shards import CURE, SPLITS, TOKENIZER, Manifest, Split, render, write_file
+from nestlm.data.shards import CURE, SPLITS, TOKENIZER, Manifest, Split, inside, render, write_file
 from nestlm.data.source.base import Portion
 from nestlm.data.special_tokens import SpecialTokens, SpecialTokenSettings
 from nestlm.errors import DataError
+from nestlm.json_files import read_json
 
 POINTER = "portions.json"
+PORTION = "portion-{}"  # folder of a portion's held-out part
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Prepared folders of one tokenizer, with their manifests."""
+    """Prepared folders of one tokenizer, with their manifests.
+
+    Attributes:
+        portions: the folders and their weights.
+        manifests: one a folder.
+        tokenizer_file: the tokenizer.json of all of them.
+        special_tokens: ids of the tokens around a text.
+    """
 
     portions: tuple[Portion, ...]
     manifests: tuple[Manifest, ...]
+    tokenizer_file: Path
     special_tokens: SpecialTokens
 
     @classmethod
     def open(cls, portions: Sequence[Portion]) -> Prepared:
-        """Read and check the manifests.
+        """Read and check the manifests of whole folders.
 
         Raises:
             DataError: a folder is not prepared or damaged, or the tokenizers differ.
         """
+        return cls.checked(portions, [inside(path, TOKENIZER) for path, _ in portions])
+
+    @classmethod
+    def checked(cls, portions: Sequence[Portion], tokenizer_files: Sequence[Path]) -> Prepared:
+        """Read and check manifests, each with the tokenizer that goes with it."""
         manifests = tuple(Manifest.read(path) for path, _ in portions)
         first = manifests[0]
-        for (path, _), manifest in zip(portions, manifests, strict=True):
-            tokenizer = path / TOKENIZER
-            if not tokenizer.is_file() or file_identity(tokenizer) != manifest.tokenizer_hash:
-                raise DataError(f"data: {tokenizer} is not what the manifest says; {CURE}")
+        for (path, _), manifest, file in zip(portions, manifests, tokenizer_files, strict=True):
+            if not file.is_file() or tokenizers.content_hash(file) != manifest.tokenizer_hash:
+                raise DataError(f"data: {file} is not what the manifest says; {CURE}")
             if manifest.tokenizer_hash != first.tokenizer_hash or manifest.vocab_size != first.vocab_size:
                 raise DataError(
                     f"data.sources: {path} was prepared with another tokenizer than {portions[0].path}; prepare both "
@@ -50,30 +64,49 @@ class Prepared:
                     f"data.sources: documents of {path} begin with token {manifest.begin}, those of {portions[0].path} "
                     f"with {first.begin}; prepare both with one --begin-token"
                 )
-        return cls(tuple(portions), manifests, first.special_token_ids)
+        return cls(tuple(portions), manifests, tokenizer_files[0], first.special_token_ids)
 
     @classmethod
     def read(cls, folder: Path) -> Prepared:
-        """What a data stage left in its folder. Raises DataError when a folder has changed since."""
+        """What a data stage left in its folder; of folders that it read in place, the held-out parts.
+
+        Raises:
+            DataError: it is damaged.
+        """
         pointer = folder / POINTER
         if not pointer.is_file():
             return cls.open([Portion(folder, 1.0)])
-        content = json.loads(pointer.read_bytes())
-        entries = content["portions"]
-        prepared = cls.open([Portion(Path(entry["path"]), entry["weight"]) for entry in entries])
-        for entry, manifest in zip(entries, prepared.manifests, strict=True):
-            if manifest.checksum != entry["checksum"]:
-                raise DataError(f"data: {entry['path']} has changed since this run began; start the run again")
-        return replace(prepared, special_tokens=SpecialTokens(content["begin"], tuple(content["ends"])))
+        content = read_json(pointer, cure="do the run again")
+        try:
+            portions = [
+                Portion(folder / PORTION.format(number), float(weight))
+                for number, weight in enumerate(content["weights"])
+            ]
+            special = SpecialTokens(int(content["begin"]), tuple(map(int, content["ends"])))
+            prepared = cls.checked(portions, [folder / TOKENIZER] * len(portions))
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            if isinstance(error, DataError):
+                raise
+            raise DataError(f"data: {pointer} is damaged ({error!r:.100}); do the run again") from error
+        return replace(prepared, special_tokens=special)
 
-    def write_pointer(self, folder: Path) -> None:
-        """Leave the names of the folders, and their tokenizer, in the data stage's folder."""
-        write_file(folder / TOKENIZER, (self.portions[0].path / TOKENIZER).read_bytes())
-        entries = [
-            {"path": str(path.absolute()), "weight": weight, "checksum": manifest.checksum}
-            for (path, weight), manifest in zip(self.portions, self.manifests, strict=True)
-        ]
-        content = {**asdict(self.special_tokens), "portions": entries}
+    def keep(self, folder: Path) -> None:
+        """Leave what is needed without the prepared folders in the data stage's folder: all but training shards.
+
+        The files are hard links where the file system allows, else copies.
+        """
+        for number, ((path, _), manifest) in enumerate(zip(self.portions, self.manifests, strict=True)):
+            place = folder / PORTION.format(number)
+            shutil.rmtree(place, ignore_errors=True)  # of a call that was killed
+            place.mkdir()
+            for split, held in manifest.splits.items():
+                if split != "train":
+                    for shard in held.shards:
+                        link(inside(path, shard.name), place / shard.name)
+                        link(inside(path, f"{shard.name}.crc"), place / f"{shard.name}.crc")
+            manifest.write(place)
+        write_file(folder / TOKENIZER, self.tokenizer_file.read_bytes())
+        content = {**asdict(self.special_tokens), "weights": [weight for _, weight in self.portions]}
         write_file(folder / POINTER, render(content).encode())
 
     def of_model(self, *, vocab_size: int, tokenizer_file: Path | None, special: SpecialTokenSettings) -> Prepared:
@@ -88,7 +121,7 @@ class Prepared:
             DataError: the tokens are not the model's.
         """
         manifest, path = self.manifests[0], self.portions[0].path
-        tokenizer = tokenizers.load(path / TOKENIZER)
+        tokenizer = tokenizers.load(self.tokenizer_file)
         for name in SPLITS:
             largest = self.split(name).bound - 1
             tokenizers.check_ids(tokenizer, [largest], vocab_size=vocab_size, where=f"data.path: {path}")
@@ -110,6 +143,12 @@ class Prepared:
                 f"{wanted!r}, or set data.begin_token={made!r}"
             )
         return replace(self, special_tokens=found)
+
+    def check_same(self, other: Prepared) -> None:
+        """Raise DataError unless other folders hold what these hold."""
+        for number, (path, _) in enumerate(other.portions):
+            if number >= len(self.manifests) or self.manifests[number].checksum != other.manifests[number].checksum:
+                raise DataError(f"data: {path} has changed since this run began; start the run again")
 
     @property
     def fingerprint(self) -> str:
@@ -142,3 +181,11 @@ class Prepared:
         """Raise DataError now, not when a split is first read, for one that is too short or damaged."""
         for split in SPLITS:
             self.rows(split, sequence_length=sequence_length)
+
+
+def link(source: Path, target: Path) -> None:
+    """Link a file, or copy it to another file system."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)

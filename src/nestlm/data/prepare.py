@@ -45,7 +45,7 @@ def prepare(
     *,
     vocab_size: int | None,
     tokenizer_file: Path | None,
-    heldout_share: float,
+    heldout_share: float | None,
     special: SpecialTokenSettings = BY_FILES,
     shard_tokens: int = SHARD_TOKENS,
     timings: dict[str, float] | None = None,
@@ -59,7 +59,8 @@ def prepare(
         vocab_size: V of the model; without a file a tokenizer of that size is trained on the training split. None
             takes any tokenizer.
         tokenizer_file: a tokenizer to use instead of training one.
-        heldout_share: share of the bytes in each of the calibration and validation splits.
+        heldout_share: share of the bytes in each of the calibration and validation splits; None: nothing is split, all
+            of it is validation.
         special: what the user says about special tokens.
         shard_tokens: a shard is closed at this many.
         timings: is told the `tokens` that were made, and the `seconds` that this took once the source was surveyed.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +20,10 @@ import numpy as np
 from nestlm.data.special_tokens import SpecialTokens
 from nestlm.errors import DataError
 
+DTYPES = ("<u2", "<u4")
 SPLITS: tuple[str, ...] = ("train", "calibration", "validation")
+NUMBERS = ("documents", "tokens", "bytes", "bound")  # fields of a split
+SHARD_NAME = re.compile(r"(train|calibration|validation)-\d{5,}\.bin")
 BLOCK = 2**14  # bytes that one checksum covers
 MANIFEST, TOKENIZER = "manifest.json", "tokenizer.json"
 JOURNAL = "journal.json"  # of a folder that is not finished
@@ -61,8 +65,12 @@ class Split:
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Split:
-        """As `asdict` wrote it."""
+        """As `asdict` wrote it. Raises ValueError for a name that may lead out of the folder, or no number."""
         shards = tuple(Shard(**shard) for shard in fields["shards"])
+        for shard in shards:
+            if not SHARD_NAME.fullmatch(shard.name):
+                raise ValueError(f"shard {shard.name[:80]!r}")
+        check_numbers(*(shard.tokens for shard in shards), *(fields[name] for name in NUMBERS))
         return cls(**{**fields, "shards": shards})
 
 
@@ -78,7 +86,7 @@ class Manifest:
         ends: ids at which a text ends, the main one first.
         special_tokens: whether names of special tokens in texts became special tokens.
         dtype: of the tokens in a shard, `<u2` or `<u4`.
-        heldout_share: share of the bytes in each of calibration and validation.
+        heldout_share: share of the bytes in each of calibration and validation; None: all of it is validation.
         shard_tokens: a shard is closed at this many.
         splits: by name.
     """
@@ -90,7 +98,7 @@ class Manifest:
     ends: tuple[int, ...]
     special_tokens: bool
     dtype: str
-    heldout_share: float
+    heldout_share: float | None
     shard_tokens: int
     splits: dict[str, Split]
 
@@ -98,6 +106,9 @@ class Manifest:
     def from_json(cls, fields: dict[str, Any]) -> Manifest:
         """As `asdict` and JSON leave it."""
         splits = {name: Split.from_json(fields["splits"][name]) for name in SPLITS}
+        check_numbers(fields["begin"], *fields["ends"], fields["vocab_size"], fields["shard_tokens"])
+        if fields["dtype"] not in DTYPES or not fields["ends"]:
+            raise ValueError("dtype or ends")
         return cls(**fields | {"splits": splits, "ends": tuple(fields["ends"])})
 
     @property
@@ -118,16 +129,22 @@ class Manifest:
     @classmethod
     def read(cls, folder: Path) -> Manifest:
         """Read and check `manifest.json`. Raises DataError when there is none, or it is not as it was written."""
-        path = folder / MANIFEST
+        path = inside(folder, MANIFEST)
         if not path.is_file():
             raise DataError(f"data: {folder} holds no {MANIFEST}; wanted a folder that nestlm prepare has finished")
-        content = path.read_bytes()
         try:
+            content = path.read_bytes()
             fields = json.loads(content)
+            if "separator" in fields:
+                raise DataError(f"data: {folder} was prepared by an earlier version of nestlm; prepare it again")
             checksum = fields.pop("checksum")
             manifest = cls.from_json(fields)
             unchanged = content == manifest.text().encode() and checksum == manifest.checksum
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except OSError as error:
+            raise DataError(f"data: cannot read {path} ({error.strerror}); {CURE}") from error
+        except DataError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             unchanged, manifest = False, None
         if manifest is None or not unchanged:
             raise DataError(f"data: {path} is damaged, or of another version of nestlm; {CURE}")
@@ -140,6 +157,20 @@ class Manifest:
     def text(self) -> str:
         """The content of `manifest.json`."""
         return render(asdict(self) | {"checksum": self.checksum})
+
+
+def check_numbers(*numbers: Any) -> None:
+    """Raise ValueError unless all are whole numbers from 0 on."""
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        raise ValueError("wanted numbers from 0 on")
+
+
+def inside(folder: Path, name: str) -> Path:
+    """A file of a folder. Raises DataError where it is a link that leads out of it."""
+    path = folder / name
+    if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
+        raise DataError(f"data: {path} is a link out of its folder; wanted a file, copy it there (cp -rL)")
+    return path
 
 
 def render(fields: dict[str, Any]) -> str:
@@ -171,11 +202,11 @@ class ShardReader:
     """Reads a shard's tokens. Its size and its file of checksums are checked now, its blocks when they are read."""
 
     def __init__(self, folder: Path, shard: Shard, *, dtype: str, vocab_size: int) -> None:
-        self.path, self.tokens = folder / shard.name, shard.tokens
+        self.path, self.tokens = inside(folder, shard.name), shard.tokens
         self.dtype, self.vocab_size = np.dtype(dtype), vocab_size
         try:
             size = self.path.stat().st_size
-            checksums = self.path.with_name(f"{shard.name}.crc").read_bytes()
+            checksums = inside(folder, f"{shard.name}.crc").read_bytes()
         except OSError as error:
             raise DataError(f"data: cannot read {error.filename} ({error.strerror}); {CURE}") from error
         if size != shard.tokens * self.dtype.itemsize:

@@ -58,6 +58,11 @@ def tokenizer_hash(tokenizer: Tokenizer) -> str:
     return hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
 
 
+def content_hash(file: Path) -> str:
+    """SHA-256 of a tokenizer.json that the library wrote."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
 def id_bound(tokenizer: Tokenizer) -> int:
     """The smallest number that all token ids are below; ids may have gaps."""
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1

@@ -39,6 +39,7 @@ KEPT = (
     "portions.json",
     "calibration-*",
     "validation-*",
+    "portion-*/*",
 )
 
 
@@ -158,7 +159,7 @@ def link_checkpoints(folder: Path, finished: list[FinishedStage]) -> None:
     shutil.rmtree(folder, ignore_errors=True)  # of an earlier run in this folder
     for stage in finished:
         for source in sorted({path for pattern in KEPT for path in stage.folder.glob(pattern)}):
-            target = folder / stage.name / source.name
+            target = folder / stage.name / source.relative_to(stage.folder)
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
                 os.link(source, target)
