@@ -186,7 +186,7 @@ def settings_of(folder: Path, *, plugins: Sequence[str] = ()) -> tuple[Settings,
     try:
         parsed = parse(config, plugins=allowed_plugins(plugins))
     except NotAllowedError as error:
-        raise NotAllowedError(f"{folder / verification.CONFIG}: {error}") from None
+        raise NotAllowedError(f"{folder / 'config.yaml'}: {error}") from None
     except ConfigError as error:
         raise ConfigError(f"{folder} is of another version of nestlm, commit {commit}: {error}") from None
     return nodes.make(parsed), config

@@ -16,6 +16,7 @@ from nestlm.allowlist import FOREIGN, FUNCTIONS, PLUGINS, import_object
 from nestlm.compose import build, compose, settings_of
 from nestlm.errors import ConfigError, NestlmError, NotAllowedError
 from plugins import CONF, NANO
+from runs import run_folder
 
 # Code that others have; what is not installed here must be refused all the same.
 DANGEROUS = [
@@ -66,16 +67,6 @@ def changed(config: dict, path: tuple[Any, ...], value: Any) -> dict:
         node = node[key]
     node[path[-1]] = value
     return config
-
-
-def run_folder(folder, config):
-    """As much of a finished run as is read before its config."""
-    folder.mkdir(exist_ok=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-    (folder / "provenance.json").write_text('{"commit": null}')
-    for name in ("results.csv", "timings.csv"):
-        (folder / name).touch()
-    return folder
 
 
 @pytest.mark.parametrize("overrides", CONFIGS, ids=["static", "text", "fsdp"])
