@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from nestlm.errors import ConfigError
-from nestlm.nodes import Later
 
 AVERAGES = ("exp_avg", "exp_avg_sq")
 
@@ -28,7 +27,7 @@ class OptimSettings:
         clip_norm: gradients are scaled down to this norm.
     """
 
-    optimizer: Annotated[Callable[..., Optimizer], Later(("params", "lr"))]
+    optimizer: Callable[..., Optimizer]
     warmup_share: float
     final_share: float
     clip_norm: float

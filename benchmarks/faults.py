@@ -1,0 +1,188 @@
+"""Kills, damages and bad overrides: everything ends as if nothing had happened, or is refused in one line.
+
+python benchmarks/faults.py --out docs/results/faults.md       # an hour of two cores
+python benchmarks/faults.py --short                             # a minute
+python benchmarks/faults.py --only "run, dynamic" --number 17   # one trial again
+
+Right is: a killed run ends with the same bytes when its command is given again; what is damaged is refused in one line
+by the verb that reads it, or done again with the same results, or not read at all; an override works, or is refused in
+two lines at most. Wrong is: a traceback, another result without a word, a message without end, a command that hangs.
+Exits with 1 if something was wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+KILLS, SIGNALS = "kills", 6  # of each run, at most
+DAMAGES = {  # trials of the whole campaign
+    "run, static": 90, "run, dynamic": 90, "run, weights": 90, "cache, static": 60, "cache, weights": 60,
+    "prepared, trained on": 40, "prepared, again": 30, "checkpoints, pretrain": 16, "checkpoints, elastic": 16,
+    "checkpoints, router": 16, "checkpoints, joint": 16,
+}  # fmt: skip
+OVERRIDES = "overrides"
+FULL = {KILLS: 30, **DAMAGES, OVERRIDES: 550}
+SHORT = {KILLS: 1, "run, static": 9, "cache, static": 4, "prepared, trained on": 2, OVERRIDES: 22}
+HEAD = """# Kills, damages, bad overrides
+
+{command}: {seconds:,.0f} s on {machine}, {jobs} at a time, seed {seed}.
+Commit {commit}, Python {python}, torch {torch}.
+
+Right is: a killed run ends with the same `results.csv`, `specs/` and final weights, byte for byte, when its command is
+given again; what is damaged is refused in one line by the verb that reads it, or done again with the same results, or
+not read at all; an override works, or is refused in two lines at most.
+
+"""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A trial: of which kind, what was done, and what is wrong; None: nothing. `group` and `number` repeat it."""
+
+    group: str
+    number: int
+    kind: str
+    what: str
+    wrong: str | None
+
+
+def try_once(root: Path, group: str, number: int, seed: int, signals: int) -> list[Outcome]:
+    """One trial, or all signals to one run."""
+    import torch
+
+    from fault_place import Place, train
+
+    torch.set_num_threads(1)
+    place = Place(root)
+    if group == KILLS:
+        from fault_kills import kill
+
+        found = kill(place, number, seed=seed, most=signals)
+        return [Outcome(group, number, each.kind, each.what, each.wrong) for each in found]
+    if group == OVERRIDES:
+        from bad_overrides import bad_override, command
+
+        kind, override = bad_override(seed, number)
+        wrong = train(*command(override)).fault(lines=2, asked=override)
+        return [Outcome(group, number, kind, override[:100], wrong)]
+    from fault_damages import damage
+
+    kind, what, wrong = damage(place, group, number, seed=seed)
+    return [Outcome(group, number, kind, what, wrong)]
+
+
+def campaign(trials: Sequence[tuple[str, int]], *, seed: int, jobs: int, signals: int) -> Iterator[Outcome]:
+    """Outcomes of trials, several at a time; each process does one after the other."""
+    with TemporaryDirectory(prefix="faults-") as scratch:
+        pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"))
+        waiting = {pool.submit(try_once, Path(scratch), *each, seed, signals): each for each in trials}
+        for done in as_completed(waiting):
+            group, number = waiting[done]
+            try:
+                yield from done.result()
+            except Exception as error:  # noqa: BLE001 (the campaign goes on)
+                yield Outcome(group, number, "the trial itself", group, f"{type(error).__name__}: {error}"[:500])
+        pool.shutdown()
+
+
+def table(outcomes: Sequence[Outcome], name: Callable[[Outcome], str]) -> str:
+    """Tried, right and wrong by a name that an outcome has, as Markdown."""
+    tried, wrong = Counter(map(name, outcomes)), Counter(name(each) for each in outcomes if each.wrong is not None)
+    lines = ["| | tried | right | wrong |", "|---|---|---|---|"]
+    lines += [f"| {each} | {count} | {count - wrong[each]} | {wrong[each]} |" for each, count in sorted(tried.items())]
+    return "\n".join(lines) + "\n"
+
+
+def tables(outcomes: Sequence[Outcome]) -> str:
+    """Kills by signal, damages by what was damaged and by kind, overrides by kind."""
+    kills = [each for each in outcomes if each.group == KILLS]
+    damages = [each for each in outcomes if each.group in DAMAGES]
+    overrides = [each for each in outcomes if each.group == OVERRIDES]
+    parts = [
+        ("Signals, and ends of the runs that got them", kills, lambda each: each.kind),
+        ("Damages", damages, lambda each: each.group),
+        ("Damages, by kind", damages, lambda each: each.kind),
+        ("Overrides, by kind", overrides, lambda each: each.kind),
+    ]
+    return "".join(f"## {title}\n\n{table(part, name)}\n" for title, part, name in parts if part)
+
+
+def faults(outcomes: Sequence[Outcome], *, seed: int) -> str:
+    """What was wrong, and how to repeat it."""
+    found = [each for each in outcomes if each.wrong is not None]
+    lines = [f"{len(found)} of {len(outcomes)} were wrong.\n"]
+    for each in sorted(found, key=lambda each: (each.group, each.number)):
+        again = f'python benchmarks/faults.py --seed {seed} --only "{each.group}" --number {each.number}'
+        lines.append(f"- {each.kind}, {each.what}: {each.wrong}\n  `{again}`")
+    return "\n".join(lines) + "\n"
+
+
+def head(*, seconds: float, jobs: int, seed: int) -> str:
+    """What was run where."""
+    import torch
+
+    from nestlm.profiling import cpu_name
+
+    git = shutil.which("git")
+    asked = [git, "describe", "--always", "--dirty"] if git else ["false"]
+    said = subprocess.run(asked, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
+    return HEAD.format(
+        command=f"`{shlex.join(["python", "benchmarks/faults.py", *sys.argv[1:]])}`",
+        seconds=seconds,
+        machine=f"{cpu_name()}, {os.cpu_count()} cores",
+        jobs=jobs,
+        commit=said.stdout.strip() or "unknown",
+        python=platform.python_version(),
+        torch=torch.__version__,
+        seed=seed,
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the campaign, or a part of it; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--short", action="store_true", help="about a minute")
+    parser.add_argument("--only", choices=list(FULL), action="append", help="one kind; may be repeated")
+    parser.add_argument("--number", type=int, help="one trial of that kind")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="trials at a time")
+    parser.add_argument("--out", type=Path, help="the page to write")
+    asked = parser.parse_args(arguments)
+    counts = SHORT if asked.short else FULL
+    chosen = asked.only or list(counts)
+    trials = [(group, number) for group in chosen for number in range(counts.get(group, FULL[group]))]
+    if asked.number is not None:
+        trials = [(group, asked.number) for group in chosen]
+    os.environ["OMP_NUM_THREADS"] = "1"
+    started, outcomes = time.monotonic(), []
+    for outcome in campaign(trials, seed=asked.seed, jobs=asked.jobs, signals=2 if asked.short else SIGNALS):
+        outcomes.append(outcome)
+        if outcome.wrong is not None:
+            at = f"{outcome.group} {outcome.number}: {outcome.kind}, {outcome.what}"
+            print(f"wrong: {at}: {outcome.wrong}", file=sys.stderr, flush=True)
+        elif len(outcomes) % 50 == 0:
+            print(f"{len(outcomes)} trials, {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+    page = head(seconds=time.monotonic() - started, jobs=asked.jobs, seed=asked.seed)
+    page += tables(outcomes) + faults(outcomes, seed=asked.seed)
+    print(page)
+    if asked.out is not None:
+        asked.out.write_text(page, encoding="utf-8")
+    return int(any(each.wrong is not None for each in outcomes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
