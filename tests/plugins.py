@@ -5,11 +5,11 @@ import importlib
 import inspect
 import pkgutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
-from hydra.utils import instantiate
-
-from nestlm.compose import CONF, check_node, compose
+from nestlm import nodes
+from nestlm.compose import CONF, compose
+from nestlm.settings import Settings
 
 # What a test run needs to be small; synthetic text yields a vocabulary of this size.
 NANO = [
@@ -47,8 +47,7 @@ def build(group: str, option: str) -> Any:
     """The object of a group's option, with the settings of a small run around it."""
     around = NANO if group != "data" else []
     node = compose([*around, *choose(group, option)])[group]
-    check_node(node, group)
-    return instantiate(node, _convert_="all")
+    return nodes.build(node, get_type_hints(Settings, include_extras=True)[group], where=group)
 
 
 def classes(package: str, base: type | None = None) -> set[str]:

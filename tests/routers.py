@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from hydra.utils import instantiate
 
 from models import AXES, decoder_config
+from nestlm import nodes
 from nestlm.axes.base import search_space
 from nestlm.cost.memory import Memory
 from nestlm.cost.static import Flops
@@ -17,6 +17,7 @@ from nestlm.nn.decoder import DecoderOutput
 from nestlm.nn.policy import Mixed
 from nestlm.router.base import Router
 from nestlm.router.per_token import Granularity
+from nestlm.settings import RouterSettings
 from plugins import NANO, compose, options
 
 CONFIG = decoder_config(num_kv_groups=2)
@@ -51,7 +52,7 @@ class Variant:
 
     def settings(self):
         spelled = [f"router={self.option}", f"router.policy={self.policy}", f"router.granularity={self.granularity}"]
-        return instantiate(compose([*NANO, *spelled])["router"], _convert_="all")
+        return nodes.build(compose([*NANO, *spelled])["router"], RouterSettings, where="router")
 
     def router(self, *, static: PriceList = STATIC, tokens: PriceList = TOKENS) -> Router:
         if self.policy == "static":

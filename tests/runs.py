@@ -1,7 +1,11 @@
 """Finished runs as reports see them, made up."""
 
 from pathlib import Path
+from typing import Any
 
+import yaml
+
+from nestlm.report.record import write_record
 from nestlm.report.runs import Run
 
 
@@ -22,3 +26,14 @@ def run(name: str, seed: int, losses: dict[str, float], **provenance) -> Run:
     config = {"label": None, "seed": seed, "router": {"name": name, "network": {"seed": seed}}, "steps": 3}
     metrics = {"pretrain": {"val_loss": 3.0, "tokens": 10}, "evaluate": {"pareto_gap": 0.1}}
     return Run(Path(f"{name}-{seed}"), config, rows, metrics, specs, known | provenance, {"pretrain": True})
+
+
+def run_folder(folder: Path, config: dict[str, Any]) -> Path:
+    """As much of a finished run's folder as is read before its config is understood."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    (folder / "provenance.json").write_text('{"commit": null}', encoding="utf-8")
+    for name in ("results.csv", "timings.csv"):
+        (folder / name).touch()
+    write_record(folder)
+    return folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,16 +10,18 @@ if TYPE_CHECKING:  # heavy to import
     from nestlm.nested import NestedModel
 
 
-def load(run: str | Path, *, device: str | None = None) -> NestedModel:
+def load(run: str | Path, *, device: str | None = None, plugins: Sequence[str] = ()) -> NestedModel:
     """The nested model that a finished run left.
 
     Args:
         run: the run's folder.
         device: as torch names it; None: that of the run's trainer.
+        plugins: packages whose classes the run's config may name, beside those of nestlm; they are imported. The
+            environment variable NESTLM_PLUGINS names them, too, separated by commas.
 
     Raises:
         NestlmError: it is no finished run, of another version of nestlm, damaged, or the device is not there.
     """
     from nestlm.compose import load as load_run
 
-    return load_run(Path(run), device=device)
+    return load_run(Path(run), device=device, plugins=plugins)

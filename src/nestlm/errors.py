@@ -12,6 +12,10 @@ class ConfigError(NestlmError):
     """A name, a type or a value in the configuration that cannot be used."""
 
 
+class NotAllowedError(ConfigError):
+    """A config that names code which it may not run; see `nestlm.allowlist`."""
+
+
 class BudgetError(NestlmError):
     """A budget that no sub-network meets, or that is not a budget at all."""
 

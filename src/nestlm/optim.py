@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from nestlm.errors import ConfigError
+from nestlm.nodes import Later
 
 AVERAGES = ("exp_avg", "exp_avg_sq")
 
@@ -27,7 +28,7 @@ class OptimSettings:
         clip_norm: gradients are scaled down to this norm.
     """
 
-    optimizer: Callable[..., Optimizer]
+    optimizer: Annotated[Callable[..., Optimizer], Later(("params", "lr"))]
     warmup_share: float
     final_share: float
     clip_norm: float

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypedDict
 
 import torch
 from lightning import Trainer
@@ -21,15 +21,37 @@ from nestlm.data.special_tokens import SpecialTokens
 from nestlm.data.tokenizer import check_vocabulary, load
 from nestlm.errors import ConfigError
 from nestlm.model.family import Family
+from nestlm.nodes import Later
 from nestlm.objective.base import Signal
 from nestlm.objective.elastic_values import ElasticValues, ValueSettings, by_token
 from nestlm.objective.teaching import Teaching
 from nestlm.optim import OptimSettings
+from nestlm.parallel.strategy import Sharded
 from nestlm.ranking.base import Ranking
 from nestlm.router.base import Router
 from nestlm.router.per_token import Granularity
 from nestlm.sampler.base import Sampler
 from nestlm.spec import Budget, SearchSpace
+
+
+class TrainerArguments(TypedDict, total=False):
+    """What a config may tell Lightning's Trainer; the stages decide the rest, and no file of its is written.
+
+    Attributes:
+        strategy: makes the strategy of several devices.
+        devices: their number on each node, -1 or `auto` for all, or their indices.
+        profiler: `simple` prints the seconds of Lightning's hooks.
+    """
+
+    accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"]
+    strategy: Callable[..., Sharded]
+    devices: int | str | Sequence[int]
+    num_nodes: int
+    precision: Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true", "transformer-engine"]
+    deterministic: bool | Literal["warn"]
+    benchmark: bool | None
+    detect_anomaly: bool
+    profiler: Literal["simple"] | None
 
 
 @dataclass(frozen=True)
@@ -99,8 +121,8 @@ class RouterSettings:
     policy: Literal["static", "dynamic"]
     granularity: Literal["token", "prompt"]
     prompt_tokens: int
-    network: Callable[..., Router]
-    signal: Callable[..., Signal] | None
+    network: Annotated[Callable[..., Router], Later(("prices", "hidden_size", "granularity"))]
+    signal: Annotated[Callable[..., Signal], Later(("router",))] | None
     num_sequences: int
     steps: int
     lr: float
@@ -143,6 +165,7 @@ class Settings:
 
     Attributes:
         label: what tables over several runs call this one; None where its settings tell it from others.
+        plugins: packages of the user's own whose classes the config may name.
     """
 
     model: Family
@@ -155,14 +178,15 @@ class Settings:
     router: RouterSettings
     data: DataSettings
     optim: OptimSettings
-    trainer: Callable[..., Trainer]
-    logger: Callable[..., Logger]
+    trainer: Annotated[Callable[..., Trainer], Later(takes=TrainerArguments)]
+    logger: Annotated[Callable[..., Logger], Later(("save_dir", "name"))]
     pretrain: StageSettings
     elastic: ElasticSettings
     joint: JointSettings
     budget: float | str | Sequence[float | str | Sequence[float | str]]
     experiment_name: str
     label: str | None
+    plugins: Sequence[str]
     seed: int
     run_dir: str | None
     cache_dir: str | None
@@ -300,20 +324,6 @@ DERIVED = {
 HARMLESS = {"checkpoint_seconds", "activation_checkpointing", "elastic_probe_steps"}
 
 
-# Arguments of Lightning's Trainer that would cut a stage short, or step otherwise than the stages do.
-PIPELINES_OWN = {
-    "accumulate_grad_batches",
-    "fast_dev_run",
-    "gradient_clip_val",
-    "limit_train_batches",
-    "limit_val_batches",
-    "max_epochs",
-    "max_steps",
-    "max_time",
-    "overfit_batches",
-}
-
-
 class View:
     """The settings that a stage declared that it reads, and what follows from them.
 
@@ -347,9 +357,6 @@ def check(settings: Settings) -> None:
                 f"trainer.devices: got {devices} on {nodes} nodes, wanted 1: several devices need trainer=fsdp, or "
                 "trainer=ddp"
             )
-    taken = sorted(PIPELINES_OWN & set(getattr(settings.trainer, "keywords", {})))
-    if taken:
-        raise ConfigError(f"trainer.{taken[0]}: the stages decide that themselves; remove it (lengths are STAGE.steps)")
     if not 0 <= settings.seed < 2**63:
         raise ConfigError(f"seed: got {settings.seed}, wanted 0 or more, below 2**63")
     check_tokenizer(settings)

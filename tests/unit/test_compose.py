@@ -4,11 +4,11 @@ import subprocess
 import sys
 
 import pytest
-import yaml
 
 from nestlm.compose import build, compose, run
 from nestlm.verification import read
 from plugins import MIXTURE, NANO, choose, options
+from runs import run_folder
 
 # overrides, and what the message has to say
 MISTAKES = {
@@ -207,17 +207,10 @@ CHOICES = {
 def test_the_config_that_a_run_leaves_is_read_again(overrides, tmp_path):
     """As `nestlm verify` does; types count, so texts are compared."""
     plain = compose([*NANO, *overrides])
-    write_config(tmp_path, plain)
+    run_folder(tmp_path, plain)
     again, _ = read(tmp_path)
     assert repr(again) == repr(plain)
     assert build(again).budgets == build(plain).budgets
-
-
-def write_config(folder, plain):
-    (folder / "config.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
-    (folder / "provenance.json").write_text('{"commit": null}')
-    for name in ("results.csv", "timings.csv"):
-        (folder / name).touch()
 
 
 def test_seed_zero_is_a_seed():
