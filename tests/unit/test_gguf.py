@@ -19,7 +19,7 @@ from nestlm.export import gguf, llama
 from nestlm.export.vocabulary import CONTROL, SPLITS, Vocabulary
 from nestlm.nn.decoder import Decoder
 
-ENDS = gguf.Ends(0, 0)
+TEXTS = gguf.TextFormat(0, 0)
 LLAMA3 = next(pattern for pattern, name in SPLITS.items() if name == "llama-bpe")
 NEEDS_LLAMA = pytest.mark.skipif(
     llama.library() is None, reason="llama-cpp-python is not installed: it compiles for minutes"
@@ -33,7 +33,7 @@ def prose() -> str:
 def written(nested: Nest, path: Path, *, case: str, precision: gguf.Precision = "f32") -> Decoder:
     small = extract(nested.decoder, nested.uneven(), axes=nested.axes)
     tokenizer = path.with_name("in") / "tokenizer.json"
-    gguf.write(small, nested.family, path, precision=precision, tokenizer=tokenizer, ends=ENDS, name=case)
+    gguf.write(small, nested.family, path, precision=precision, tokenizer=tokenizer, texts=TEXTS, name=case)
     return small
 
 
@@ -86,7 +86,7 @@ def test_equal_widths_are_a_plain_llama(tmp_path):
         path,
         precision="f32",
         tokenizer=tmp_path / "in/tokenizer.json",
-        ends=ENDS,
+        texts=TEXTS,
         name="x",
     )
     reader = file_of(path)
@@ -210,7 +210,7 @@ def test_llama_cpp_tokenizes_alike(kind, tmp_path):
     decoder = Decoder(nested.family.decoder_config())
     gguf.write(
         decoder, nested.family, tmp_path / "model.gguf", precision="f32", tokenizer=tmp_path / "in/tokenizer.json",
-        ends=ENDS, name="x",
+        texts=TEXTS, name="x",
     )  # fmt: skip
     text = prose()[:6000] + "\n\n  ünïcödé 🙂\t'll 12345 DON'T  x\n\n   "
     model = llama_cpp.Llama(str(tmp_path / "model.gguf"), vocab_only=True, verbose=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -13,13 +14,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer
 from torch import Tensor
 
+from nestlm.data.tokenizer import for_texts
 from nestlm.errors import ExportError
 from nestlm.export import gguf, hf, llama
 from nestlm.model.family import Family
 from nestlm.nn.decoder import Decoder
 
+REASON = 100  # characters of another library's message
 LIMITS = {"hf": 1e-4, "gguf": 1e-3}  # of logits in float32
 WARM_UP, REPEATS = 1, 5  # forward passes that are not counted, and that are
 
@@ -96,25 +100,31 @@ class Check:
         ]
 
 
-def check_hf(folder: Path, question: Question, *, runs_code: bool) -> Check:
+def check_library(form: str) -> None:
+    """Raise ExportError where the library that opens an export is not installed."""
+    if form == "hf" and importlib.util.find_spec("transformers") is None:
+        raise ExportError("export: --format hf is checked with transformers; pip install 'nestlm[hf]'")
+
+
+def check_hf(folder: Path, question: Question, *, runs_code: bool, tokenizer: Tokenizer) -> Check:
     """Reload a Hugging Face folder with transformers and compare.
 
     Args:
         folder: the export, checked by `hf.check_code`.
         question: what it is held to.
         runs_code: whether a modelling file of ours travels with it.
+        tokenizer: the run's.
 
     Raises:
-        ExportError: above the limit, or transformers is not installed.
+        ExportError: above the limit.
     """
-    if importlib.util.find_spec("transformers") is None:
-        raise ExportError("export: --format hf is checked with transformers; pip install 'nestlm[hf]'")
     import transformers
 
     with quiet(transformers):
         opening = {"trust_remote_code": runs_code, "local_files_only": True}
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **opening).eval()
         whole = whole_in_transformers(question, dtype=model.dtype)
+        notes = tokenizer_notes(folder, question.text_BL, tokenizer=tokenizer, opening=opening)
 
     def run(tokens_BL: Tensor) -> Tensor:
         return model(tokens_BL).logits.float()
@@ -127,7 +137,32 @@ def check_hf(folder: Path, question: Question, *, runs_code: bool) -> Check:
         timed={library: (run, lambda tokens_BL: whole(tokens_BL).logits)},
         parameters=sum(each.numel() for each in model.parameters()),
         folder=folder,
+        notes=notes,
     )
+
+
+def tokenizer_notes(folder: Path, text_BL: Tensor, *, tokenizer: Tokenizer, opening: dict[str, Any]) -> tuple[str, ...]:
+    """What users of an export find otherwise than in training, when transformers opens its tokenizer.
+
+    Args:
+        folder: the export.
+        text_BL: tokens of real text.
+        tokenizer: the run's.
+        opening: options of transformers' `from_pretrained`.
+    """
+    import transformers
+
+    plain = for_texts(tokenizer)
+    try:
+        theirs = transformers.AutoTokenizer.from_pretrained(folder, **opening)
+    except Exception as error:  # noqa: BLE001 (bare ones of tokenizers, and whatever a class of transformers raises)
+        reason = " ".join(str(error).split())[:REASON]
+        return (f"transformers cannot open the tokenizer, which is the parent's ({type(error).__name__}: {reason})",)
+    for tokens_L in text_BL.tolist():
+        text = plain.decode(tokens_L)
+        if theirs(text, add_special_tokens=False).input_ids != plain.encode(text, add_special_tokens=False).ids:
+            return ("transformers opens the tokenizer as it opens the parent's, but tokens differ from tokenizer.json",)
+    return ()
 
 
 def check_gguf(path: Path, question: Question, *, small: Decoder) -> Check:
@@ -202,6 +237,8 @@ def compare(
         full_losses.append(loss(question.whole(tokens_1L), tokens_1L))
     difference = float(torch.stack(differences).max())
     limit = torch.inf if question.limit is None else question.limit
+    if not math.isfinite(difference):
+        raise not_finite(logits, library=library)
     if not difference <= limit:
         raise ExportError(
             f"export: logits in {library} differ by {difference:.1e}, wanted at most {limit:.0e}; "
@@ -223,6 +260,16 @@ def compare(
         full_seconds=full_seconds,
         timed_in=timed_in,
         notes=notes,
+    )
+
+
+def not_finite(deviations: list[Tensor], *, library: str) -> ExportError:
+    """The error for logits that are not finite: the nested model's own, or those of an export that overflows."""
+    if not torch.stack(deviations).isfinite().all():
+        return ExportError("export: the nested model's own logits are not finite; train it again, with a lower lr")
+    return ExportError(
+        f"export: logits in {library} are not finite: numbers leave the range of its dtype while it computes; "
+        "nothing is left of it; wanted a dtype of larger range: --dtype bf16 or f32"
     )
 
 

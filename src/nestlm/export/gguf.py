@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nestlm.errors import ExportError
+from nestlm.export import ranges
 from nestlm.export.vocabulary import Vocabulary
 from nestlm.model.family import Family
 from nestlm.nn.config import BlockConfig, DecoderConfig
@@ -33,6 +34,7 @@ BLOCK = {
     "mlp.up": "ffn_up",
     "mlp.down": "ffn_down",
 }
+BFLOAT16 = torch.finfo(torch.bfloat16).max
 FACTORS = "rope_freqs.weight"  # what frequencies of rotary positions are divided by
 
 
@@ -58,15 +60,28 @@ def check(family: Family) -> None:
 
 
 @dataclass(frozen=True)
-class Ends:
-    """Ids of the tokens before and after a text."""
+class TextFormat:
+    """How texts and conversations are laid out in tokens.
 
-    start: int
+    Attributes:
+        begin: id of the token before a text.
+        end: main id after a text.
+        turn_end: another id at which an answer ends; None: there is none.
+        pad: id that fills up rows; None: there is none.
+        adds_begin: whether the tokenizer puts `begin` before a text.
+        chat_templates: by name; `default` is the one for conversations.
+    """
+
+    begin: int
     end: int
+    turn_end: int | None = None
+    pad: int | None = None
+    adds_begin: bool = True
+    chat_templates: Mapping[str, str] = field(default_factory=dict)
 
 
 def write(
-    decoder: Decoder, family: Family, path: Path, *, precision: Precision, tokenizer: Path, ends: Ends, name: str
+    decoder: Decoder, family: Family, path: Path, *, precision: Precision, tokenizer: Path, texts: TextFormat, name: str
 ) -> None:
     """Write a stand-alone model, a tensor at a time.
 
@@ -76,13 +91,15 @@ def write(
         path: the file.
         precision: of matrices; rows that q8_0 cannot divide stay f16, and vectors f32.
         tokenizer: a tokenizer.json.
-        ends: as texts were seen in training.
+        texts: how texts are laid out.
         name: for people.
 
     Raises:
-        ExportError: a tokenizer that llama.cpp does not have.
+        ExportError: a tokenizer that llama.cpp does not have, or a weight that the precision cannot hold.
     """
     gguf = library()
+    for theirs, ours in family.hf_names(decoder).items():
+        check_range(dict(decoder.named_parameters())[ours], precision, name=theirs)
     vocabulary = Vocabulary.read(tokenizer, size=family.vocab_size)
     writer = gguf.GGUFWriter(path, "deci" if len(set(decoder.config.blocks)) > 1 else "llama")
     try:
@@ -90,7 +107,7 @@ def write(
         writer.add_name(name)
         writer.add_file_type(gguf.LlamaFileType["ALL_F32" if precision == "f32" else f"MOSTLY_{precision.upper()}"])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        add_vocabulary(writer, vocabulary, ends)
+        add_vocabulary(writer, vocabulary, texts)
         rows = list(tensors(decoder))
         for label, value in rows:
             kind = stored_as(value, precision)
@@ -131,8 +148,8 @@ def add_sizes(writer: Any, config: DecoderConfig) -> None:
         writer.add_rope_scaling_factor(config.rope_scaling.factor)
 
 
-def add_vocabulary(writer: Any, vocabulary: Vocabulary, ends: Ends) -> None:
-    """The tokenizer, by which a text starts as it did in training."""
+def add_vocabulary(writer: Any, vocabulary: Vocabulary, texts: TextFormat) -> None:
+    """The tokenizer, by which a text starts as its tokenizer.json says."""
     writer.add_tokenizer_model(vocabulary.model)
     writer.add_tokenizer_pre(vocabulary.split)
     writer.add_token_list(vocabulary.tokens)
@@ -142,10 +159,17 @@ def add_vocabulary(writer: Any, vocabulary: Vocabulary, ends: Ends) -> None:
     if vocabulary.scores is not None:
         writer.add_token_scores(vocabulary.scores)
         writer.add_add_space_prefix(vocabulary.leading_space)
-    writer.add_bos_token_id(ends.start)
-    writer.add_eos_token_id(ends.end)
-    writer.add_add_bos_token(True)
+    writer.add_bos_token_id(texts.begin)
+    writer.add_eos_token_id(texts.end)
+    if texts.turn_end is not None:
+        writer.add_eot_token_id(texts.turn_end)
+    if texts.pad is not None:
+        writer.add_pad_token_id(texts.pad)
+    writer.add_add_bos_token(texts.adds_begin)
     writer.add_add_eos_token(False)
+    if texts.chat_templates:
+        named = [{"name": name, "template": template} for name, template in texts.chat_templates.items()]
+        writer.add_chat_template(named)
 
 
 def tensors(decoder: Decoder) -> Iterator[tuple[str, Tensor]]:
@@ -192,6 +216,15 @@ def stored_as(value: Tensor, precision: Precision) -> Any:
     if precision == "q8_0" and value.shape[-1] % library().GGML_QUANT_SIZES[kinds.Q8_0][0]:
         return kinds.F16
     return kinds[precision.upper()]
+
+
+def check_range(value: Tensor, precision: Precision, *, name: str) -> None:
+    """Raise ExportError where a weight is not finite, or too large for its type in the file."""
+    kinds = library().GGMLQuantizationType
+    kind = stored_as(value, precision)
+    half = torch.finfo(torch.float16).max
+    bounds = {kinds.F16: ("float16", half), kinds.Q8_0: ("q8_0", half * 127), kinds.BF16: ("bfloat16", BFLOAT16)}
+    ranges.check_range(value, *bounds.get(kind, ("float32", torch.finfo(torch.float32).max)), name=name)
 
 
 def read(path: Path, family: Family) -> Decoder:

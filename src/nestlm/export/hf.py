@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +15,19 @@ from torch import Tensor
 from nestlm.errors import ExportError
 from nestlm.export import remote
 from nestlm.export.place import new_folder, writing
+from nestlm.export.ranges import check_range
 from nestlm.export.routing import Routing
 from nestlm.model.checkpoint import CONFIG, read_config, read_object
 from nestlm.model.family import Family
-from nestlm.model.parent import GENERATION, TOKENIZER_OBJECTS, Parent, to_json, without_code, write_files
+from nestlm.model.parent import (
+    GENERATION,
+    TOKENIZER_CONFIG,
+    TOKENIZER_OBJECTS,
+    Parent,
+    to_json,
+    without_code,
+    write_files,
+)
 from nestlm.nn.config import BlockConfig
 from nestlm.nn.decoder import Decoder
 
@@ -86,7 +95,22 @@ def write(
     save_torch_state_dict(weights, folder, max_shard_size=shard_size)
     if parent is not None:
         kept = {GENERATION: parent.files[GENERATION]} if GENERATION in parent.files else {}
-        write_files(folder, kept | (parent.tokenizer_files if tokenizer else {}))
+        write_files(folder, kept | (with_known_class(parent.tokenizer_files) if tokenizer else {}))
+
+
+def with_known_class(files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Tokenizer files in which a class that transformers lacks is replaced by its class for any tokenizer.json."""
+    config = json.loads(files.get(TOKENIZER_CONFIG, b"{}"))
+    if is_known_class(config.get("tokenizer_class")):
+        return dict(files)
+    return {**files, TOKENIZER_CONFIG: to_json(config | {"tokenizer_class": "PreTrainedTokenizerFast"})}
+
+
+def is_known_class(name: Any) -> bool:
+    """Whether a tokenizer's class is one of transformers' own, or none is named."""
+    from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+
+    return name is None or (isinstance(name, str) and tokenizer_class_from_name(name) is not None)
 
 
 def modelling(decoder: Decoder, family: Family, routing: Routing | None) -> str | None:
@@ -111,6 +135,8 @@ def write_config(size: Family, folder: Path, parent: Parent | None) -> None:
         return
     config, unused = parent.config, size.unused_keys(parent.config)
     known = size.read(config)
+    if not is_known_class(config.get("tokenizer_class")):
+        unused |= {"tokenizer_class"}
     changed = any(known[name] != getattr(size, name) for name in WIDTHS)
     if not changed and not unused:
         write_files(folder, {CONFIG: parent.files[CONFIG]})
@@ -218,31 +244,9 @@ def state(
     for theirs, ours in family.hf_names(decoder).items():
         value = parameters[ours].detach()
         wanted = dtype or dtypes.get(theirs, value.dtype)
-        check_range(value, wanted, name=theirs)
+        check_range(value, str(wanted).removeprefix("torch."), torch.finfo(wanted).max, name=theirs)
         weights[theirs] = value.to("cpu", wanted)
     return weights
-
-
-def check_range(value: Tensor, dtype: torch.dtype, *, name: str, largest: float | None = None) -> None:
-    """Raise ExportError where a dtype cannot hold a weight.
-
-    Args:
-        value: the weight.
-        dtype: what it is stored in.
-        name: of the weight.
-        largest: number that can be stored; None: the dtype's own.
-    """
-    bound = torch.finfo(dtype).max if largest is None else largest
-    low, high = (float(each) for each in value.aminmax())
-    if not (math.isfinite(low) and math.isfinite(high)):
-        raise ExportError(f"export: {name} holds numbers that are not finite; train the run again, with a lower lr")
-    most = max(-low, high)
-    if most > bound:
-        kind = str(dtype).removeprefix("torch.")
-        raise ExportError(
-            f"export: {name} holds a weight of size {most:.6g}, and {kind} ends at {bound:.6g}; "
-            "wanted a dtype of larger range: --dtype bf16 or f32"
-        )
 
 
 def parent_dtypes(parent: Parent) -> dict[str, torch.dtype]:

@@ -18,7 +18,7 @@ from nestlm.elastic.weights import extract
 from nestlm.errors import ExportError
 from nestlm.export import gguf, hf
 from nestlm.export.card import Facts, card
-from nestlm.export.check import LIMITS, Check, Question, check_gguf, check_hf
+from nestlm.export.check import LIMITS, Check, Question, check_gguf, check_hf, check_library
 from nestlm.export.place import check_place, new_folder, writing
 from nestlm.export.push import check_token, push
 from nestlm.export.routing import Routing
@@ -116,7 +116,7 @@ def run(
     with new_folder(out) as folder:
         if form == "gguf":
             path = folder / f"{out.name}-{precision}.gguf"
-            told = {"tokenizer": nested.tokenizer, "ends": ends(nested), "name": out.name}
+            told = {"tokenizer": nested.tokenizer, "texts": text_format(nested), "name": out.name}
             with writing(out):
                 gguf.write(small, nested.family, path, precision=precision, **told)
             check = check_gguf(path, question, small=small)
@@ -129,7 +129,7 @@ def run(
                     write_tokenizer(nested, folder)
             kind = hf.modelling(small, nested.family, routing)
             hf.check_code(folder, nested.family, kind)
-            check = check_hf(folder, question, runs_code=kind is not None)
+            check = check_hf(folder, question, runs_code=kind is not None, tokenizer=load(nested.tokenizer))
         text = card(facts, small.config, check, routing=routing, form=form, precision=precision, name=out.name)
         with writing(out):
             (folder / "README.md").write_text(text, encoding="utf-8")
@@ -141,6 +141,7 @@ def run(
 def check_target(family: Family, out: Path, *, run: Path, form: str, push_to: str | None) -> None:
     """Raise ExportError, before anything is computed, where the family or the place will not do."""
     check_place(out, run=run)
+    check_library(form)
     if form == "gguf":
         gguf.check(family)
     if push_to is not None:
@@ -176,9 +177,23 @@ def brings_tokenizer(nested: Nested) -> bool:
     return tokenizer_hash(theirs) == tokenizer_hash(load(nested.tokenizer))
 
 
-def ends(nested: Nested) -> gguf.Ends:
-    """The token that begins a document, and the main one that ends a text."""
-    return gguf.Ends(nested.special_tokens.begin, nested.special_tokens.ends[0])
+def text_format(nested: Nested) -> gguf.TextFormat:
+    """How texts are laid out: by the parent's files, where its tokenizer is the run's, else as in training."""
+    begin, (end, *others) = nested.special_tokens.begin, nested.special_tokens.ends
+    turn_end = others[0] if others else None
+    if nested.parent is None or not brings_tokenizer(nested):
+        return gguf.TextFormat(begin, end, turn_end)
+    tokenizer = load(nested.tokenizer)
+    pad = nested.parent.token("pad_token")
+    pad_id = None if pad is None else tokenizer.token_to_id(pad)
+    return gguf.TextFormat(
+        begin,
+        end,
+        turn_end,
+        pad=pad_id if pad_id is not None and pad_id < nested.family.vocab_size else None,
+        adds_begin=tokenizer.encode("a").ids[:1] == [begin],
+        chat_templates=nested.parent.chat_templates(),
+    )
 
 
 def write_tokenizer(nested: Nested, folder: Path) -> None:

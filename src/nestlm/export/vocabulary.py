@@ -65,6 +65,8 @@ class Vocabulary:
         tokens = [by_id.get(index, f"[unused {index}]") for index in range(size)]
         kinds = [NORMAL if index in by_id else UNUSED for index in range(size)]
         for each in added:
+            if each["id"] >= size:  # without a row in the embedding: no text can hold it
+                continue
             kinds[each["id"]] = CONTROL if each["special"] else USER_DEFINED
         steps = list(parts(data.get("pre_tokenizer"), "pretokenizers"))
         if kind == "BPE" and any(step["type"] == "ByteLevel" for step in steps):

@@ -17,11 +17,12 @@ from nestlm.errors import CheckpointError
 from nestlm.model.checkpoint import own_file, read_object, survey
 
 CONFIG, GENERATION, TOKENIZER_JSON = "config.json", "generation_config.json", "tokenizer.json"
+TOKENIZER_CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 TEMPLATES = "additional_chat_templates"  # a folder of .jinja files
 # Files of a tokenizer: objects, which may lead to code, and those that hold nothing but tokens or a template.
-TOKENIZER_OBJECTS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.json")
+TOKENIZER_OBJECTS = (TOKENIZER_CONFIG, "special_tokens_map.json", "chat_template.json")
 TOKENIZER_PLAIN = (
-    TOKENIZER_JSON, "added_tokens.json", "chat_template.jinja", "merges.txt", "tokenizer.model", "vocab.json",
+    TOKENIZER_JSON, "added_tokens.json", TEMPLATE, "merges.txt", "tokenizer.model", "vocab.json",
     "vocab.txt",
 )  # fmt: skip
 # What leads transformers to code, or to files that stay behind.
@@ -76,6 +77,37 @@ class Parent:
     def tokenizer_files(self) -> dict[str, bytes]:
         """The files that belong to the tokenizer, chat templates among them."""
         return {name: content for name, content in self.files.items() if name not in (CONFIG, GENERATION)}
+
+    def chat_templates(self) -> dict[str, str]:
+        """Chat templates by name, as transformers finds them; the one for conversations is `default`.
+
+        Files come before those within tokenizer_config.json, those before the older chat_template.json.
+        """
+        found = {
+            "default" if name == TEMPLATE else PurePosixPath(name).stem: content.decode("utf-8", "replace")
+            for name, content in self.files.items()
+            if name.endswith(".jinja")
+        }
+        for name in (TOKENIZER_CONFIG, "chat_template.json"):
+            said = self.object(name).get("chat_template")
+            pairs = said if isinstance(said, list) else [{"name": "default", "template": said}]
+            for pair in [] if found else pairs:
+                if (
+                    isinstance(pair, dict)
+                    and isinstance(pair.get("name"), str)
+                    and isinstance(pair.get("template"), str)
+                ):
+                    found[pair["name"]] = pair["template"]
+        return found
+
+    def token(self, name: str) -> str | None:
+        """The text of a special token, such as `pad_token`; None where no file names one."""
+        for file in (TOKENIZER_CONFIG, "special_tokens_map.json"):
+            said = self.object(file).get(name)
+            text = said.get("content") if isinstance(said, dict) else said
+            if isinstance(text, str):
+                return text
+        return None
 
 
 def small_files(folder: Path) -> dict[str, bytes]:
