@@ -139,9 +139,10 @@ def head(*, seconds: float, jobs: int, seed: int) -> str:
 
     git = shutil.which("git")
     asked = [git, "describe", "--always", "--dirty"] if git else ["false"]
+    command = shlex.join(["python", "benchmarks/faults.py", *sys.argv[1:]])
     said = subprocess.run(asked, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
     return HEAD.format(
-        command=f"`{shlex.join(["python", "benchmarks/faults.py", *sys.argv[1:]])}`",
+        command=f"`{command}`",
         seconds=seconds,
         machine=f"{cpu_name()}, {os.cpu_count()} cores",
         jobs=jobs,
