@@ -27,8 +27,8 @@ SYNTAX = (
     "+", "++", "+=", "@", "seed@=1", "seed@seed=1", "~seed=1", "-m", "--cfg", "seed =1", "seed= 1", "seed\t=1",
     "seed=$", "seed=${", "seed=#", "seed=\\", "..=1", ".=1", "seed.=1", ".seed=1", "seed[0]=1", "budget[0]=1",
     "budget.0=1", "seed=range(3)", "seed=choice(1,2)", "seed=interval(0,1)", "seed=glob(*)", "seed=float(x)",
-    "defaults=[]", "_target_=os.system", "+_target_=os.system", "hydra=null", "hydra.run.dir=null", "hydra/launcher=nowhere",
-    "hydra.callbacks=null", "~hydra", "hydra.sweeper=null",
+    "defaults=[]", "_target_=os.system", "+_target_=os.system", "hydra=null", "hydra.run.dir=null",
+    "hydra/launcher=nowhere", "hydra.callbacks=null", "~hydra", "hydra.sweeper=null",
 )  # fmt: skip
 BUDGETS = (
     "0", "-1", "2", "nan", "inf", "'60%'", "'0%'", "'101%'", "'nan%'", "'5parsec'", "'3MB'", "'-3MB'", "'1e999flops'",
