@@ -20,7 +20,6 @@ from nestlm.export.card import Facts
 from nestlm.export.check import Check
 from nestlm.export.gguf import Precision
 from nestlm.model.family import Family
-from nestlm.model.hub import HUB_ID
 from nestlm.model.parent import Parent
 from nestlm.nn.decoder import Decoder
 from nestlm.report.run_folder import PARENT
@@ -104,10 +103,11 @@ def export(run: Run, answer: Answer, request: Request, *, budget: Budget, router
     """
     loader = run.context.data(stream="validation").heldout_dataloader("validation", num_rows=TEXT_ROWS)
     text_BL = torch.cat([batch.tokens_BL for batch in loader])[:, :TEXT_TOKENS]
+    kept = kept_parent(run)
     nested = job.Nested(
         decoder=run.decoder,
         family=run.family,
-        parent=kept_parent(run),
+        parent=kept,
         axes=run.context.settings.axis_list,
         tokenizer=run.context.inputs["data"] / TOKENIZER,
         special_tokens=Prepared.read(run.context.inputs["data"]).special_tokens,
@@ -117,7 +117,7 @@ def export(run: Run, answer: Answer, request: Request, *, budget: Budget, router
         budget=str(budget),
         achieved=costs(run, answer, achieved=achieved, text_BL=text_BL),
         router=router,
-        parent=parent(run.family),
+        parent=parent_name(run.family, kept),
         fingerprint=run.provenance["data_fingerprint"],
         commit=run.provenance["commit"],
         losses=losses(run, budget=budget, router=router),
@@ -153,13 +153,11 @@ def kept_parent(run: Run) -> Parent | None:
     return Parent.read(folder)
 
 
-def parent(family: Family) -> str:
-    """The name of what was nested; a folder's without the path to it."""
-    weights = family.weights
-    if weights is None:
+def parent_name(family: Family, kept: Parent | None) -> str:
+    """The name of what was nested: that on the hub, or a folder's without the path to it."""
+    if kept is None:
         return f"a {family.architecture} trained from scratch"
-    on_hub = HUB_ID.fullmatch(weights) is not None and not Path(weights).exists()
-    return weights if on_hub else Path(weights).name
+    return kept.repository or Path(str(family.weights)).name or "a local checkpoint"
 
 
 def losses(run: Run, *, budget: Budget, router: str) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+import nestlm
 import wandb_files
 from nestlm.cli import app
 from nestlm.compose import CONF, compose
+from nestlm.errors import NestlmError
 from nestlm.report.render import render
 from plugins import options
 
@@ -207,12 +210,29 @@ def test_a_model_with_weights_is_not_pretrained(run, tmp_path):
     weights = tmp_path / "weights"
     transformers.LlamaForCausalLM(config).save_pretrained(weights)
     (weights / "tokenizer.json").write_bytes((trained / "checkpoints/data/tokenizer.json").read_bytes())
-    folder = run(f"model.weights={weights}", "model.pretraining_tokens=1e6", "budget=0.8", name="imported")
+    options = ["model.pretraining_tokens=1e6", "budget=0.8"]
+    folder = run(f"model.weights={weights}", *options, name="imported")
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["pretrain"]["steps"] == 0
     ours = load_file(folder / "checkpoints/pretrain/model.safetensors")
     theirs = load_file(weights / "model.safetensors")
     assert torch.equal(ours["blocks.1.mlp.down.weight"], theirs["model.layers.1.mlp.down_proj.weight"])
+    (weights / "NOTES.md").write_text("a note")
+    (weights / "chat_template.jinja").write_text("{{ messages }}")
+    copied = Path(shutil.copytree(weights, tmp_path / "elsewhere/copied"))
+    again = run(f"model.weights={copied}", *options, name="again")
+    with (again / "timings.csv").open() as file:
+        cached = {row["what"]: row["cached"] for row in csv.DictReader(file)}
+    assert {cached[stage] for stage in ("data", "pretrain", "rank", "elastic", "joint")} == {"True"}
+    shutil.rmtree(weights)
+    shutil.rmtree(copied)
+    for source, templates in ((folder, set()), (again, {"chat_template.jinja"})):
+        nestlm.load(source).export(tmp_path / f"{source.name}-out", budget=0.8)
+        written = {path.name for path in (tmp_path / f"{source.name}-out").iterdir()}
+        assert written & {"NOTES.md", "chat_template.jinja"} == templates, "as it was when the run was made"
+        shutil.rmtree(source / "checkpoints/pretrain/parent")
+        with pytest.raises(NestlmError, match="parent"):
+            nestlm.load(source).export(tmp_path / "not", budget=0.8)
 
 
 def test_small_model_composes_with_real_sizes():

@@ -228,7 +228,9 @@ class Family(ABC):
 
     def parent(self) -> Parent | None:
         """What exports take from the folder of `weights`; None where there is none."""
-        return None if self.weights is None else Parent.of_checkpoint(self.folder)
+        if self.weights is None:
+            return None
+        return Parent.of_checkpoint(self.folder, repository=None if Path(self.weights).is_dir() else self.weights)
 
     def check_config(self, config: Mapping[str, Any]) -> None:
         """Raise CheckpointError when the config.json of `weights` is another size, or computes something else."""

@@ -32,7 +32,7 @@ CODE_KEYS = frozenset({
     "_attn_implementation", "_attn_implementation_internal", "_experts_implementation",
     "_experts_implementation_internal",
 })  # fmt: skip
-DTYPES = "dtypes.json"
+FACTS = "parent.json"  # of a folder that `Parent.write` fills
 MOST_TEMPLATES = 100
 
 
@@ -43,26 +43,29 @@ class Parent:
     Attributes:
         files: contents, by path relative to the folder, without keys that lead to code.
         dtypes: by name of a tensor, as safetensors names them.
+        repository: where it is on the hub; None: it is a folder on disk.
     """
 
     files: Mapping[str, bytes]
     dtypes: Mapping[str, str]
+    repository: str | None = None
 
     @classmethod
-    def of_checkpoint(cls, folder: Path) -> Parent:
+    def of_checkpoint(cls, folder: Path, *, repository: str | None = None) -> Parent:
         """Read a checkpoint folder. Raises CheckpointError for a damaged file, or a link out of the folder."""
-        return cls(small_files(folder), {name: tensor.dtype for name, tensor in survey(folder).items()})
+        return cls(small_files(folder), {name: tensor.dtype for name, tensor in survey(folder).items()}, repository)
 
     @classmethod
     def read(cls, folder: Path) -> Parent:
         """Read what `write` wrote. Raises CheckpointError for a damaged file, or a link out of the folder."""
-        return cls(small_files(folder), read_object(folder, DTYPES))
+        facts = read_object(folder, FACTS)
+        return cls(small_files(folder), facts.get("dtypes", {}), facts.get("repository"))
 
     def write(self, folder: Path) -> None:
         """Write all of it into a folder, which is made where it is absent."""
         folder.mkdir(parents=True, exist_ok=True)
         write_files(folder, self.files)
-        (folder / DTYPES).write_text(json.dumps(self.dtypes, indent=2) + "\n", encoding="utf-8")
+        (folder / FACTS).write_bytes(to_json({"repository": self.repository, "dtypes": self.dtypes}))
 
     @cached_property
     def config(self) -> dict[str, Any]:
