@@ -24,9 +24,11 @@ VICTIMS: Mapping[str, tuple[str, ...]] = {
     "surrogate, dynamic": ("router=surrogate", "router.policy=dynamic", "model.mlp_width=384", "budget=[1.0,0.8,0.7]"),
     "surrogate, static": ("router=surrogate", "budget=[0.9,0.7]"),
     "value, dynamic": ("router=value", "router.policy=dynamic", "model.mlp_width=384", "budget=[0.9,0.7]"),
-    "gumbel, by prompt": ("router=gumbel", "router.policy=dynamic", "router.granularity=prompt", "router.prompt_tokens=8", "budget=[0.9]"),
+    "gumbel, by prompt": (
+        "router=gumbel", "router.policy=dynamic", "router.granularity=prompt", "router.prompt_tokens=8", "budget=[0.9]",
+    ),
     "evolution, two limits": ("router=evolution", "budget=[[0.9,0.8params],0.7]", "axes=mlp_heads_depth"),
-}
+}  # fmt: skip
 SIGNALS = {signal.SIGKILL: 8, signal.SIGTERM: 1, signal.SIGINT: 1}  # and how often they are drawn
 CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
 EARLY = 0.3  # seconds: Python itself is starting, and ends as it always does
