@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from typing import TypeVar
 
 from rich.console import Console
@@ -11,6 +12,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 T = TypeVar("T")
 
 console = Console(stderr=True, soft_wrap=True)
+
+
+@lru_cache(maxsize=256)
+def print_once(line: str) -> None:
+    """Print a line on standard error, the first time that it is given."""
+    console.print(line, highlight=False, markup=False)
 
 
 def progress_bar(*columns: str) -> Progress:

@@ -1,10 +1,13 @@
-"""Readers of text files, by their suffix; each may be compressed with gzip or zstandard."""
+"""Readers of text files, by their suffix; each may be compressed with gzip, zstandard, xz or bzip2."""
 
 from __future__ import annotations
 
+import bz2
+import csv
 import gzip
 import io
 import json
+import lzma
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,45 +19,89 @@ from nestlm.data.source.base import Document
 from nestlm.errors import DataError
 
 PLAIN = (".txt", ".md", ".py")  # a document a file
-COMPRESSED = ("", ".gz", ".zst")
-SUFFIXES = (*(kind + packed for kind in (*PLAIN, ".jsonl") for packed in COMPRESSED), ".parquet")
+LINES = (".jsonl", ".ndjson")
+COMPRESSED = ("", ".gz", ".zst", ".xz", ".bz2")
+OPENERS = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+KINDS = (*PLAIN, *LINES, ".json", ".csv")
+SUFFIXES = (*KINDS, ".parquet")
 CHUNK = 2**20  # bytes of a compressed file that are read at once
 ROWS = 1024  # of a parquet file that are read at once
+LONGEST_FIELD = 2**31 - 1  # characters of a CSV field
+UTF16 = (b"\xff\xfe", b"\xfe\xff")  # what files of UTF-16 begin with
+REASON = 100  # characters of an error, or a value, that a message quotes
+
+
+class NoText(DataError):  # noqa: N818 (a reason to leave a file out of a folder)
+    """A file of a known suffix that holds no text under the key at all, such as a .json file of settings."""
+
+
+def is_read(path: Path) -> bool:
+    """Whether a file's name ends in one of SUFFIXES, perhaps packed."""
+    return kind_of(path) in SUFFIXES
+
+
+def kind_of(path: Path) -> str:
+    """The suffix that tells what a file holds, in small letters, without that of a packer."""
+    name = path.name.lower()
+    for packed in COMPRESSED[1:]:
+        if name.endswith(packed):
+            kind = Path(name.removesuffix(packed)).suffix
+            return kind if kind in KINDS else ""
+    return Path(name).suffix
 
 
 def read_documents(path: Path, *, name: str, text_key: str) -> Iterator[Document]:
-    """The documents of a file whose name ends in one of SUFFIXES.
+    """The documents of a file that `is_read`.
 
     Args:
         path: the file.
         name: of the file in names of documents.
-        text_key: key of a JSON line, or column of a parquet file, that holds the text.
+        text_key: key of a JSON object, or column of a table, that holds the text.
 
     Raises:
+        NoText: a .json or .csv file without that key or column.
         DataError: the file cannot be read, is cut short, or holds something else.
     """
-    if path.suffix == ".parquet":
+    kind = kind_of(path)
+    if kind == ".parquet":
         yield from read_parquet(path, name=name, text_key=text_key)
         return
-    kind = path.with_suffix("").suffix if path.suffix in COMPRESSED else path.suffix
     try:
         with open_text(path) as file:
-            if kind == ".jsonl":
+            if kind in LINES:
                 yield from read_lines(file, name=name, text_key=text_key)
+            elif kind == ".json":
+                yield from read_array(file, name=name, text_key=text_key)
+            elif kind == ".csv":
+                yield from read_table(file, name=name, text_key=text_key)
             else:
-                yield Document(name, file.read())
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise DataError(f"data: cannot read {path} ({error}); wanted UTF-8 text, remove or convert it") from error
+                yield Document(name, plain_text(file, name))
+    except UnicodeDecodeError as error:
+        reason = "it begins as UTF-16 does" if error.object[:2] in UTF16 else f"{error!s:.{REASON}}"
+        raise DataError(f"data: cannot read {name} ({reason}); wanted UTF-8 text, remove or convert it") from error
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        reason = str(getattr(error, "strerror", None) or error)[:REASON]
+        raise DataError(f"data: cannot read {path} ({reason}); mend, remove or convert it") from error
 
 
 def open_text(path: Path) -> IO[str]:
-    """A file of UTF-8 text, unpacked on the way."""
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8")
-    if path.suffix == ".zst":
+    """A file of UTF-8 text, unpacked on the way, without a byte order mark."""
+    packed = path.suffix.lower()
+    options: dict[str, Any] = {"encoding": "utf-8-sig", "newline": "" if kind_of(path) == ".csv" else None}
+    if packed in OPENERS:
+        return OPENERS[packed](path, "rt", **options)
+    if packed == ".zst":
         zstandard = load_extra("zstandard", wanted_for=str(path))
-        return io.TextIOWrapper(io.BufferedReader(ZstdFile(path, zstandard), CHUNK), encoding="utf-8")
-    return path.open(encoding="utf-8")
+        return io.TextIOWrapper(io.BufferedReader(ZstdFile(path, zstandard), CHUNK), **options)
+    return path.open(**options)
+
+
+def plain_text(file: IO[str], name: str) -> str:
+    """The text of a file. Raises DataError where it holds NUL characters."""
+    text = file.read()
+    if "\0" in text:
+        raise DataError(f"data: {name} holds NUL characters, as binary files and UTF-16 do; remove or convert it")
+    return text
 
 
 class ZstdFile(io.RawIOBase):
@@ -102,16 +149,68 @@ def read_lines(file: IO[str], *, name: str, text_key: str) -> Iterator[Document]
         if not line.strip():
             continue
         try:
-            value = json.loads(line)[text_key]
-            if not isinstance(value, str):
-                raise TypeError(f"{text_key} is {value!r}")
-            value.encode()
-        except (ValueError, KeyError, TypeError) as error:
+            yield Document(f"{name}:{number}", text_of(json.loads(line), text_key))
+        except (ValueError, RecursionError) as error:
             raise DataError(
-                f'data: {name} line {number} is not {{"{text_key}": ...}} ({error!r}); mend or remove it, '
+                f'data: {name} line {number} is not {{"{text_key}": ...}} ({error!s:.{REASON}}); mend or remove it, '
                 "or name another key (text_key)"
             ) from error
-        yield Document(f"{name}:{number}", value)
+
+
+def read_array(file: IO[str], *, name: str, text_key: str) -> Iterator[Document]:
+    """The documents of one JSON value: an array of texts or of objects with one, or such an object.
+
+    Raises:
+        NoText: it holds none.
+        DataError: it is damaged, or an element holds none while others do.
+    """
+    try:
+        value = json.load(file)
+    except UnicodeDecodeError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"data: {name} is no JSON ({error!s:.{REASON}}); mend or remove it") from error
+    elements = value if isinstance(value, list) else [value] if isinstance(value, dict) else []
+    if not any(isinstance(each, str) or (isinstance(each, dict) and text_key in each) for each in elements):
+        raise NoText(f"no {text_key!r} in it")
+    for number, each in enumerate(elements, start=1):
+        try:
+            yield Document(f"{name}:{number}", text_of({text_key: each} if isinstance(each, str) else each, text_key))
+        except ValueError as error:
+            raise DataError(
+                f"data: {name} element {number} holds no text ({error!s:.{REASON}}); mend or remove it, or name "
+                "another key (text_key)"
+            ) from error
+
+
+def text_of(value: Any, key: str) -> str:
+    """The text of a JSON object. Raises ValueError where it has none, or no Unicode text."""
+    if not isinstance(value, dict) or key not in value:
+        raise ValueError(f"no {key!r}")
+    text = value[key]
+    if not isinstance(text, str):
+        raise ValueError(f"{key} is {text!r:.{REASON}}")
+    text.encode()
+    return text
+
+
+def read_table(file: IO[str], *, name: str, text_key: str) -> Iterator[Document]:
+    """The documents of a column of comma-separated values; rows without a text are left out.
+
+    Raises:
+        NoText: there is no such column.
+        DataError: it is no such table.
+    """
+    csv.field_size_limit(LONGEST_FIELD)
+    rows = csv.DictReader(file, strict=True)
+    try:
+        if text_key not in (rows.fieldnames or ()):
+            raise NoText(f"no column {text_key!r}")
+        for number, row in enumerate(rows, start=1):
+            if row[text_key] is not None:
+                yield Document(f"{name}:{number}", row[text_key])
+    except csv.Error as error:
+        raise DataError(f"data: {name} line {rows.line_num} is no CSV ({error}); mend or remove it") from error
 
 
 def read_parquet(path: Path, *, name: str, text_key: str) -> Iterator[Document]:
@@ -123,15 +222,18 @@ def read_parquet(path: Path, *, name: str, text_key: str) -> Iterator[Document]:
         with parquet.ParquetFile(path) as file:
             if text_key not in file.schema_arrow.names:
                 raise DataError(
-                    f"data: {path} has no column {text_key!r}; it has {', '.join(file.schema_arrow.names)}: name one "
+                    f"data: {name} has no column {text_key!r}; it has {', '.join(file.schema_arrow.names)}: name one "
                     "(text_key)"
                 )
             for batch in file.iter_batches(batch_size=ROWS, columns=[text_key]):
                 for text in batch.column(0).to_pylist():
                     number += 1
                     if text is not None and not isinstance(text, str):
-                        raise DataError(f"data: {path} row {number}: {text_key} is {text!r}, wanted text")
+                        raise DataError(f"data: {name} row {number}: {text_key} is {text!r:.{REASON}}, wanted text")
                     if text is not None:
                         yield Document(f"{name}:{number}", text)
-    except (OSError, arrow.ArrowException) as error:
-        raise DataError(f"data: cannot read {path} after row {number} ({error}); remove or mend it") from error
+    except (OSError, ValueError, arrow.ArrowException) as error:
+        if isinstance(error, DataError):
+            raise
+        reason = f"{error!s:.{REASON}}".splitlines()[0]
+        raise DataError(f"data: cannot read {name} after row {number} ({reason}); remove or mend it") from error

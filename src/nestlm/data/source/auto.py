@@ -10,6 +10,7 @@ from nestlm.data.source.hub import PREFIX, HubDataset
 from nestlm.data.source.shards import Shards
 from nestlm.data.source.stdlib import Stdlib
 from nestlm.data.source.text import TextFolder
+from nestlm.errors import DataError
 
 
 def by_path(path: str | None, text_key: str = "text") -> Source | PreparedSource:
@@ -18,5 +19,8 @@ def by_path(path: str | None, text_key: str = "text") -> Source | PreparedSource
         return Stdlib()
     if path.startswith(PREFIX):
         return HubDataset(path.removeprefix(PREFIX), text_key)
-    prepared = any((Path(path) / name).is_file() for name in (MANIFEST, JOURNAL))
+    try:
+        prepared = any((Path(path) / name).is_file() for name in (MANIFEST, JOURNAL))
+    except OSError as error:
+        raise DataError(f"data.path: cannot read {path:.100} ({error.strerror}); wanted a folder of text") from error
     return Shards(path) if prepared else TextFolder(path, text_key)

@@ -85,6 +85,6 @@ def texts(rows: Iterable[dict[str, Any]], *, path: str, text_key: str, start: in
     for number, row in enumerate(rows, start=start):
         text = row.get(text_key)
         if text is not None and not isinstance(text, str):
-            raise DataError(f"data: {PREFIX}{path} row {number}: {text_key} is {text!r}, wanted text")
+            raise DataError(f"data: {PREFIX}{path} row {number}: {text_key} is {text!r:.100}, wanted text")
         if text is not None and text.strip():
             yield number, text
