@@ -12,6 +12,7 @@ import pytest
 from nestlm import progress
 from nestlm.data.prepare import prepare
 from nestlm.data.source.auto import by_path
+from nestlm.data.source.base import Document
 from nestlm.data.source.text import TextFolder
 from nestlm.errors import DataError
 
@@ -179,6 +180,13 @@ def test_damaged_and_odd_parquet_is_named(tmp_path):
     assert texts(tmp_path / "c.parquet") == {"c.parquet:1": "a", "c.parquet:3": "b"}
 
 
+def as_named(path: str) -> list[Document]:
+    """The documents of what `data.path=PATH` names."""
+    source = by_path(path)
+    assert isinstance(source, TextFolder)
+    return list(source.documents())
+
+
 def test_what_cannot_be_read_is_named(tmp_path, monkeypatch):
     (tmp_path / "inner").mkdir()
     (tmp_path / "inner/a.txt").write_text("a")
@@ -194,7 +202,5 @@ def test_what_cannot_be_read_is_named(tmp_path, monkeypatch):
         texts(tmp_path)
     for path in ("a" * 5000, str(tmp_path / "absent"), str(tmp_path / "nul\0")):
         with pytest.raises(DataError, match=r"data.path: .* wanted") as found:
-            source = by_path(path)
-            assert isinstance(source, TextFolder)
-            list(source.documents())
+            as_named(path)
         assert len(str(found.value)) < 300 + len(str(tmp_path))

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
-from collections import Counter, deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from nestlm.data.formats import COMPRESSED, SUFFIXES, NoText, is_read, read_documents
+from nestlm.data.formats import SUFFIXES, NoText, is_read, read_documents
 from nestlm.data.source.base import Document
+from nestlm.data.text_files import Found, shown
 from nestlm.errors import DataError
 from nestlm.progress import print_once
-
-SHOWN = 12  # left-out files and suffixes that a message names
 
 
 @dataclass(frozen=True)
@@ -55,99 +52,6 @@ class TextFolder:
                 found.left_out.append((name, str(error)))
         if found.left_out:
             print_once(f"data: left out of {shown(root)}: {found.summary()}")
-
-
-@dataclass(frozen=True)
-class Found:
-    """What a folder holds.
-
-    Attributes:
-        files: to read, sorted.
-        left_out: names of other files, with the reason; without one it is the suffix.
-    """
-
-    files: list[Path] = field(default_factory=list)
-    left_out: list[tuple[str, str]] = field(default_factory=list)
-
-    @classmethod
-    def below(cls, root: Path) -> Found:
-        """Go through a folder, then through what links in it lead to; no folder and no file is met twice.
-
-        Raises:
-            DataError: a folder cannot be read.
-        """
-        found, folders, links = cls(), deque([(root, root.resolve())]), deque[Path]()
-        walked, linked = set[Path](), set[Path]()  # real paths of folders, and of files that links lead to
-
-        def take(path: Path) -> None:
-            if is_read(path):
-                found.files.append(path)
-            else:
-                found.left_out.append((shown(path.relative_to(root).as_posix()), ""))
-
-        while folders or links:
-            if not folders:
-                link = links.popleft()
-                if link.is_dir():
-                    folders.append((link, link.resolve()))
-                elif not link.is_file():
-                    found.left_out.append((shown(link.relative_to(root).as_posix()), "a link to nowhere"))
-                elif (real := link.resolve()) not in linked and (real.parent not in walked or is_hidden(real.name)):
-                    linked.add(real)
-                    take(link)
-                continue
-            folder, real = folders.popleft()
-            if real in walked:
-                continue
-            walked.add(real)
-            for entry in entries(folder):
-                path = folder / entry.name
-                if entry.is_symlink():
-                    links.append(path)
-                elif entry.is_dir():
-                    folders.append((path, real / entry.name))
-                elif not entry.is_file():
-                    found.left_out.append((shown(path.relative_to(root).as_posix()), "no file"))
-                elif real / entry.name not in linked:
-                    take(path)
-        found.files.sort()
-        return found
-
-    def summary(self) -> str:
-        """The left-out files: how many of which suffix, and the names of those with a reason of their own."""
-        counts = Counter(suffix(name) for name, reason in self.left_out if not reason)
-        parts = [f"{number} {kind}" for kind, number in sorted(counts.items())]
-        parts += [f"{name} ({reason})" for name, reason in sorted(self.left_out) if reason]
-        more = f", and {len(parts) - SHOWN} more" if len(parts) > SHOWN else ""
-        return f"{', '.join(parts[:SHOWN])}{more}"
-
-
-def entries(folder: Path) -> list[os.DirEntry[str]]:
-    """What a folder holds, by name, but hidden entries. Raises DataError where it cannot be read."""
-    try:
-        with os.scandir(folder) as found:
-            return sorted((entry for entry in found if not is_hidden(entry.name)), key=lambda entry: entry.name)
-    except OSError as error:
-        raise DataError(
-            f"data.path: cannot read the folder {shown(folder)} ({error.strerror}); make it readable, or take it away"
-        ) from error
-
-
-def is_hidden(name: str) -> bool:
-    """Whether a file's or folder's name begins with a dot."""
-    return name.startswith(".")
-
-
-def suffix(name: str) -> str:
-    """How a message calls files of a kind."""
-    path = Path(name)
-    kinds = path.suffixes[-2:] if path.suffix.lower() in COMPRESSED[1:] else path.suffixes[-1:]
-    return "".join(kinds) or "without a suffix"
-
-
-def shown(path: Path | str) -> str:
-    """A name that can be printed and encoded, also of a file whose name is no UTF-8."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def filled(documents: Iterator[Document]) -> Iterator[Document]:
