@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,3 +45,19 @@ def read_json(path: Path, *, cure: str, kind: type = dict) -> Any:
     if not isinstance(content, kind):
         raise DataError(f"{path} is damaged: got a {type(content).__name__}, wanted a {kind.__name__}; {cure}")
     return content
+
+
+@contextmanager
+def expecting(place: Path, *, cure: str) -> Iterator[None]:
+    """Read values of our own files, which may have been edited.
+
+    Raises:
+        DataError: a key or a column is absent, or a value is of another type.
+    """
+    try:
+        yield
+    except DataError:
+        raise
+    except (KeyError, TypeError, AttributeError, IndexError, ArithmeticError) as error:
+        reason = repr(error)[:REASON_LENGTH]
+        raise DataError(f"{place} is damaged, or of another version of nestlm ({reason}); {cure}") from error

@@ -30,7 +30,7 @@ from nestlm.generation.generate import generate
 from nestlm.generation.rows import policy_of_rows
 from nestlm.generation.sampling import GREEDY, Sampling
 from nestlm.generation.text import continuation
-from nestlm.json_files import REASON_LENGTH, read_json
+from nestlm.json_files import REASON_LENGTH, expecting, read_json
 from nestlm.model.family import Family
 from nestlm.nn.decoder import Decoder
 from nestlm.nn.policy import Policy, fixed
@@ -118,9 +118,10 @@ class NestedModel:
             NestlmError: something is missing or damaged, or the device is not there.
         """
         settings = own_table(settings, folder)
-        skippable = read_json(folder / "metrics.json", cure=CURE)["rank"].get(SKIPPABLE)
-        if skippable is not None:
-            settings = settings.with_skippable(skippable)
+        with expecting(folder / "metrics.json", cure=CURE):
+            skippable = read_json(folder / "metrics.json", cure=CURE)["rank"].get(SKIPPABLE)
+            if skippable is not None:
+                settings = settings.with_skippable(skippable)
         return cls(folder, on_device(settings, device))
 
     @property

@@ -5,9 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed.checkpoint as dcp
 
 from nestlm import pipeline
+from nestlm.callbacks.checkpoint import complete
 from nestlm.compose import build, compose
+from nestlm.parallel import checkpoint
 from plugins import NANO
 
 Run = Callable[..., Path]
@@ -60,4 +64,17 @@ def dynamic_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run whose router decides for each token. Its cache is gone."""
     folder = whole_run(tmp_path_factory.mktemp("dynamic"), *DYNAMIC)
     shutil.rmtree(folder.with_name("cache"))
+    return folder
+
+
+@pytest.fixture
+def sharded_checkpoint(tmp_path: Path) -> Path:
+    """A checkpoint as ranks write it, of one rank; beside it the model's weights, expected.pt."""
+    model = torch.nn.ModuleDict({"decoder": torch.nn.Linear(3, 2), "router": torch.nn.Linear(2, 1)})
+    optimizer = torch.optim.AdamW(model.parameters())
+    folder = tmp_path / "step=00000001.ckpt"
+    dcp.save(checkpoint.state_of(model, optimizer), checkpoint_id=folder, no_dist=True)
+    torch.save({"epoch": 0}, folder / checkpoint.LOOPS)
+    complete(folder, None)
+    torch.save(model.state_dict(), tmp_path / "expected.pt")
     return folder

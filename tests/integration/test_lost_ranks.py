@@ -126,24 +126,11 @@ def test_what_stops_one_rank_is_named(trouble, error, message, tmp_path):
         launch(many_runs.in_trouble, (trouble, [*run, f"cache_dir={tmp_path / 'cache'}"]), num_ranks=2)
 
 
-@pytest.fixture
-def saved(tmp_path: Path) -> Path:
-    """A checkpoint as ranks write it, of one rank."""
-    model = torch.nn.ModuleDict({"decoder": torch.nn.Linear(3, 2), "router": torch.nn.Linear(2, 1)})
-    optimizer = torch.optim.AdamW(model.parameters())
-    folder = tmp_path / "step=00000001.ckpt"
-    dcp.save(checkpoint.state_of(model, optimizer), checkpoint_id=folder, no_dist=True)
-    torch.save({"epoch": 0}, folder / checkpoint.LOOPS)
-    complete(folder, None)
-    torch.save(model.state_dict(), tmp_path / "expected.pt")
-    return folder
-
-
-def test_a_sharded_checkpoint_becomes_safetensors(saved, tmp_path):
+def test_a_sharded_checkpoint_becomes_safetensors(sharded_checkpoint, tmp_path):
+    expected = torch.load(sharded_checkpoint.with_name("expected.pt"), weights_only=True)
     out = tmp_path / "weights"
-    result = CliRunner().invoke(app, ["consolidate", str(saved), "--out", str(out)])
+    result = CliRunner().invoke(app, ["consolidate", str(sharded_checkpoint), "--out", str(out)])
     assert result.exit_code == 0, result.output
-    expected = torch.load(tmp_path / "expected.pt", weights_only=True)
     for part, file in (("decoder", "model.safetensors"), ("router", "router.safetensors")):
         found = load_file(out / file)
         assert found.keys() == {"weight", "bias"}
@@ -151,27 +138,40 @@ def test_a_sharded_checkpoint_becomes_safetensors(saved, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["__0_0.distcp", checkpoint.INDEX, checkpoint.LOOPS, CHECKSUMS])
-def test_a_damaged_file_of_a_sharded_checkpoint_is_named(name, saved, tmp_path, capsys):
-    assert last_good_checkpoint(saved.parent, is_sharded=True) == saved
-    assert last_good_checkpoint(saved.parent, is_sharded=False) is None, "those of one process are another kind"
-    content = bytearray((saved / name).read_bytes())
+def test_a_damaged_file_of_a_sharded_checkpoint_is_named(name, sharded_checkpoint, tmp_path, capsys):
+    assert last_good_checkpoint(sharded_checkpoint.parent, is_sharded=True) == sharded_checkpoint
+    assert last_good_checkpoint(sharded_checkpoint.parent, is_sharded=False) is None, (
+        "those of one process are another kind"
+    )
+    content = bytearray((sharded_checkpoint / name).read_bytes())
     content[len(content) // 2] ^= 1
-    (saved / name).write_bytes(content)
-    result = CliRunner().invoke(app, ["consolidate", str(saved), "--out", str(tmp_path / "weights")])
+    (sharded_checkpoint / name).write_bytes(content)
+    result = CliRunner().invoke(app, ["consolidate", str(sharded_checkpoint), "--out", str(tmp_path / "weights")])
     assert "wanted a checkpoint that several ranks wrote" in str(result.exception)
-    assert last_good_checkpoint(saved.parent, is_sharded=True) is None
+    assert last_good_checkpoint(sharded_checkpoint.parent, is_sharded=True) is None
     assert "step=00000001.ckpt is damaged" in capsys.readouterr().err
 
 
-def test_nothing_unpickles_code_from_shards(saved, tmp_path):
+@pytest.mark.parametrize("name", ["../{}", "{}/../{}", "/{}"])
+def test_an_index_names_files_of_its_folder(name, sharded_checkpoint):
+    index = checkpoint.read_index(sharded_checkpoint)
+    for stored in index.storage_data.values():
+        stored.relative_path = name.replace("{}", stored.relative_path)
+    (sharded_checkpoint / checkpoint.INDEX).write_bytes(pickle.dumps(index))
+    complete(sharded_checkpoint, None)
+    with pytest.raises(CheckpointError, match="its index names"):
+        last_good_checkpoint(sharded_checkpoint.parent, is_sharded=True)
+
+
+def test_nothing_unpickles_code_from_shards(sharded_checkpoint, tmp_path):
     class Evil:
         def __reduce__(self):
             return os.system, (f"touch {tmp_path / 'owned'}",)
 
-    (saved / checkpoint.INDEX).write_bytes(pickle.dumps(Evil()))
-    complete(saved, None)
+    (sharded_checkpoint / checkpoint.INDEX).write_bytes(pickle.dumps(Evil()))
+    complete(sharded_checkpoint, None)
     with pytest.raises(CheckpointError, match=r"posix\.system is no part of an index"):
-        last_good_checkpoint(saved.parent, is_sharded=True)
+        last_good_checkpoint(sharded_checkpoint.parent, is_sharded=True)
     assert not (tmp_path / "owned").exists()
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from nestlm.report.differences import changed_cells, changed_origins
+from nestlm.report.record import write_record
 from nestlm.verification import judge, missing_cores, num_threads, torch
 
 ROWS = [
@@ -28,6 +29,7 @@ def write(folder: Path, rows=ROWS, *, width=8, ending="\n", cached=False, **prov
     (folder / "specs/0.7.json").write_text(json.dumps({"widths": width}))
     (folder / "timings.csv").write_text(f"what,seconds,cached\ndata,1.0,{cached}\nfind uniform 1,1.0,{cached}\n")
     (folder / "provenance.json").write_text(json.dumps(KNOWN | provenance))
+    write_record(folder)
     return folder
 
 

@@ -87,7 +87,7 @@ def read_index(folder: Path) -> metadata.Metadata:
     """The index of a checkpoint.
 
     Raises:
-        CheckpointError: it holds code.
+        CheckpointError: it holds code, or names a file elsewhere.
         OSError, EOFError, RuntimeError: it is absent, cut, or names bytes that its files do not have.
     """
     try:
@@ -97,7 +97,10 @@ def read_index(folder: Path) -> metadata.Metadata:
             raise CheckpointError(f"checkpoint {folder}: {error} and is not loaded; remove it") from error
         raise RuntimeError(f"its index is damaged: {error}") from error
     for stored in (found.storage_data or {}).values():
-        path = folder / stored.relative_path
+        name = str(stored.relative_path)
+        if name in ("", ".", "..") or Path(name).name != name:
+            raise CheckpointError(f"checkpoint {folder}: its index names {name[:100]!r} and is not loaded; remove it")
+        path = folder / name
         if not path.is_file() or path.stat().st_size < stored.offset + stored.length:
             raise RuntimeError(f"{path.name} is cut or absent")
     return found

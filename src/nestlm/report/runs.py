@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from nestlm.errors import DataError
-from nestlm.json_files import read_json
+from nestlm.json_files import expecting, read_json
 from nestlm.report.record import CURE, PROVENANCE, check_record, is_finished
 from nestlm.report.tables import Row, read_csv
 
@@ -19,7 +19,11 @@ def read_provenance(folder: Path) -> dict[str, Any]:
     """Where the numbers of a run come from. Raises DataError for a folder that is no finished run."""
     if not is_finished(folder):
         check_record(folder)
-    return read_json(folder / PROVENANCE, cure=CURE)
+    content = read_json(folder / PROVENANCE, cure=CURE)
+    for name in ("commit", "threads", "data_fingerprint"):
+        if name not in content:
+            raise DataError(f"{folder / PROVENANCE} is damaged: it lacks {name}; {CURE}")
+    return content
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -62,9 +66,15 @@ class Run:
         """The run of a folder.
 
         Raises:
-            DataError: the folder is no finished run, or its files are not those that the run wrote.
+            DataError: the folder is no finished run, its files are not those that the run wrote, or hold other values.
         """
         check_record(folder)
+        with expecting(folder, cure=CURE):
+            return cls.of_files(folder)
+
+    @classmethod
+    def of_files(cls, folder: Path) -> Run:
+        """Read the files of a run, whose record has been checked."""
         provenance = read_provenance(folder)
         results = read_csv(folder / "results.csv")
         timings = read_csv(folder / "timings.csv")

@@ -10,6 +10,9 @@ from typing import Any
 
 from rich.table import Table
 
+from nestlm.errors import DataError
+from nestlm.report.record import CURE
+
 Row = Mapping[str, Any]
 
 # Shown columns: heading, key, format. `spread` is over sequences, `worst` is of the dearest one; `time` is that of a
@@ -39,9 +42,12 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
 
 
 def read_csv(path: Path) -> list[dict[str, Any]]:
-    """Rows as `write_csv` wrote them, numbers and truth values as such."""
-    with path.open(newline="", encoding="utf-8") as file:
-        return [{key: parse(cell) for key, cell in row.items()} for row in csv.DictReader(file)]
+    """Rows as `write_csv` wrote them, numbers and truth values as such. Raises DataError for a damaged file."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return [{key: parse(cell) for key, cell in row.items()} for row in csv.DictReader(file, strict=True)]
+    except (ValueError, TypeError, csv.Error, RecursionError, MemoryError) as error:
+        raise DataError(f"{path} is damaged: no table ({str(error)[:100]}); {CURE}") from error
 
 
 def parse(cell: str) -> Any:
