@@ -11,6 +11,8 @@ from typing import Annotated
 import typer
 
 from nestlm.errors import EXIT_USER_ERROR, ConfigError, NestlmError
+from nestlm.interrupts import listen
+from nestlm.resources import check_writable, resource_error
 
 EXIT_DIFFERENT = 1
 
@@ -47,11 +49,14 @@ def report(
     from nestlm.report.runs import find_runs
 
     if len(runs) == 1 and (runs[0] / PROVENANCE).is_file():
+        check_writable(runs[0], setting="RUN")
         render(runs[0])
         return
-    comparison = compare(find_runs(runs), keys=by or (), metric=metric, force=force)
     shared = Path(os.path.commonpath([run.absolute() for run in runs]))
-    render_comparison(comparison, folder=out or shared / "report", title=shared.name)
+    place = out or shared / "report"
+    check_writable(place, setting="--out")
+    comparison = compare(find_runs(runs), keys=by or (), metric=metric, force=force)
+    render_comparison(comparison, folder=place, title=shared.name)
 
 
 @app.command()
@@ -119,6 +124,7 @@ def consolidate(
 
     Example: nestlm consolidate cache/elastic-1a2b3c4d5e6f7a8b/checkpoints/step=00001000.ckpt --out weights
     """
+    check_writable(out, setting="--out")
     from nestlm.parallel.checkpoint import consolidate as together
 
     for path in together(checkpoint, out):
@@ -198,6 +204,8 @@ def evaluate(
 
     asked = None if budgets is None else [Budget.from_str(each) for each in budgets.split(",")]
     numbers = shots_of(shots)
+    place = out or run / "evaluation"
+    check_writable(place.parent, setting="--out")
     from nestlm.compose import data_settings, load, plain_errors
 
     with plain_errors():
@@ -216,7 +224,7 @@ def evaluate(
     from nestlm.terminal import print_scores
 
     text = "the run's own" if overrides is None else " ".join(overrides)
-    print_scores(rows, out=out or run / "evaluation", title=f"{run.name}: held-out text of {text}")
+    print_scores(rows, out=place, title=f"{run.name}: held-out text of {text}")
 
 
 def shots_of(text: str) -> dict[str, int]:
@@ -277,6 +285,7 @@ def export(
     from nestlm.spec import Budget
 
     asked = Budget.from_str(budget)
+    check_writable(out.parent, setting="--out")
     from nestlm.compose import load
     from nestlm.report.console import output
 
@@ -298,8 +307,12 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # of a terminal that cannot show every character
             stream.reconfigure(errors="backslashreplace")
+    listen()
     try:
         app()
-    except NestlmError as error:
-        typer.echo(f"error: {error}", err=True)
+    except Exception as error:
+        known = error if isinstance(error, NestlmError) else resource_error(error)
+        if known is None:
+            raise
+        typer.echo(f"error: {known}", err=True)
         raise SystemExit(EXIT_USER_ERROR) from None

@@ -28,6 +28,7 @@ from nestlm.allowlist import allowed_plugins, check_plugins, nearest, plugins_of
 from nestlm.dotted import flat_items
 from nestlm.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, ConfigError, NestlmError, NotAllowedError, Preempted
 from nestlm.gpus import own_gpu, visible_gpus
+from nestlm.resources import resource_error
 from nestlm.sweep import JobFailed, failures, in_sweep, job_failed, link_run, shares_machine
 
 if TYPE_CHECKING:  # heavy to import
@@ -68,10 +69,13 @@ def run_job(config: DictConfig) -> float | None:
     try:
         finished = run_config(config)
     except Exception as error:
-        known = isinstance(error, USER_ERRORS)
-        if not known or config.get("traceback") is True:
+        known = user_error(error)
+        if isinstance(known, Preempted):  # the sweep ends, too
+            print(f"error: {known}", file=sys.stderr)
+            sys.exit(EXIT_PREEMPTED)
+        if known is None or config.get("traceback") is True:
             traceback.print_exc()
-        raise job_failed(explain(error) if known else f"{type(error).__name__}: {error}") from error
+        raise job_failed(f"{type(error).__name__}: {error}" if known is None else explain(known)) from error
     if finished is None:
         return None
     link_run(finished.folder)
@@ -197,11 +201,17 @@ def plain_errors() -> Iterator[None]:
     """Print a user's error and exit; a bug keeps its traceback, and `traceback=true` shows it for all."""
     try:
         yield
-    except USER_ERRORS as error:
-        if any(argument.lower() == "traceback=true" for argument in sys.argv[1:]):
+    except Exception as error:
+        known = user_error(error)
+        if known is None or any(argument.lower() == "traceback=true" for argument in sys.argv[1:]):
             raise
-        print(f"error: {explain(error)}", file=sys.stderr)
-        sys.exit(EXIT_PREEMPTED if isinstance(error, Preempted) else EXIT_USER_ERROR)
+        print(f"error: {explain(known)}", file=sys.stderr)
+        sys.exit(EXIT_PREEMPTED if isinstance(known, Preempted) else EXIT_USER_ERROR)
+
+
+def user_error(error: Exception) -> Exception | None:
+    """An error that a user can cure, or what the machine lacks; None for a bug."""
+    return error if isinstance(error, USER_ERRORS) else resource_error(error)
 
 
 def compose(overrides: list[str]) -> dict[str, Any]:

@@ -36,6 +36,10 @@ class Preempted(NestlmError):  # noqa: N818 (nothing went wrong)
     """Training that was told to end, and can go on."""
 
 
+class ResourceError(NestlmError):
+    """Space, permission, open files or memory that the machine lacks."""
+
+
 class DeviceMemoryError(NestlmError):
     """A step that needs more memory than a device has."""
 

@@ -33,6 +33,7 @@ from nestlm.report import wandb_run
 from nestlm.report.console import output
 from nestlm.report.render import render
 from nestlm.report.run_folder import FinishedStage, write_run_folder
+from nestlm.resources import check_writable
 from nestlm.settings import Settings, View, check, check_budgets
 from nestlm.training import make_trainer, trainer_device
 
@@ -108,6 +109,7 @@ def run(settings: Settings, *, config: dict[str, Any]) -> FinishedRun | None:
         NestlmError: something in the settings, the data or the weights that a user can cure.
     """
     check(settings)
+    check_places(settings, config=config)
     if settings.dry_run:
         describe(settings)
         return None
@@ -122,10 +124,7 @@ def fill_run_folder(settings: Settings, *, config: dict[str, Any], shown: bool =
     placement_of(make_trainer(settings.trainer))  # ranks meet
     console.quiet = output.quiet = ranks.rank() != 0
     run_dir = run_folder(settings, config=config)
-    try:
-        (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"run_dir: cannot make {run_dir} ({error.strerror}); wanted a folder to write to") from error
+    (run_dir / "logs").mkdir(parents=True, exist_ok=True)
     # the same command twice at the same time
     with locked(run_dir, str(run_dir)) if ranks.rank() == 0 else nullcontext():
         return work_in(run_dir, settings, config=config, shown=shown)
@@ -134,7 +133,7 @@ def fill_run_folder(settings: Settings, *, config: dict[str, Any], shown: bool =
 def work_in(run_dir: Path, settings: Settings, *, config: dict[str, Any], shown: bool) -> FinishedRun:
     """Walk the stages and write the run's folder, alone in it."""
     parent = settings.model.parent() if ranks.rank() == 0 else None
-    cache = Path(settings.cache_dir or "cache") if settings.cache == "on" else run_dir / "stages"
+    cache = cache_folder(settings, run_dir)
     with open_logger(settings, run_dir, config=config) as logger:
         finished = run_stages(settings, config=config, cache=cache, logger=logger)
         gap = 0.0
@@ -197,8 +196,7 @@ def profile(settings: Settings, *, out: Path) -> None:
     latency = settings.latency
     if latency is None or latency.table is not None:
         raise ConfigError("profile: got a cost without anything to measure; wanted cost=latency, without a table")
-    if not out.absolute().parent.is_dir():
-        raise ConfigError(f"--out: {out.parent} is no folder; wanted a file in a folder that exists")
+    check_writable(out.parent, setting="--out")
     check(settings)
     check_trainer(settings)
     table = measure(
@@ -207,6 +205,7 @@ def profile(settings: Settings, *, out: Path) -> None:
         config=settings.model.decoder_config(),
         device=trainer_device(settings.trainer),
     )
+    out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, table.to_json())
     for line in table.summary():
         output.print(line)
@@ -331,6 +330,18 @@ def result_metrics(rows: list[dict[str, Any]], metrics: dict[str, dict[str, Any]
     if correlation is not None:
         logged["router/rank_correlation"] = correlation
     return logged | {"val/pareto_gap": metrics["evaluate"]["pareto_gap"]}
+
+
+def check_places(settings: Settings, *, config: dict[str, Any]) -> None:
+    """Raise ConfigError where the run's folder or the cache cannot be written to."""
+    run_dir = run_folder(settings, config=config)
+    check_writable(run_dir, setting="run_dir")
+    check_writable(cache_folder(settings, run_dir), setting="cache_dir")
+
+
+def cache_folder(settings: Settings, run_dir: Path) -> Path:
+    """Where stages work."""
+    return Path(settings.cache_dir or "cache") if settings.cache == "on" else run_dir / "stages"
 
 
 def run_folder(settings: Settings, *, config: dict[str, Any]) -> Path:

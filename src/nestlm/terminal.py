@@ -127,6 +127,7 @@ def print_scores(rows: Sequence[Mapping[str, Any]], *, out: Path, title: str) ->
     if len(tasks[0]) > 1:
         print_table(tasks, "tasks")
     paths = [out.with_name(out.name + ending) for ending in (".csv", ".md")]
+    out.parent.mkdir(parents=True, exist_ok=True)
     write_csv(paths[0], rows)
     headings, *cells = [[*left, *right[1:]] for left, right in zip(text, tasks, strict=True)]
     paths[1].write_text(f"{title}\n\n{markdown_table(headings, cells)}\n", encoding="utf-8")

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import signal
+import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -38,7 +41,7 @@ def make_trainer(
 ) -> L.Trainer:
     """The trainer of the config, told what this project decides itself."""
     strategy = getattr(factory, "keywords", {}).get("strategy")
-    return factory(
+    trainer = factory(
         **({"strategy": strategy()} if isinstance(strategy, partial) else {}),  # each trainer has its own
         max_epochs=1,
         callbacks=callbacks,
@@ -50,6 +53,31 @@ def make_trainer(
         num_sanity_val_steps=0,
         log_every_n_steps=log_every_n_steps,
     )
+    keep_sigterm_handler(trainer)
+    return trainer
+
+
+def keep_sigterm_handler(trainer: L.Trainer) -> None:
+    """Have Lightning leave SIGTERM alone: its handler ends no process, and has ranks talk wherever they are."""
+    connector = trainer._signal_connector  # there is no public way
+    register = connector.register_signal_handlers
+
+    def register_others() -> None:
+        with same_handler(signal.SIGTERM):
+            register()
+
+    connector.register_signal_handlers = register_others
+
+
+@contextmanager
+def same_handler(signum: signal.Signals) -> Iterator[None]:
+    """Put a signal's handler back at the end; other threads than the main one set none."""
+    handler = signal.getsignal(signum)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signum, handler)
 
 
 def trainer_device(factory: Callable[..., L.Trainer]) -> torch.device:
@@ -89,11 +117,14 @@ def fit(
         trainer.strategy.checkpoint_io = CheckpointFile()
     checkpoint = ranks.agreed(last_good_checkpoint(folder / "checkpoints", is_sharded=is_sharded(trainer)))
     try:
-        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        with same_handler(signal.SIGTERM):  # the checkpoints' own is for steps
+            trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     except DivergenceError as error:
         good = last_good_checkpoint(folder / "checkpoints", is_sharded=is_sharded(trainer))
         kept = "there is no checkpoint of this stage yet" if good is None else f"the last good checkpoint is {good}"
         raise DivergenceError(f"{error}; {kept}, and the stages before are kept") from error
+    if saving.is_told_to_end:  # after the last step
+        signal.raise_signal(signal.SIGTERM)
     if trainer.global_step != module.num_steps:
         raise ConfigError(f"{stage}: stopped after {trainer.global_step} of {module.num_steps} steps; look at trainer")
     return 0 if checkpoint is None else int(checkpoint.stem.rpartition("=")[2])

@@ -23,6 +23,7 @@ from nestlm.report.differences import cached_stages, changed_cells, changed_orig
 from nestlm.report.provenance import environment
 from nestlm.report.record import check_record, is_finished
 from nestlm.report.runs import read_config, read_provenance
+from nestlm.resources import check_writable
 from nestlm.settings import Settings, check
 
 
@@ -91,6 +92,7 @@ def workplace(out: Path | None) -> Iterator[Path]:
         with TemporaryDirectory(prefix="nestlm-verify-") as place:
             yield Path(place)
         return
+    check_writable(out, setting="--out")
     if is_finished(out):
         raise ConfigError(f"--out: {out} holds a finished run; wanted a new folder, or an interrupted verify's")
     yield out

@@ -63,10 +63,10 @@ class TimedCheckpoint(L.Callback):
         self.background = ThreadPoolExecutor(1)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the clock, and listen. Lightning's own listener has ranks talk wherever they are, which can hang."""
+        """Start the clock, and listen; `fit` puts the handler back that was there before."""
         self.saved_at = time.monotonic()
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self.end)  # Lightning puts back what was there
+            signal.signal(signal.SIGTERM, self.end)
 
     def end(self, signum: int, frame: Any) -> None:
         """After this step."""

@@ -15,6 +15,8 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from nestlm import errors
 from nestlm.errors import NestlmError, Preempted
+from nestlm.interrupts import SIGNALS, end_by, listen
+from nestlm.resources import resource_error
 
 T = TypeVar("T")
 GRACE_SECONDS = 600  # for a last checkpoint, when the ranks are told to end
@@ -42,20 +44,45 @@ def launch(work: Callable[[Any], T], argument: Any, *, num_ranks: int) -> T:
         max_restarts=0,
         shutdown_timeout=GRACE_SECONDS,
     )
-    with quiet_agent(), shared_cores(num_ranks):
+    with quiet_agent(), shared_cores(num_ranks), same_handlers():
         try:
-            return elastic_launch(config, work)(argument)[0]
+            return elastic_launch(config, as_rank)(work, argument)[0]
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
             raise translated(rank, failure) from None
         except SignalException as error:
             if error.sigval == signal.SIGINT:
-                raise KeyboardInterrupt from None
+                end_by(signal.SIGINT)
             raise Preempted("the ranks were told to end; the same command goes on from their last checkpoint") from None
+
+
+def as_rank(work: Callable[[Any], T], argument: Any) -> T:
+    """Do a rank's work. What the machine lacks is told as such: of other errors only text reaches the parent."""
+    listen(is_silent=True)
+    try:
+        return work(argument)
+    except Exception as error:
+        lacking = None if isinstance(error, NestlmError) else resource_error(error)
+        if lacking is None:
+            raise
+        raise lacking from error
+
+
+@contextmanager
+def same_handlers() -> Iterator[None]:
+    """Put signal handlers back: torchrun's agent leaves its own."""
+    before = {each: signal.getsignal(each) for each in SIGNALS}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 def translated(rank: int, failure: ProcessFailure) -> Exception:
     """What a rank raised, as far as its report tells."""
+    if failure.exitcode in (-signal.SIGTERM, errors.EXIT_PREEMPTED):
+        return Preempted(f"rank {rank} was told to end; the same command goes on from the last checkpoint")
     if failure.exitcode < 0:
         return RuntimeError(f"rank {rank} was ended by {signal.Signals(-failure.exitcode).name}; so were the others")
     reported: Any = failure.message

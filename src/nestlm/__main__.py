@@ -1,0 +1,15 @@
+"""The entry point of the `nestlm` command, which listens to signals before it imports anything heavy."""
+
+from nestlm.interrupts import listen
+
+
+def main() -> None:
+    """Run a command line."""
+    listen()
+    from nestlm.cli import main as run
+
+    run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""What a machine lacks: space, permissions, open files, memory. One line says what, where, and the cure."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from nestlm.errors import ConfigError, ResourceError
+
+SPACE = "free some space, or choose another folder"
+PLACE = "change its permissions, or choose another place"
+MEMORY = "free some memory, raise its limit (ulimit -v), or take a smaller model or batch"
+FILES = "raise the limit of open files (ulimit -n)"
+CURES = {
+    errno.ENOSPC: SPACE,
+    errno.EDQUOT: SPACE,
+    errno.EFBIG: "raise the limit of file sizes (ulimit -f), or choose another folder",
+    errno.EROFS: PLACE,
+    errno.EACCES: PLACE,
+    errno.EPERM: PLACE,
+    errno.EIO: "look at the disk, or choose another folder",
+    errno.EMFILE: FILES,
+    errno.ENFILE: FILES,
+    errno.ENOMEM: MEMORY,
+    errno.EAGAIN: "raise the limit of processes (ulimit -u)",
+    errno.ENOSYS: "mount /dev/shm, which processes share memory by, or set data.num_workers=0",
+}
+# What libraries say without an error number.
+TEXTS = {
+    "can't allocate memory": errno.ENOMEM,
+    "not enough memory": errno.ENOMEM,
+    "bad_alloc": errno.ENOMEM,
+    "failed to map segment": errno.ENOMEM,
+    "can't start new thread": errno.EAGAIN,
+    "PytorchStreamWriter failed": errno.ENOSPC,
+    "unable to open shared memory": errno.ENOSYS,
+} | {os.strerror(number): number for number in CURES if number not in (errno.EIO, errno.EAGAIN, errno.EPERM)}
+
+
+def resource_error(error: BaseException) -> ResourceError | None:
+    """What the machine lacks, where an error or what led to it says so; None for any other error, such as a bug."""
+    for each in chain(error):
+        if isinstance(each, OSError) and each.errno in CURES:
+            place = f" {shortened(each.filename)}" if each.filename is not None else ""
+            return ResourceError(f"cannot read or write{place} ({each.strerror}); {CURES[each.errno]}")
+        if isinstance(each, MemoryError):
+            return ResourceError(f"out of memory; {MEMORY}")
+        if isinstance(each, RuntimeError | ImportError | OSError) or type(each).__name__ == "SafetensorError":
+            number = next((number for text, number in TEXTS.items() if text in str(each)), None)
+            if number is not None:
+                return ResourceError(f"{os.strerror(number)}: {shortened(first_line(each))}; {CURES[number]}")
+    return None
+
+
+def chain(error: BaseException) -> Iterator[BaseException]:
+    """An error, and those that led to it."""
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        yield current
+        current = current.__cause__ or current.__context__
+
+
+def first_line(error: BaseException) -> str:
+    """An error's own words, its first line."""
+    return next(iter(str(error).splitlines()), "")
+
+
+def shortened(text: object, *, longest: int = 200) -> str:
+    """A text of at most so many characters, its beginning cut off."""
+    shown = os.fsdecode(text) if isinstance(text, bytes) else str(text)
+    return shown if len(shown) <= longest else f"...{shown[-longest:]}"
+
+
+def check_writable(folder: Path, *, setting: str) -> None:
+    """Look whether files can be written to a folder, or to the nearest one above it that exists.
+
+    Raises:
+        ConfigError: it is no folder, or may not be written to.
+    """
+    place = folder.absolute()
+    while not os.path.lexists(place):
+        place = place.parent
+    reason = None
+    if not place.is_dir():
+        reason = os.strerror(errno.ENOTDIR)
+    elif not os.access(place, os.W_OK | os.X_OK):
+        reason = "it is read-only"
+    if reason is not None:
+        raise ConfigError(f"{setting}: cannot write to {shortened(place)} ({reason}); {PLACE}")
