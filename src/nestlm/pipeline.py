@@ -33,7 +33,7 @@ from nestlm.report import wandb_run
 from nestlm.report.console import output
 from nestlm.report.render import render
 from nestlm.report.run_folder import FinishedStage, write_run_folder
-from nestlm.resources import check_writable
+from nestlm.resources import check_writable, resource_errors
 from nestlm.settings import Settings, View, check, check_budgets
 from nestlm.training import make_trainer, trainer_device
 
@@ -138,7 +138,8 @@ def work_in(run_dir: Path, settings: Settings, *, config: dict[str, Any], shown:
         finished = run_stages(settings, config=config, cache=cache, logger=logger)
         gap = 0.0
         if ranks.rank() == 0:
-            gap = write(run_dir, finished, settings, config=config, logger=logger, shown=shown, parent=parent)
+            with resource_errors(run_dir):
+                gap = write(run_dir, finished, settings, config=config, logger=logger, shown=shown, parent=parent)
     return FinishedRun(run_dir, ranks.agreed(gap))
 
 
@@ -272,7 +273,8 @@ def run_stage(stage: Stage, folder: StageFolder, context: Context) -> FinishedSt
         cached = result is not None
         if result is None:
             started = time.monotonic()
-            mine = stage.run(context) if is_first or not stage.is_alone else {}
+            with resource_errors(folder.path):
+                mine = stage.run(context) if is_first or not stage.is_alone else {}
             result = ranks.agreed(mine | {"seconds": time.monotonic() - started})
             if is_first:
                 folder.finish(result)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+import traceback
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from nestlm.errors import ConfigError, ResourceError
+from nestlm.errors import ConfigError, NestlmError, ResourceError
 
 SPACE = "free some space, or choose another folder"
 PLACE = "change its permissions, or choose another place"
@@ -24,9 +26,10 @@ CURES = {
     errno.EMFILE: FILES,
     errno.ENFILE: FILES,
     errno.ENOMEM: MEMORY,
-    errno.EAGAIN: "raise the limit of processes (ulimit -u)",
+    errno.EAGAIN: "raise the limits of processes (ulimit -u) and memory (ulimit -v)",
     errno.ENOSYS: "mount /dev/shm, which processes share memory by, or set data.num_workers=0",
 }
+WRITING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 # What libraries say without an error number.
 TEXTS = {
     "can't allocate memory": errno.ENOMEM,
@@ -39,12 +42,38 @@ TEXTS = {
 } | {os.strerror(number): number for number in CURES if number not in (errno.EIO, errno.EAGAIN, errno.EPERM)}
 
 
-def resource_error(error: BaseException) -> ResourceError | None:
-    """What the machine lacks, where an error or what led to it says so; None for any other error, such as a bug."""
+@contextmanager
+def resource_errors(place: Path | None = None) -> Iterator[None]:
+    """Raise what the machine lacks as a ResourceError.
+
+    Args:
+        place: the folder that is named where an error names no file.
+    """
+    try:
+        yield
+    except NestlmError:
+        raise
+    except Exception as error:
+        lacking = resource_error(error, place=place)
+        if lacking is None:
+            raise
+        raise lacking from error
+
+
+def resource_error(error: BaseException, *, place: Path | None = None) -> ResourceError | None:
+    """What the machine lacks, where an error or what led to it says so; None for any other error, such as a bug.
+
+    Args:
+        error: of any kind.
+        place: the folder that is named where an error names no file.
+    """
     for each in chain(error):
+        if isinstance(each, OSError) and raised_by_semaphores(each):
+            return ResourceError(f"cannot share memory between processes ({each.strerror}); {CURES[errno.ENOSYS]}")
         if isinstance(each, OSError) and each.errno in CURES:
-            place = f" {shortened(each.filename)}" if each.filename is not None else ""
-            return ResourceError(f"cannot read or write{place} ({each.strerror}); {CURES[each.errno]}")
+            doing = "write" if each.errno in WRITING else "read or write"
+            where = shortened(each.filename or place or "a file")
+            return ResourceError(f"cannot {doing} {where} ({each.strerror}); {CURES[each.errno]}")
         if isinstance(each, MemoryError):
             return ResourceError(f"out of memory; {MEMORY}")
         if isinstance(each, RuntimeError | ImportError | OSError) or type(each).__name__ == "SafetensorError":
@@ -62,6 +91,12 @@ def chain(error: BaseException) -> Iterator[BaseException]:
         seen.add(id(current))
         yield current
         current = current.__cause__ or current.__context__
+
+
+def raised_by_semaphores(error: OSError) -> bool:
+    """Whether an error comes from Python's semaphores, which need /dev/shm and name no file."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and Path(frames[-1].filename).match("multiprocessing/synchronize.py")
 
 
 def first_line(error: BaseException) -> str:

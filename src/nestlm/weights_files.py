@@ -9,9 +9,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nestlm.checksums import CHECKSUMS, is_listed, write_listed
-from nestlm.errors import CheckpointError
+from nestlm.errors import CheckpointError, ResourceError
 from nestlm.parallel import ranks
 from nestlm.parallel.sharding import read_state
+from nestlm.resources import resource_errors
 
 CURE = "copy its folder again, or remove it and do the run again"
 
@@ -30,7 +31,10 @@ def load_weights(module: nn.Module, path: Path) -> None:
     if ranks.rank() == 0:
         check_weights(path)
     try:
-        read_state(module, path)
+        with resource_errors(path):
+            read_state(module, path)
+    except ResourceError:
+        raise
     except (SafetensorError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{path} holds the weights of another model ({reason}); {CURE}") from error

@@ -21,6 +21,7 @@ from nestlm.parallel import checkpoint as sharded
 from nestlm.parallel import ranks
 from nestlm.parallel.strategy import Sharded
 from nestlm.progress import console
+from nestlm.resources import resource_error
 
 KEPT = 2  # so that the one before is there when the last one is damaged
 STATE = "state.pt"  # in a checkpoint of one process
@@ -153,6 +154,8 @@ def last_good_checkpoint(folder: Path, *, is_sharded: bool) -> Path | None:
         except CheckpointError:
             raise
         except (ValueError, RuntimeError, EOFError, OSError) as error:
+            if resource_error(error) is not None:  # the checkpoint may be well
+                raise
             console.print(
                 f"checkpoint {path} is damaged ({str(error).splitlines()[0]}); using the one before it",
                 highlight=False,

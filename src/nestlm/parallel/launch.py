@@ -16,7 +16,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from nestlm import errors
 from nestlm.errors import NestlmError, Preempted
 from nestlm.interrupts import SIGNALS, end_by, listen
-from nestlm.resources import resource_error
+from nestlm.resources import resource_errors
 
 T = TypeVar("T")
 GRACE_SECONDS = 600  # for a last checkpoint, when the ranks are told to end
@@ -59,13 +59,8 @@ def launch(work: Callable[[Any], T], argument: Any, *, num_ranks: int) -> T:
 def as_rank(work: Callable[[Any], T], argument: Any) -> T:
     """Do a rank's work. What the machine lacks is told as such: of other errors only text reaches the parent."""
     listen(is_silent=True)
-    try:
+    with resource_errors():
         return work(argument)
-    except Exception as error:
-        lacking = None if isinstance(error, NestlmError) else resource_error(error)
-        if lacking is None:
-            raise
-        raise lacking from error
 
 
 @contextmanager
