@@ -38,6 +38,7 @@ from nestlm.settings import Settings, View, check, check_budgets
 from nestlm.training import make_trainer, trainer_device
 
 HASHES = "weights.json"  # in the cache: hashes of weights that were read before
+PLACES = ("path", "tokenizer")  # in the data section
 TRAINING = ("optim", "trainer", "data", "seed")
 
 
@@ -291,13 +292,25 @@ def run_stage(stage: Stage, folder: StageFolder, context: Context) -> FinishedSt
 def determining(section: str, config: Any) -> Any:
     """What of a section determines results.
 
-    Not how many ranks share the work, so that another number can go on, nor where weights lie: their content counts.
+    Not how many ranks share the work, so that another number can go on, nor where weights, text and tokenizer lie: the
+    content counts. A stream is known by its place, too.
     """
+    if section == "data":
+        return config if "heldout_documents" in config["source"] else without_places(config)
     if section == "model":
         return config | {"weights": config["weights"] is not None}
     if section != "trainer":
         return config
     return {key: value for key, value in config.items() if key not in ("devices", "num_nodes", "strategy")}
+
+
+def without_places(node: Any) -> Any:
+    """A section of the config without the paths in it, but for whether there are any."""
+    if isinstance(node, list):
+        return [without_places(each) for each in node]
+    if not isinstance(node, dict):
+        return node
+    return {name: value is not None if name in PLACES else without_places(value) for name, value in node.items()}
 
 
 def drop_checkpoints(folder: Path) -> None:

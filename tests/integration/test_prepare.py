@@ -1,5 +1,6 @@
 """`nestlm prepare`: killed at any moment it goes on, and ends with the same bytes; what it made trains."""
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from nestlm.data.prepare import prepare
 from nestlm.data.shards import JOURNAL, MANIFEST, Manifest
 from nestlm.data.source.synthetic import Synthetic
 from nestlm.errors import DataError
+from nestlm.report.tables import read_csv
 
 SHARD = 30_000
 
@@ -146,6 +148,12 @@ def test_a_prepared_folder_trains_as_its_texts_do(run, tmp_path):
         second = run("budget=0.8", *data, name=name)
         assert (second / "results.csv").read_bytes() == expected
         assert (second / "checkpoints/data/tokenizer.json").read_bytes() == tokenizer.read_bytes()
+    copied = shutil.copytree(folder, tmp_path / "copied")
+    (copied / "notes.md").write_text("copied")
+    third = run("budget=0.8", "data=shards", f"data.path={copied}", "data.num_workers=1", name="copied")
+    cached = {row["what"]: row["cached"] for row in read_csv(third / "timings.csv")}
+    assert cached["data"], "content counts, not where it lies"
+    assert cached["elastic"]
     half = f"data.sources=[{{path: {folder}, weight: 1}}, {{path: {folder}, weight: 2}}]"
     mixed = run("budget=0.8", "data=mixture", half, name="mixture")
     assert (mixed / "results.csv").read_bytes() != expected, "another order"

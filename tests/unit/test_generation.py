@@ -161,6 +161,9 @@ def test_prompts_that_a_tokenizer_cannot_say(byte_level):
         assert encode_prompt(tokenizer, "a  a", begin=0) == [0, 1, 1]
         with pytest.raises(DataError, match="prompt: the tokenizer has no token for 'é', 'c'; leave it out"):
             encode_prompt(tokenizer, "a é a c", begin=0)
+        with pytest.raises(DataError, match="leave it out") as found:
+            encode_prompt(tokenizer, "é" * 9999, begin=0)
+        assert len(str(found.value)) < 200
 
 
 def test_text_is_streamed_in_whole_characters(byte_level):

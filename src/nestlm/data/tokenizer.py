@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from nestlm.errors import DataError
 
 SEPARATOR = "<|endoftext|>"
+SHOWN = 80  # characters of a text or an error that a message quotes
 
 
 def train(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
@@ -41,11 +42,14 @@ def train(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
 def load(path: Path) -> Tokenizer:
     """Read a tokenizer.json. Raises DataError when there is none, or it is damaged."""
     if not path.is_file():
-        raise DataError(f"data.tokenizer: {path} does not exist; wanted a tokenizer.json")
+        raise DataError(
+            f"data.tokenizer: {path} does not exist; wanted a tokenizer.json, as AutoTokenizer.save_pretrained of "
+            "transformers writes it"
+        )
     try:
         return parse(path.read_bytes())
     except Exception as error:  # the library raises bare Exception
-        raise DataError(f"data.tokenizer: {path} is no tokenizer.json ({error})") from error
+        raise DataError(f"data.tokenizer: {path} is no tokenizer.json ({str(error)[:SHOWN]})") from error
 
 
 def parse(content: bytes) -> Tokenizer:
@@ -118,7 +122,7 @@ def encode_prompt(tokenizer: Tokenizer, text: str, *, begin: int) -> list[int]:
     try:
         encoding = tokenizer.encode(text, add_special_tokens=False)
     except (TypeError, UnicodeEncodeError) as error:
-        raise DataError(f"prompt: {text!r} is no Unicode text ({error}); wanted UTF-8") from error
+        raise DataError(f"prompt: {text[:SHOWN]!r} is no Unicode text ({str(error)[:SHOWN]}); wanted UTF-8") from error
     unknown = getattr(tokenizer.model, "unk_token", None)
     covered = {
         place
@@ -128,7 +132,8 @@ def encode_prompt(tokenizer: Tokenizer, text: str, *, begin: int) -> list[int]:
     }
     lost = "".join(" " if place in covered else sign for place, sign in enumerate(text)).split()
     if lost:
-        raise DataError(f"prompt: the tokenizer has no token for {', '.join(map(repr, lost))}; leave it out")
+        shown = ", ".join(map(repr, dict.fromkeys(lost)))
+        raise DataError(f"prompt: the tokenizer has no token for {shown:.{SHOWN}}; leave it out")
     return with_begin(tokenizer, encoding.ids, begin=begin)
 
 
