@@ -383,3 +383,7 @@ def test_a_record_of_the_parent_is_read_as_it_was_written(folder, tmp_path):
     edit(tmp_path / "kept/parent.json", dtypes={"lm_head.weight": "I8"})
     with pytest.raises(ExportError, match="'I8'; copy the run again"):
         hf.parent_dtypes(Parent.read(tmp_path / "kept"))
+    for damage in ({"dtypes": []}, {"repository": "a](http://b)"}):
+        edit(tmp_path / "kept/parent.json", **damage)
+        with pytest.raises(CheckpointError, match=r"parent\.json is damaged"):
+            Parent.read(tmp_path / "kept")

@@ -17,6 +17,7 @@ from nestlm.nn.config import BlockConfig, DecoderConfig
 from nestlm.nn.decoder import Decoder
 from nestlm.nn.rope import RopeScaling
 
+MOST_LAYERS = 1000  # of a config.json: more would take minutes to price
 # Features of a config.json that none of our families has; absent, null, false, 0 and empty mean "not used".
 UNSUPPORTED = {
     "num_local_experts": "a mixture of experts",
@@ -126,7 +127,7 @@ class Family(ABC):
         return {
             "vocab_size": keys.size(config, "vocab_size"),
             "hidden_size": hidden_size,
-            "num_layers": keys.size(config, "num_hidden_layers"),
+            "num_layers": keys.size(config, "num_hidden_layers", most=MOST_LAYERS),
             "num_heads": heads,
             "num_kv_groups": keys.size(config, "num_key_value_heads", default=heads),
             "head_dim": keys.size(config, "head_dim", default=hidden_size // heads),

@@ -8,7 +8,7 @@ from typing import Any
 
 from nestlm.errors import CheckpointError
 
-LARGEST = 2**40  # of a size: beyond it is a damaged file
+LARGEST = 2**24  # of a size: beyond it is a damaged file
 SHOWN = 60  # characters of a value in a message
 
 
@@ -23,15 +23,15 @@ def refuse(name: str, value: Any, wanted: str) -> CheckpointError:
     return CheckpointError(f"model.weights: {name} is {show(value)} in config.json, wanted {wanted}; mend config.json")
 
 
-def size(config: Mapping[str, Any], name: str, *, default: int | None = None) -> int:
-    """A whole number of 1 or more. Raises CheckpointError where it is absent without a default, or something else."""
+def size(config: Mapping[str, Any], name: str, *, default: int | None = None, most: int = LARGEST) -> int:
+    """A whole number from 1 to `most`. Raises CheckpointError where it is absent without a default, or another."""
     value = config.get(name)
     if value is None:
         if default is None:
             raise CheckpointError(f"model.weights: config.json lacks {name}; wanted a Hugging Face checkpoint folder")
         return default
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= LARGEST:
-        raise refuse(name, value, "a whole number of 1 or more")
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= most:
+        raise refuse(name, value, f"a whole number from 1 to {most}")
     return value
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from nestlm.errors import CheckpointError
 from nestlm.model.checkpoint import own_file, read_object, survey
+from nestlm.model.hub import HUB_ID
 
 CONFIG, GENERATION, TOKENIZER_JSON = "config.json", "generation_config.json", "tokenizer.json"
 TOKENIZER_CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
@@ -59,7 +60,11 @@ class Parent:
     def read(cls, folder: Path) -> Parent:
         """Read what `write` wrote. Raises CheckpointError for a damaged file, or a link out of the folder."""
         facts = read_object(folder, FACTS)
-        return cls(small_files(folder), facts.get("dtypes", {}), facts.get("repository"))
+        dtypes, repository = facts.get("dtypes"), facts.get("repository")
+        is_named = repository is None or (isinstance(repository, str) and HUB_ID.fullmatch(repository))
+        if not isinstance(dtypes, dict) or not is_named:
+            raise CheckpointError(f"model.weights: {folder / FACTS} is damaged; copy the run again, or do it again")
+        return cls(small_files(folder), dtypes, repository)
 
     def write(self, folder: Path) -> None:
         """Write all of it into a folder, which is made where it is absent."""
