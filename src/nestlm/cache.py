@@ -16,6 +16,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from nestlm.checksums import CHECKSUMS, files_below, hashes, known_sums, sha256, write_sums
+from nestlm.errors import ConfigError
 from nestlm.json_files import read_json, to_json, write_json
 from nestlm.progress import console, track
 
@@ -81,8 +82,15 @@ def contents_identity(files: list[Path], *, known: Path) -> str:
 
 @contextmanager
 def locked(folder: Path, what: str) -> Iterator[None]:
-    """One process at a time works in a folder; another says that it waits. The lock of a killed one is free at once."""
-    lock = FileLock(folder / LOCK)
+    """One process at a time works in a folder; another says that it waits. The lock of a killed one is free at once.
+
+    Raises:
+        ConfigError: something else than a file is in the lock's place.
+    """
+    path = folder / LOCK
+    if path.is_symlink() or path.is_dir():
+        raise ConfigError(f"{path}: got a {'link' if path.is_symlink() else 'folder'}, wanted a file; remove it")
+    lock = FileLock(path)
     try:
         lock.acquire(blocking=False)
     except Timeout:
@@ -113,11 +121,15 @@ class StageFolder:
 
     def result(self) -> dict[str, Any] | None:
         """What a finished stage reported, or None. A damaged stage is named and cleared, so that it is done again."""
-        if not (self.path / MARKER).is_file():
+        marker = self.path / MARKER
+        if not marker.exists():
             return None
         try:
             self.check()
-            return read_json(self.path / MARKER, cure="the stage is done again")
+            kept = read_json(marker, cure="the stage is done again")
+            if kept.get("key") != self.key:
+                raise ValueError(f"{marker} is of another run's stage")
+            return kept["result"]
         except ValueError as error:
             reason = str(error).partition(";")[0]
             console.print(
@@ -152,7 +164,7 @@ class StageFolder:
 
     def finish(self, result: dict[str, Any]) -> None:
         """List the hashes of the stage's files, but of shards, whose manifest has them, and mark the stage finished."""
-        content = to_json(result)
+        content = to_json({"key": self.key, "result": result})
         names = [
             name
             for name in files_below(self.path)

@@ -129,6 +129,16 @@ def test_a_checkpoint_gets_its_name_after_its_hashes(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step=00000003.ckpt", "step=00000004.ckpt"]
 
 
+def test_what_is_left_of_a_damaged_checkpoint_is_replaced(tmp_path):
+    (tmp_path / "step=00000001.ckpt").mkdir()
+    (tmp_path / "step=00000001.ckpt/metadata").write_text("left")
+    assert last_good_checkpoint(tmp_path, is_sharded=False) is None
+    callback = TimedCheckpoint(tmp_path, stage="elastic", seconds=1.0)
+    callback.partial = saved(tmp_path / ".step=00000001.partial", torch.ones(3))
+    callback.finish()
+    assert last_good_checkpoint(tmp_path, is_sharded=False) == tmp_path / "step=00000001.ckpt"
+
+
 def test_nothing_unpickles_code(tmp_path):
     class Evil:
         def __reduce__(self):

@@ -1,6 +1,7 @@
 """The stage cache: what is damaged in it is named, and done again."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from nestlm.cache import StageFolder
 from nestlm.checksums import CHECKSUMS, is_listed, write_listed
-from nestlm.errors import CheckpointError
+from nestlm.errors import CheckpointError, ConfigError
 from nestlm.weights_files import check_weights, save_weights
 
 RESULT = {"seconds": 1.5, "val_loss": 3.25}
@@ -45,6 +46,25 @@ def test_a_damaged_stage_is_named_and_done_again(name, damage, stage, capsys):
     told = capsys.readouterr().err
     assert ("elastic in the cache is damaged" in told) == (path.name != "stage.json" or damage != "remove")
     assert not told or [path.name for path in stage.path.iterdir()] == [".lock"], "nothing of it is used"
+
+
+def test_another_runs_stage_is_not_used(stage, tmp_path, capsys):
+    other = StageFolder(tmp_path, "elastic", "fedcba9876543210")
+    shutil.copytree(stage.path, other.path)
+    assert other.result() is None
+    assert "is of another run's stage" in " ".join(capsys.readouterr().err.split())
+    other.path.joinpath("stage.json").mkdir()
+    assert other.result() is None
+    other.finish(RESULT)
+    assert other.result() == RESULT
+
+
+@pytest.mark.parametrize("damage", [Path.mkdir, lambda path: path.symlink_to("nowhere")])
+def test_what_is_no_lock_is_refused_by_name(damage, stage):
+    (stage.path / ".lock").unlink()
+    damage(stage.path / ".lock")
+    with pytest.raises(ConfigError, match=r"\.lock: got a (link|folder), wanted a file; remove it"), stage.locked():
+        pass
 
 
 def test_weights_of_a_stage_are_checked_when_they_are_read(stage):

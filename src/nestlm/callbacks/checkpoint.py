@@ -112,7 +112,9 @@ class TimedCheckpoint(L.Callback):
         if self.saving is not None:
             self.saving.result()
         if self.partial is not None and ranks.rank() == 0:
-            self.partial.replace(self.folder / f"{self.partial.stem.removeprefix('.')}.ckpt")
+            finished = self.folder / f"{self.partial.stem.removeprefix('.')}.ckpt"
+            shutil.rmtree(finished, ignore_errors=True)  # what was damaged, or is of another number of ranks
+            self.partial.replace(finished)
             for old in sorted(self.folder.glob("*.ckpt"))[:-KEPT]:
                 shutil.rmtree(old)
         self.partial = self.saving = None
