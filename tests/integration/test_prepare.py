@@ -1,10 +1,13 @@
 """`nestlm prepare`: killed at any moment it goes on, and ends with the same bytes; what it made trains."""
 
+import json
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from random import Random
 
@@ -101,8 +104,10 @@ def test_a_folder_that_was_begun_from_something_else_is_refused(corpus, tokenize
     (texts / "7.txt").write_text("changed")
     with pytest.raises(DataError, match="was begun with fingerprint"):
         begin()
-    entry = '{"consumed": 3}'
-    for name in (MANIFEST, JOURNAL):
+    outside = {"consumed": 1, "manifest": asdict(manifest)}
+    outside["manifest"]["splits"]["train"]["shards"][0]["name"] = "../texts/1.txt"
+    entries = ['{"consumed": 3}', "[" * 100_000, "[]", json.dumps(outside)]
+    for name, entry in product((MANIFEST, JOURNAL), entries):
         (out / MANIFEST).unlink(missing_ok=True)
         (out / name).write_text(entry)
         with pytest.raises(DataError, match=rf"{name} is damaged"):

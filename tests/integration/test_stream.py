@@ -1,10 +1,12 @@
 """A Hugging Face stream: its own order for any number of ranks, exact resume, a run on it. Without a network."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
+import nestlm
 from nestlm.compose import build, compose
 from nestlm.data.source.hub import HubStream
 from nestlm.errors import ConfigError, DataError
@@ -29,13 +31,18 @@ def test_the_order_is_the_streams_and_a_resume_on_other_ranks_sees_each_token_on
 
 def test_a_run_on_a_stream(run, texts):
     stream = ["data=hf_streaming", f"data.path={texts}", f"data.source.heldout_documents={HELD_OUT}"]
-    assert (run(*stream, "budget=0.8") / "results.csv").read_text().count("\n") == 3
+    finished = run(*stream, "budget=0.8")
+    assert (finished / "results.csv").read_text().count("\n") == 3
     with pytest.raises(DataError, match="no more than its 100 held-out documents"):
         run(*stream[:2], "data.source.heldout_documents=100", "budget=0.8", name="short")
     with pytest.raises(ConfigError, match=r"data\.num_workers: got 2, wanted 0"):
         build(compose([*NANO, *stream, "data.num_workers=2"]))
     with pytest.raises(ConfigError, match=r"data\.source\.heldout_documents: got 0"):
         build(compose([*NANO, *stream[:2], "data.source.heldout_documents=0"]))
+    shutil.rmtree(texts)
+    model = nestlm.load(finished)
+    assert model.evaluate([0.8])[0]["val_loss"] > 0
+    assert model.generate("the cat", max_tokens=2), "nothing of it needs the stream"
 
 
 def test_a_stream_that_changed_is_another_one(texts):

@@ -78,7 +78,11 @@ def by_name(path: str, text_key: str) -> Source:
     """The source that SRC names. Raises DataError where it is prepared already."""
     if path.startswith(PREFIX):
         return HubDataset(path.removeprefix(PREFIX), text_key)
-    if (Path(path) / MANIFEST).is_file() and (Path(path) / TOKENIZER).is_file():
+    try:
+        is_prepared = (Path(path) / MANIFEST).is_file() and (Path(path) / TOKENIZER).is_file()
+    except OSError as error:
+        raise DataError(f"{path:.100} cannot be read ({error.strerror}); wanted texts") from error
+    if is_prepared:
         raise DataError(f"{path} is prepared already; wanted texts")
     return TextFolder(path, text_key)
 

@@ -23,6 +23,7 @@ from nestlm.data.shards import (
     Manifest,
     ShardReader,
     Split,
+    check_numbers,
     render,
     write_file,
     write_shard,
@@ -154,10 +155,10 @@ class Writer:
         if path.is_file():
             try:
                 entry = json.loads(path.read_bytes())
-                consumed = entry["consumed"]
+                check_numbers(consumed := entry["consumed"])
                 begun = Manifest.from_json(entry["manifest"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise DataError(f"data: {path} is damaged ({error!r}); remove the folder and begin again") from error
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                raise DataError(f"data: {path} is damaged ({error!r:.100}); remove the folder, begin again") from error
             check_same(begun, manifest, folder)
             for split in begun.splits.values():
                 for shard in split.shards:

@@ -71,7 +71,9 @@ def load(path: str, *, text_key: str, streaming: bool | None) -> Any:
             return repr([builder.hash, files[split].origin_metadata if files and split in files else None])
         rows = datasets.load_dataset(name, config or None, split=split, streaming=streaming)
     except (OSError, ValueError, RuntimeError) as error:  # the library's own errors are among these
-        raise DataError(f"data: cannot load {PREFIX}{path} ({str(error).splitlines()[0]})") from error
+        raise DataError(
+            f"data: cannot load {PREFIX}{path} ({str(error).strip().partition(chr(10))[0]:.200})"
+        ) from error
     columns = rows.column_names  # a stream may not know them
     if columns is not None and text_key not in columns:
         raise DataError(
