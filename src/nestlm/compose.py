@@ -19,15 +19,18 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra import main as hydra_main
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nestlm import hydra_targets, nodes
-from nestlm.allowlist import allowed_plugins, check_plugins, nearest, plugins_of
+from nestlm.allowlist import allowed_plugins, check_plugins, plugins_of
+from nestlm.conf import CONF
 from nestlm.dotted import flat_items
 from nestlm.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, ConfigError, NestlmError, NotAllowedError, Preempted
+from nestlm.explaining import explain
 from nestlm.gpus import own_gpu, visible_gpus
+from nestlm.limits import check_values
 from nestlm.resources import resource_error
 from nestlm.sweep import JobFailed, failures, in_sweep, job_failed, link_run, shares_machine
 
@@ -38,11 +41,12 @@ if TYPE_CHECKING:  # heavy to import
     from nestlm.settings import Settings
 
 T = TypeVar("T")
-CONF = Path(__file__).resolve().parents[2] / "conf"
 PRETRAINED = "nestlm.model.pretrained.pretrained"
-PLUGGED_IN = ("joblib", "submitit_local", "submitit_slurm")  # launchers that are not Hydra's own
 RUNS_OWN_SIZES = ("sequence_length", "eval_batch_size", "separate_documents")
+PATHS = {"path", "weights", "tokenizer", "table", "run_dir", "cache_dir"}  # fields that name files
 USER_ERRORS = (NestlmError, HydraException, OmegaConfBaseException)
+
+hydra_targets.install()
 
 
 def run() -> None:
@@ -50,7 +54,7 @@ def run() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing, and we print
     try:
         with plain_errors():
-            hydra_targets.install()
+            hydra_targets.refuse_pickles()
             hydra_main(version_base="1.3", config_path=str(CONF), config_name="train")(run_job)()
     except JobFailed as first:
         for line in failures(first):
@@ -228,17 +232,28 @@ def to_plain(config: DictConfig) -> dict[str, Any]:
             raise ConfigError(f"{name}: has no value; give one with {name}=VALUE")
     plain = OmegaConf.to_container(config, resolve=True)
     assert isinstance(plain, dict), "a config file is a mapping"
-    return typing.cast("dict[str, Any]", plain)
+    return with_homes(typing.cast("dict[str, Any]", plain))
+
+
+def with_homes(node: Any, name: str = "") -> Any:
+    """The config with the home folder for a `~/` at the start of a path: shells leave it in FIELD=~/PATH."""
+    if isinstance(node, dict):
+        return {key: with_homes(value, key) for key, value in node.items()}
+    if isinstance(node, list):
+        return [with_homes(value) for value in node]
+    return os.path.expanduser(node) if name in PATHS and isinstance(node, str) and node.startswith("~") else node  # noqa: PTH111
 
 
 def with_sizes(plain: dict[str, Any]) -> dict[str, Any]:
     """The config with the model's sizes, where only its weights say them, so that cache keys and runs hold them."""
+    check_values(plain)
     node = plain.get("model")
     if not isinstance(node, dict) or node.get(nodes.TARGET) != PRETRAINED:
         return plain
     from nestlm.model.pretrained import as_node, pretrained
 
-    arguments = {name: value for name, value in node.items() if name != nodes.TARGET}
+    smaller = OmegaConf.load(CONF / "debug/smoke.yaml")["model"].items()  # a checkpoint's sizes stay its own
+    arguments = {name: value for name, value in node.items() if name != nodes.TARGET and (name, value) not in smaller}
     return plain | {"model": as_node(nodes.make(nodes.parse_call(pretrained, arguments, where="model")))}
 
 
@@ -256,36 +271,8 @@ def parse(plain: dict[str, Any], *, plugins: Sequence[str]) -> nodes.Call:
     """Plain values of settings, checked: every name, type and class; nothing is made yet."""
     from nestlm.settings import Settings
 
-    nodes.check_values(plain)
+    check_values(plain)
     check_plugins(plain.get("plugins"), allowed=plugins)
     if nodes.TARGET in plain:
         raise NotAllowedError(f"{nodes.TARGET}: stands at the top, wanted the settings of a run alone")
     return nodes.parse_call(Settings, plain, where="", plugins=plugins)
-
-
-def explain(error: Exception) -> str:
-    """One or two lines: what was got, what was wanted, the cure."""
-    if isinstance(error, NestlmError):
-        return str(error)
-    if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
-        options = error.options
-        group, _, got = error.missing_cfg_file.removesuffix(".yaml").rpartition("/")
-        if group == "hydra/launcher" and got in PLUGGED_IN:
-            return f"launcher: {got} needs a package that is not installed; pip install 'nestlm[launchers]'"
-        return f"{group}: got {got!r}, wanted one of {', '.join(options)}{nearest(got, options)}"
-    text = str(error)
-    unknown = re.search(r"Could not override '([^']+)'", text)
-    if unknown:
-        name = unknown.group(1).split("@")[0]
-        return f"{name}: no such group or field{nearest_key(name)}"
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return "; ".join(lines[:2])
-
-
-def nearest_key(name: str) -> str:
-    """The end of a message: the existing key that is most like a misspelled one."""
-    config = compose([])
-    groups = [path.name for path in CONF.iterdir() if path.is_dir()]
-    parent = name.rpartition(".")[0]
-    keys = list(dict.fromkeys([*(key for key, _ in flat_items(config)), *groups]))
-    return nearest(name, [key for key in keys if key.rpartition(".")[0] == parent] or keys)

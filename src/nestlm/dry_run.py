@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from rich.table import Table
 
+from nestlm.axes.base import width_axes
 from nestlm.cost.latency import Latency
 from nestlm.cost.static import Flops
 from nestlm.layout import Layout, Precision
@@ -30,6 +31,10 @@ def describe(settings: Settings) -> None:
         output.print(f"{name:<15} {table.whole:{digits}} {table.unit}  (smallest sub-network {smallest_cost:{digits}})")
     choices = ", ".join(f"{axis} {list(space.choices[sites[0]])}" for axis, sites in space.axes.items())
     output.print(f"search space    {space.size:.3g} sub-networks  ({len(space.sites)} sites: {choices})")
+    for axis in width_axes(settings.axis_list):
+        fewest = min(len(space.choices[site]) for site in space.axes[axis.name])
+        if fewest < len(axis.fractions):
+            output.print(f"                {len(axis.fractions)} fractions of {axis.name} round to {fewest} widths")
     stages = Table("stage", "steps", "tokens", "FLOPs")
     for column in stages.columns[1:]:
         column.justify = "right"

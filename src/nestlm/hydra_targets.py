@@ -11,11 +11,14 @@ from typing import Any
 from hydra._internal import hydra as hydra_main_loop
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.utils import get_args_parser
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, QuotedString
 from omegaconf import DictConfig, ListConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from nestlm.allowlist import shown
-from nestlm.errors import NotAllowedError
+from nestlm.conf import groups, options
+from nestlm.errors import ConfigError, NotAllowedError
 
 LAUNCHERS = "hydra_plugins.hydra_submitit_launcher.submitit_launcher"
 SAMPLERS = ("CmaEsSampler", "GridSampler", "MOTPESampler", "NSGAIISampler", "RandomSampler", "TPESampler")
@@ -37,23 +40,47 @@ STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
 class CheckedLoader(ConfigLoaderImpl):
     """Composes as Hydra does, and refuses what must not be made. Jobs of a sweep have it, too."""
 
-    def load_configuration(self, *args: Any, **kwargs: Any) -> DictConfig:
-        """The composed config. Raises NotAllowedError."""
-        config = super().load_configuration(*args, **kwargs)
+    def load_configuration(
+        self, config_name: str | None, overrides: list[str], *args: Any, **kwargs: Any
+    ) -> DictConfig:
+        """The composed config.
+
+        Raises:
+            NotAllowedError: Hydra's own part names code that is not listed.
+            ConfigError: a group is chosen by something that is no name.
+        """
+        for override in OverridesParser.create(config_loader=self).parse_overrides(overrides):
+            check_choice(override)
+        config = super().load_configuration(config_name, overrides, *args, **kwargs)
         plugins = config.get("plugins")
         check(config.get("hydra"), "hydra", plugins=tuple(plugins) if isinstance(plugins, ListConfig) else ())
         return config
 
 
 def install() -> None:
-    """Let Hydra's command line compose with `CheckedLoader`. Hydra has no such setting, and its version is pinned.
+    """Let Hydra compose with `CheckedLoader`. Hydra has no such setting, and its version is pinned."""
+    setattr(hydra_main_loop, ConfigLoaderImpl.__name__, CheckedLoader)
 
-    Raises:
-        NotAllowedError: a rerun is asked for, which would read a pickle.
-    """
+
+def refuse_pickles() -> None:
+    """Raise NotAllowedError where the command line asks Hydra for a rerun, which reads a pickle."""
     if get_args_parser().parse_args().experimental_rerun is not None:
         raise NotAllowedError("--experimental-rerun: reads a pickle, which can run code; give the run's command again")
-    setattr(hydra_main_loop, ConfigLoaderImpl.__name__, CheckedLoader)
+
+
+def check_choice(override: Override) -> None:
+    """Raise ConfigError where a group's name is a number, null, or the like, and where Hydra would import a package."""
+    if override.key_or_group == "hydra.searchpath" and "pkg://" in str(override.input_line):
+        raise NotAllowedError("hydra.searchpath: got pkg://, which imports a package; wanted file:// or a folder")
+    value = override.value()
+    group = override.key_or_group
+    if group not in groups() or override.is_delete() or override.is_sweep_override() or isinstance(value, dict):
+        return
+    names = value if isinstance(value, list) else [value]
+    if not all(isinstance(name, str | QuotedString) for name in names):
+        raise ConfigError(
+            f"{group}: got {override.get_value_element_as_str()}, wanted one of {', '.join(options(group))}"
+        )
 
 
 def check(node: Any, where: str, *, plugins: tuple[Any, ...]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-import math
+import re
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -21,9 +21,8 @@ from nestlm.allowlist import FOREIGN, full_name, locate, nearest, shown
 from nestlm.errors import ConfigError, NestlmError, NotAllowedError
 
 TARGET, PARTIAL = "_target_", "_partial_"
-DEEPEST, MOST = 16, 100_000  # levels and values of a config
+_NONE = type(None)
 PLAIN = ("builtins", "typing", "collections.abc", "types")  # modules whose classes are no plug-ins
-LARGEST = 2**63  # that an integer stays below
 
 
 @dataclass(frozen=True)
@@ -64,26 +63,6 @@ class Wanted:
         return self.now + self.later
 
 
-def check_values(value: Any, where: str = "") -> int:
-    """Raise ConfigError unless there are plain, finite values only, not too deep and not too many; counts them."""
-    depth, count = where.count(".") + where.count("["), 1
-    if depth > DEEPEST:
-        raise ConfigError(f"{where[:80]}...: deeper than {DEEPEST} levels, wanted the config of a run")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{where}: got {value}, wanted a finite number")
-    if isinstance(value, int) and abs(value) >= LARGEST:
-        raise ConfigError(f"{where}: got {shown(value, longest=30)}, wanted a number below 2**63")
-    if not isinstance(value, str | int | float | list | dict | None):
-        raise ConfigError(f"{where}: got {shown(value)}, wanted plain values: numbers, texts, lists and mappings")
-    for key, item in _items(value):
-        if isinstance(value, dict) and not isinstance(key, str):
-            raise ConfigError(f"{where or 'config'}: got the key {shown(key)}, wanted a text")
-        count += check_values(item, _below(where, key))
-        if count > MOST:
-            raise ConfigError(f"{where or 'config'}: got more than {MOST} values, wanted the config of a run")
-    return count
-
-
 def build(node: Any, hint: Any, *, where: str = "", plugins: Sequence[str] = ()) -> Any:
     """Check a config's node and make its objects.
 
@@ -113,14 +92,24 @@ def make(parsed: Any) -> Any:
         return functools.partial(parsed.target, **arguments)
     try:
         return parsed.target(**arguments)
-    except NestlmError as error:  # it may not know under which name it stands
-        group = parsed.where.partition(".")[0]
-        if not group or str(error).startswith(group):
-            raise
-        raise type(error)(f"{group}.{error}") from error
-    except (TypeError, ValueError, ArithmeticError) as error:
+    except NestlmError as error:
+        raise type(error)(_named(str(error), parsed)) from error
+    except (TypeError, ValueError, ArithmeticError, IndexError, AttributeError) as error:
         name = getattr(parsed.target, "__qualname__", "the target")
         raise ConfigError(f"{parsed.where}: {name} refuses these values: {' '.join(str(error).split())}") from error
+
+
+def _named(message: str, call: Call) -> str:
+    """A target's own message, under the name that the config has for what it refuses."""
+    group = call.where.partition(".")[0]
+    if not group:
+        return message
+    if re.match(rf"{group}\b", message):
+        return message
+    field = re.match(r"[\w.]*?(\w+):", message)
+    if field is not None and field.group(1) in call.arguments:
+        return f"{_below(call.where, field.group(1))}:{message[field.end() :]}"
+    return f"{group}.{message}"
 
 
 def parse(value: Any, hint: Any, *, where: str, plugins: Sequence[str]) -> Any:
@@ -132,6 +121,8 @@ def parse(value: Any, hint: Any, *, where: str, plugins: Sequence[str]) -> Any:
         parsed = [(key, parse(item, inner, where=_below(where, key), plugins=plugins)) for key, item in _items(value)]
         return dict(parsed) if isinstance(value, dict) else [item for _, item in parsed]
     refuse_nodes(value, where)
+    if isinstance(value, int) and not isinstance(value, bool) and _takes_text(hint):
+        value = str(value)  # a name of digits alone, such as a folder 2023, is a number for YAML and Hydra
     check_type(where, value, hint)
     return value
 
@@ -249,6 +240,9 @@ def check_type(where: str, value: Any, hint: Any) -> None:
         names = " or ".join(kind.__name__ for kind in wanted.kinds)
         cure = f"a node whose {TARGET} names one" if "." in where else f"{where}=NAME"
         raise ConfigError(f"{where}: got {shown(value)}, wanted a {names}: {cure}")
+    held = [kind.__name__ for part in get_args(wanted.plain) for kind in wanted_by(part).kinds]
+    if held:
+        raise ConfigError(f"{where}: got {shown(value)}, wanted a mapping or a list of {' or '.join(held)}")
     adapter = TypeAdapter(wanted.plain, config=ConfigDict(arbitrary_types_allowed=True))
     try:
         adapter.validate_python(value, strict=not isinstance(value, list | dict))
@@ -291,6 +285,12 @@ def _inner(hint: Any, value: Any) -> Any:
     if inner is None or not wanted_by(inner).kinds:
         return None
     return inner
+
+
+def _takes_text(hint: Any) -> bool:
+    """Whether an annotation wants a text, or nothing, and no number."""
+    plain = wanted_by(hint).plain
+    return plain is str or (get_origin(plain) in (Union, types.UnionType) and set(get_args(plain)) == {str, _NONE})
 
 
 def _items(value: Any) -> list[tuple[Any, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from nestlm.data.module import DataSettings
 from nestlm.data.special_tokens import SpecialTokens
 from nestlm.data.tokenizer import check_vocabulary, load
 from nestlm.errors import ConfigError
+from nestlm.limits import check_name
 from nestlm.model.family import Family
 from nestlm.nodes import Later
 from nestlm.objective.base import Signal
@@ -47,7 +49,7 @@ class TrainerArguments(TypedDict, total=False):
     strategy: Callable[..., Sharded]
     devices: int | str | Sequence[int]
     num_nodes: int
-    precision: Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true", "transformer-engine"]
+    precision: Literal["32-true", "bf16-mixed", "bf16", "16-mixed", "16", "bf16-true"]
     deterministic: bool | Literal["warn"]
     benchmark: bool | None
     detect_anomaly: bool
@@ -129,6 +131,7 @@ class RouterSettings:
     joint_lr: float
 
     def __post_init__(self) -> None:
+        check_name(self.name, "router.name", parts=1)
         if self.steps < 0:
             raise ConfigError(f"router.steps: got {self.steps}, wanted 0 or more")
         if self.signal is not None and (self.lr <= 0 or self.joint_lr <= 0):
@@ -196,6 +199,9 @@ class Settings:
     elastic_probe_steps: int
     dry_run: bool
     traceback: bool
+
+    def __post_init__(self) -> None:
+        check_name(self.experiment_name, "experiment_name", parts=8)
 
     @property
     def axis_list(self) -> tuple[Axis, ...]:
@@ -349,6 +355,7 @@ def check(settings: Settings) -> None:
             f"data.sequence_length: got {settings.data.sequence_length}, wanted at most "
             f"model.context_length={config.context_length}"
         )
+    check_devices(getattr(settings.trainer, "keywords", {}))
     devices, nodes = (getattr(settings.trainer, "keywords", {}).get(name, 1) for name in ("devices", "num_nodes"))
     if isinstance(devices, int) and devices > 0 and devices * nodes > 1:
         settings.data.check_ranks(devices * nodes)
@@ -406,6 +413,27 @@ def check_tokenizer(settings: Settings) -> None:
         )
     elif not settings.dry_run:
         raise ConfigError(f"data.tokenizer: {file} does not exist; wanted a tokenizer.json")
+
+
+def check_devices(trainer: Mapping[str, Any]) -> None:
+    """Raise ConfigError where a trainer's arguments name no devices."""
+    devices = trainer.get("devices", "auto")
+    indices = devices if isinstance(devices, list) else []
+    known = {
+        int: devices == -1 or (isinstance(devices, int) and devices > 0),
+        str: isinstance(devices, str) and re.fullmatch(r"auto|-1|\d+(,\d+)*", devices) is not None,
+        list: bool(indices) and len(set(indices)) == len(indices) and min(indices) >= 0,
+    }
+    if not known.get(type(devices), False):
+        raise ConfigError(
+            f"trainer.devices: got {devices!r}, wanted their number, -1 or auto for all, or their indices"
+        )
+    if trainer.get("accelerator") == "cpu" and (devices == "-1" or devices == -1 or indices):
+        raise ConfigError(
+            f"trainer.devices: got {devices!r} with trainer.accelerator=cpu, wanted a number of processes"
+        )
+    if trainer.get("num_nodes", 1) < 1:
+        raise ConfigError(f"trainer.num_nodes: got {trainer['num_nodes']}, wanted 1 or more")
 
 
 def check_budgets(settings: Settings) -> None:

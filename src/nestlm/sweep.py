@@ -94,6 +94,7 @@ def check_sweep(config: DictConfig) -> None:
             "launcher: got submitit, but there is no SLURM here (no srun); wanted a machine of the cluster, "
             "or launcher=submitit_local"
         )
+    check_launcher(OmegaConf.to_container(config.hydra.launcher, resolve=False))
     loader = GlobalHydra.instance().config_loader()
     params = OmegaConf.select(config, "hydra.sweeper.params") or {}
     lines = [*(f"{name}={value}" for name, value in params.items()), *config.hydra.overrides.task]
@@ -103,3 +104,15 @@ def check_sweep(config: DictConfig) -> None:
             options = loader.get_group_options(override.key_or_group)
             wanted = f"one of {', '.join(options)}" if options else "at least one value"
             raise ConfigError(f"{override.input_line}: got nothing that matches, so no job would run; wanted {wanted}")
+
+
+def check_launcher(node: Any) -> None:
+    """Raise ConfigError for numbers with which a launcher starts no job, or that it cannot take."""
+    for name, value in node.items() if isinstance(node, dict) else ():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        if name == "n_jobs":
+            if value == 0:
+                raise ConfigError("hydra.launcher.n_jobs: got 0, wanted jobs at the same time, or -1 for one a core")
+        elif not 0 <= value < 2**31 or (value == 0 and name not in ("verbose", "mem_gb", "max_num_timeout")):
+            raise ConfigError(f"hydra.launcher.{name}: got {value}, wanted a positive number")

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from schema_overrides import tried
 from nestlm.compose import build, compose, run
 from nestlm.verification import read
 from plugins import MIXTURE, NANO, choose, options
@@ -86,6 +87,42 @@ MISTAKES = {
     "sweep of no options": (["-m", "router=glob(zzz*)", "seed=0,1"], ["router=glob(zzz*)", "no job", "knapsack"]),
     "sweep of no values": (["-m", "seed=range(0,0)"], ["seed=range(0,0)", "no job"]),
     "sweep of an absent group": (["-m", "+experiment/nope=glob(*)"], ["experiment/nope=glob(*)", "no job"]),
+    "a group without an option": (["~trainer"], ["trainer", "has no value"]),
+    "null for a group": (["model=null"], ["model: got null", "wanted one of", "tiny"]),
+    "a number for a group": (["sampler=5"], ["sampler: got 5", "sandwich"]),
+    "a list for a group": (["router=[1]"], ["router: got [1]", "surrogate"]),
+    "null for a kind": (["costs.flops=null"], ["costs.flops", "got None", "Cost"]),
+    "null for all kinds": (["costs=null"], ["costs", "got None"]),
+    "no axes": (["~axes.mlp_width", "~axes.attn_heads"], ["axes: got none"]),
+    "a number for an axis": (["+axes.foo=1"], ["axes.foo: got 1", "Axis"]),
+    "no name": (["sampler._target_="], ["sampler._target_: got ''", "dotted name"]),
+    "code": (["sampler._target_=os.system"], ["sampler._target_: 'os.system' is not allowed"]),
+    "no devices": (["trainer.devices=0"], ["trainer", "devices"]),
+    "all devices of a CPU": (["trainer.devices=-1"], ["trainer", "devices"]),
+    "unknown devices": (["trainer.devices=x"], ["trainer", "devices"]),
+    "a rate of the optimizer's own": (["+optim.optimizer.lr=1"], ["optim.optimizer.lr", "stages", "STAGE.lr"]),
+    "a field twice": (["+seed=1"], ["seed"]),
+    "an interpolation to nowhere": (["seed=${foo}"], ["seed", "'foo' not found"]),
+    "a variable that is not set": (["seed=${oc.env:NESTLM_NO_SUCH}"], ["seed", "NESTLM_NO_SUCH"]),
+    "a precision": (["trainer.precision=64-true"], ["trainer.precision", "'64-true'", "bf16-mixed"]),
+    "not a number": (["pretrain.lr=nan"], ["pretrain.lr: got nan", "finite"]),
+    "too large for a number": (["joint.dead_zone=1e400"], ["joint.dead_zone", "finite"]),
+    "a negative context": (["cost.context_length=-1"], ["cost.context_length: got -1", "positive"]),
+    "a share above one": (["router.signal.random_share=2"], ["router.signal.random_share: got 2", "share"]),
+    "a million layers": (["model.num_layers=1000000"], ["model.num_layers", "at most 1024"]),
+    "a million budgets a step": (["joint.budgets_per_step=1000000"], ["joint.budgets_per_step", "at most 1000"]),
+    "a budget that is no number": (["budget=nan"], ["budget"]),
+    "a name above the runs": (["experiment_name=../x"], ["experiment_name: got '../x'", "ablation/router"]),
+    "an absolute name": (["experiment_name=/tmp/x"], ["experiment_name: got '/tmp/x'"]),
+    "a router's name with a path": (["router.name=../x"], ["router.name: got '../x'"]),
+    "a long text": ([f"label={'x' * 10_000}"], ["label", "...", "255"]),
+    "parentheses": (["data.path=a(b)"], ["data.path=a(b)", """'data.path="a(b)"'"""]),
+    "an equals sign": (["data.path=a=b"], ["""'data.path="a=b"'"""]),
+    "a number sign": (["data.path=a#b"], ["""'data.path="a#b"'"""]),
+    "letters of another script": (["data.path=\u6570\u636e"], ["""'data.path="\u6570\u636e"'"""]),
+    "a comma": (["data.path=a,b"], ["""'data.path="a,b"'""", "-m"]),
+    "no assignment": (["seed"], ["seed: wanted GROUP=NAME"]),
+    "no jobs at once": (["-m", "launcher=joblib", "hydra.launcher.n_jobs=0", "seed=0,1"], ["hydra.launcher.n_jobs"]),
     "surrogate's target": (["router.signal.target=gapp"], ["router.signal.target", "'gapp'", "gap, loss"]),
 }  # fmt: skip
 
@@ -103,6 +140,36 @@ def test_a_mistake_is_named_in_two_lines(overrides, expected, monkeypatch, capsy
     for part in expected:
         assert part in printed
     assert not (tmp_path / "cache").exists(), "nothing was started"
+
+
+def test_what_the_schema_suggests_works_or_is_named():
+    """A few of the overrides that the config's own keys suggest; more are tried by benchmarks/schema_overrides.py."""
+    wrong = [(override, fault) for override, _, fault in tried([*NANO], number=30, seed=0) if fault]
+    assert not wrong
+
+
+@pytest.mark.parametrize(("override", "path"), [("'data.path=\"a(b)\"'", "a(b)"), ("2023", "2023"), ("a b", "a b")])
+def test_a_path_of_any_letters_can_be_named(override, path, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / path).mkdir()
+    value = override.strip("'").removeprefix("data.path=")
+    settings = build(compose([*NANO, "data=text", f"data.path={value}"]))
+    assert settings.data.path == path
+    assert settings.data.source.path == path
+
+
+def test_the_home_folder_is_found(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert build(compose([*NANO, "data=text", 'data.path="~/text"'])).data.path == str(tmp_path / "text")
+
+
+def test_fractions_whose_widths_meet_are_one_choice(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", *NANO, "model.num_kv_groups=2", "budget=[1.0,0.7]", "dry_run=true"])
+    run()
+    printed = capsys.readouterr().out
+    assert "attn_heads [1, 2]" in printed
+    assert "4 fractions of attn_heads round to 2 widths" in printed
 
 
 def test_the_traceback_is_there_on_demand(monkeypatch, tmp_path):

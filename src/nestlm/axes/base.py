@@ -78,11 +78,10 @@ class WidthAxis(Axis):
         """
 
     def choices(self, block: BlockConfig) -> tuple[int, ...]:
-        """Widths to choose from in a block.
+        """Widths to choose from in a block; fractions that round to the same width are one choice.
 
         Raises:
-            ConfigError: fractions are not ascending shares ending in 1.0, or two of them give the same width, or
-                one gives none.
+            ConfigError: fractions are not ascending shares ending in 1.0, or one gives no unit.
         """
         where, units = f"axes.{self.name}", self.units(block)
         if self.multiple_of <= 0:
@@ -98,12 +97,9 @@ class WidthAxis(Axis):
                     f"{where}.fractions: {share:g} of {units} units rounds to 0 (multiple_of={self.multiple_of}); "
                     "raise the fraction or lower multiple_of"
                 )
-            if widths and width <= widths[-1]:
-                raise ConfigError(
-                    f"{where}.fractions: {share:g} of {units} units gives {min(width, units)} again "
-                    f"(multiple_of={self.multiple_of}); leave that fraction out"
-                )
-            widths.append(width)
+            width = min(width, units)
+            if not widths or width > widths[-1]:  # fractions whose widths meet are one choice
+                widths.append(width)
         return tuple(widths)
 
 

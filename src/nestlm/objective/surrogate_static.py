@@ -88,7 +88,8 @@ class Surrogate(nn.Module):
     def forward(self, probabilities: Tensor) -> Tensor:
         """(n, sites, choices) to (n,)."""
         effects = growth(self.steps.masked_fill(~self.is_step, -torch.inf))
-        return (probabilities * effects).sum((1, 2)) + self.rest(probabilities.flatten(1)).squeeze(-1)
+        rest = self.rest(probabilities.flatten(1).to(effects.dtype))
+        return (probabilities * effects).sum((1, 2)) + rest.squeeze(-1)
 
 
 class SurrogateSignal(Signal):

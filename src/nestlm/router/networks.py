@@ -54,6 +54,7 @@ class SiteNetworks(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """All sites: features (n, inputs) to logits (n, sites, max choices); -inf where a site has fewer choices."""
+        features = features.to(self.input.dtype)
         hidden = F.leaky_relu(features @ self.input + self.input_bias, 0.1)  # (sites, n, hidden width)
         logits = (hidden @ self.output + self.output_bias).transpose(0, 1)
         return logits.masked_fill(~self.valid, -math.inf)

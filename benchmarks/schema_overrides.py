@@ -1,0 +1,97 @@
+"""Overrides that a config's own schema suggests, good and bad: each is to work, or to be refused in a line or two.
+
+python benchmarks/schema_overrides.py --number 500 --seed 0 model=tiny   # prints what ends in a traceback
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import traceback
+from collections.abc import Iterator
+from typing import Any
+
+from nestlm import pipeline
+from nestlm.compose import USER_ERRORS, build, compose, explain, plugins_of, with_sizes
+from nestlm.dotted import flat_items
+
+VALUES = (
+    "null", "0", "5", "-1", "1.5", "true", '""', "abc", "[]", "{}", "[1]", "{a: 1}", "nan", "inf", "-inf", "1e400",
+    "1e-400", "99999999999999999999", "1000000", "${foo}", "${oc.env:NO_SUCH_VARIABLE}", "???", "../x", "a=b", "a(b)",
+    "[nan]",
+)  # fmt: skip
+TARGETS = (
+    "", "5", "os.system", "builtins.eval", "nestlm", "nestlm.settings.torch", "null", "a b", "..os.system", "${seed}"
+)  # fmt: skip
+
+
+def overrides_of(base: list[str]) -> Iterator[str]:
+    """Every override that a config's keys suggest: deletions, values of all kinds, unknown fields, other classes."""
+    for key, value in [*flat_items(compose(base)), *((group, {}) for group in ("experiment", "debug", "launcher"))]:
+        if key.endswith("_target_"):
+            yield from (f"{key}={target}" for target in TARGETS)
+            continue
+        yield f"~{key}"
+        yield from (f"{key}={text}" for text in VALUES)
+        if isinstance(value, dict):
+            yield from (f"+{key}.foo=1", f"+{key}._args_=[1]", f"++{key}._target_=os.system", f"{key}=no_such_option")
+        else:
+            yield from (f"+{key}.foo=1", f"{key}={{_target_: os.getcwd}}", f"+{key}=1")
+
+
+def outcome(base: list[str], override: str) -> str | None:
+    """None where a dry run would go on, or what it says. Raises what a user would see as a traceback."""
+    try:
+        plain = with_sizes(compose([*base, override]))
+        settings = build(plain, plugins=plugins_of(plain))
+        pipeline.check(settings)
+        pipeline.check_trainer(settings)
+    except USER_ERRORS as error:
+        return explain(error)
+    return None
+
+
+def fault(said: str | None) -> str | None:
+    """What is wrong with a message; None where nothing is."""
+    if said is None:
+        return None
+    lines = said.splitlines()
+    if not 1 <= len(lines) <= 2:
+        return f"{len(lines)} lines"
+    if len(said) > 700:
+        return f"{len(said)} characters"
+    return "a traceback" if "Traceback" in said else None
+
+
+def tried(base: list[str], *, number: int, seed: int) -> Iterator[tuple[str, str | None, str | None]]:
+    """A number of overrides drawn from all: each with what is said, and what is wrong about that."""
+    every = list(overrides_of(base))
+    for override in random.Random(seed).sample(every, min(number, len(every))):
+        try:
+            said = outcome(base, override)
+        except Exception as error:  # noqa: BLE001 (whatever it is, a user would see it)
+            yield override, None, f"{type(error).__name__}: {traceback.format_exc().strip().splitlines()[-1]}"
+        else:
+            yield override, said, fault(said)
+
+
+def main() -> None:
+    """Print what is wrong, and a count."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--number", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--all", action="store_true", help="Print every override and what is said.")
+    parser.add_argument("base", nargs="*")
+    options = parser.parse_args()
+    found: list[Any] = list(tried(options.base, number=options.number, seed=options.seed))
+    for override, said, wrong in found:
+        if wrong or options.all:
+            print(f"{override}: {wrong or said or 'works'}")
+    wrong = sum(1 for *_, each in found if each)
+    print(f"{len(found)} tried, {sum(1 for _, said, _ in found if said)} refused, {wrong} wrong")
+    sys.exit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,15 @@
+"""Where the config files are."""
+
+from pathlib import Path
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+
+
+def groups() -> list[str]:
+    """Names of the config groups."""
+    return sorted(path.name for path in CONF.iterdir() if path.is_dir())
+
+
+def options(group: str) -> list[str]:
+    """Names that GROUP=NAME takes."""
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
