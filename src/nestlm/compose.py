@@ -252,7 +252,8 @@ def with_sizes(plain: dict[str, Any]) -> dict[str, Any]:
         return plain
     from nestlm.model.pretrained import as_node, pretrained
 
-    smaller = OmegaConf.load(CONF / "debug/smoke.yaml")["model"].items()  # a checkpoint's sizes stay its own
+    smaller = OmegaConf.create((CONF / "debug/smoke.yaml").read_text(encoding="utf-8")).model.items()
+    # a checkpoint's sizes stay its own
     arguments = {name: value for name, value in node.items() if name != nodes.TARGET and (name, value) not in smaller}
     return plain | {"model": as_node(nodes.make(nodes.parse_call(pretrained, arguments, where="model")))}
 

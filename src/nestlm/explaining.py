@@ -23,11 +23,13 @@ def explain(error: Exception) -> str:
     if isinstance(error, NestlmError):
         return str(error)
     if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
-        return explain_option(error.missing_cfg_file, error.options)
+        return explain_option(error.missing_cfg_file, list(error.options))
     text = str(error)
     ambiguous = re.search(r"Ambiguous value for argument '(.*)'", text)
-    if isinstance(error, OverrideParseException) or ambiguous:
-        return explain_syntax(ambiguous.group(1) if ambiguous else str(error.override or ""), several=bool(ambiguous))
+    if ambiguous is not None:
+        return explain_syntax(ambiguous.group(1), several=True)
+    if isinstance(error, OverrideParseException):
+        return explain_syntax(error.override or "", several=False)
     cause = str(error.__cause__ or "")
     unknown = re.search(r"Could not override '([^']+)'", text)
     if unknown:

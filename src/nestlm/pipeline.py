@@ -224,7 +224,7 @@ def check_trainer(settings: Settings) -> None:
     """Raise ConfigError when this machine cannot run the configured trainer."""
     try:
         make_trainer(settings.trainer)
-    except (MisconfigurationException, ValueError) as error:
+    except (MisconfigurationException, ValueError, TypeError) as error:
         raise ConfigError(f"trainer: {str(error).splitlines()[0]}") from error
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypedDict
+from typing import Annotated, Any, Literal
 
 import torch
 from lightning import Trainer
@@ -28,32 +27,12 @@ from nestlm.objective.base import Signal
 from nestlm.objective.elastic_values import ElasticValues, ValueSettings, by_token
 from nestlm.objective.teaching import Teaching
 from nestlm.optim import OptimSettings
-from nestlm.parallel.strategy import Sharded
 from nestlm.ranking.base import Ranking
 from nestlm.router.base import Router
 from nestlm.router.per_token import Granularity
 from nestlm.sampler.base import Sampler
 from nestlm.spec import Budget, SearchSpace
-
-
-class TrainerArguments(TypedDict, total=False):
-    """What a config may tell Lightning's Trainer; the stages decide the rest, and no file of its is written.
-
-    Attributes:
-        strategy: makes the strategy of several devices.
-        devices: their number on each node, -1 or `auto` for all, or their indices.
-        profiler: `simple` prints the seconds of Lightning's hooks.
-    """
-
-    accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"]
-    strategy: Callable[..., Sharded]
-    devices: int | str | Sequence[int]
-    num_nodes: int
-    precision: Literal["32-true", "bf16-mixed", "bf16", "16-mixed", "16", "bf16-true"]
-    deterministic: bool | Literal["warn"]
-    benchmark: bool | None
-    detect_anomaly: bool
-    profiler: Literal["simple"] | None
+from nestlm.trainer_settings import TrainerArguments, check_devices
 
 
 @dataclass(frozen=True)
@@ -202,6 +181,10 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_name(self.experiment_name, "experiment_name", parts=8)
+        for name in ("run_dir", "cache_dir"):
+            if getattr(self, name) == "":
+                raise ConfigError(f"{name}: got an empty text, wanted a folder, or null")
+        check_devices(getattr(self.trainer, "keywords", {}))
 
     @property
     def axis_list(self) -> tuple[Axis, ...]:
@@ -355,7 +338,6 @@ def check(settings: Settings) -> None:
             f"data.sequence_length: got {settings.data.sequence_length}, wanted at most "
             f"model.context_length={config.context_length}"
         )
-    check_devices(getattr(settings.trainer, "keywords", {}))
     devices, nodes = (getattr(settings.trainer, "keywords", {}).get(name, 1) for name in ("devices", "num_nodes"))
     if isinstance(devices, int) and devices > 0 and devices * nodes > 1:
         settings.data.check_ranks(devices * nodes)
@@ -413,27 +395,6 @@ def check_tokenizer(settings: Settings) -> None:
         )
     elif not settings.dry_run:
         raise ConfigError(f"data.tokenizer: {file} does not exist; wanted a tokenizer.json")
-
-
-def check_devices(trainer: Mapping[str, Any]) -> None:
-    """Raise ConfigError where a trainer's arguments name no devices."""
-    devices = trainer.get("devices", "auto")
-    indices = devices if isinstance(devices, list) else []
-    known = {
-        int: devices == -1 or (isinstance(devices, int) and devices > 0),
-        str: isinstance(devices, str) and re.fullmatch(r"auto|-1|\d+(,\d+)*", devices) is not None,
-        list: bool(indices) and len(set(indices)) == len(indices) and min(indices) >= 0,
-    }
-    if not known.get(type(devices), False):
-        raise ConfigError(
-            f"trainer.devices: got {devices!r}, wanted their number, -1 or auto for all, or their indices"
-        )
-    if trainer.get("accelerator") == "cpu" and (devices == "-1" or devices == -1 or indices):
-        raise ConfigError(
-            f"trainer.devices: got {devices!r} with trainer.accelerator=cpu, wanted a number of processes"
-        )
-    if trainer.get("num_nodes", 1) < 1:
-        raise ConfigError(f"trainer.num_nodes: got {trainer['num_nodes']}, wanted 1 or more")
 
 
 def check_budgets(settings: Settings) -> None:
