@@ -5,11 +5,11 @@ import sys
 
 import pytest
 
-from schema_overrides import tried
 from nestlm.compose import build, compose, run
 from nestlm.verification import read
 from plugins import MIXTURE, NANO, choose, options
 from runs import run_folder
+from schema_overrides import tried
 
 # overrides, and what the message has to say
 MISTAKES = {
