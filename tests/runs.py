@@ -1,5 +1,6 @@
 """Finished runs as reports see them, made up."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ def run_folder(folder: Path, config: dict[str, Any]) -> Path:
     """As much of a finished run's folder as is read before its config is understood."""
     folder.mkdir(exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-    (folder / "provenance.json").write_text('{"commit": null}', encoding="utf-8")
+    known = {"commit": None, "threads": 1, "data_fingerprint": "text"}
+    (folder / "provenance.json").write_text(json.dumps(known), encoding="utf-8")
     for name in ("results.csv", "timings.csv"):
         (folder / name).touch()
     write_record(folder)
