@@ -163,7 +163,8 @@ def train_router(context: Context) -> Result:
     objective = settings.make_signal(router)
     result: Result = {"steps": 0, "tokens": 0}
     if objective is not None:
-        objective.warm_up(router, load_file(context.inputs["elastic"] / RECORD))
+        pairs = load_file(context.inputs["elastic"] / RECORD)  # a mapped file, in which tensors lie anywhere
+        objective.warm_up(router, {name: value.clone() for name, value in pairs.items()})
         result = context.train("router", router_task(settings, decoder, router=router, signal=objective))
     trial = context.trial(decoder)
     ready(router, trial)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from nestlm.router.per_token import Granularity, Scorer, TokenRouter, features, 
 from nestlm.router.relaxed import gated_tokens, gumbel_noise, sample_choices, soft_mask
 from nestlm.seeding import torch_generator
 from nestlm.spec import Budget, Site
+
+PARALLEL = 1e-20  # squared sine of the angle between two columns that are rounded multiples of each other
 
 
 class Router(TokenRouter):
@@ -57,8 +60,7 @@ class Router(TokenRouter):
             prices = plan.prices[row].tolist()
             known += [(max(0.0, loss), price - prices[-1]) for loss, price in zip(measured, prices, strict=True)]
             wanted += [loss - said[-1] for loss in said]
-        solution = torch.linalg.lstsq(torch.tensor(known, dtype=torch.float64), torch.tensor(wanted).double()[:, None])
-        multiple, price = solution.solution[:, 0].tolist()
+        multiple, price = least_squares(known, wanted)
         return max(0.0, price) if multiple > 0.0 else 0.0
 
     def draw(self, budget: Budget, *, generator: torch.Generator, share: Share = ALONE) -> Policy:
@@ -96,3 +98,21 @@ class Router(TokenRouter):
             return WHOLE if row is None else decide(row, self.logits(row, features(hidden_BLD), shares_B))
 
         return policy
+
+
+def least_squares(known: Sequence[tuple[float, float]], wanted: Sequence[float]) -> tuple[float, float]:
+    """Two factors that fit a sum of two columns best, the smallest ones where several do.
+
+    The normal equations are solved in rational numbers: LAPACK's answer depends on where in memory its input lies.
+    """
+    rows = [
+        (Fraction(first), Fraction(second), Fraction(target))
+        for (first, second), target in zip(known, wanted, strict=True)
+    ]
+    aa, ab, bb = (sum(row[i] * row[j] for row in rows) for i, j in ((0, 0), (0, 1), (1, 1)))
+    at, bt = (sum(row[i] * row[2] for row in rows) for i in (0, 1))
+    determinant = aa * bb - ab * ab
+    if determinant > PARALLEL * aa * bb:
+        return float((at * bb - bt * ab) / determinant), float((bt * aa - at * ab) / determinant)
+    scale = aa + bb
+    return (float(at / scale), float(bt / scale)) if scale else (0.0, 0.0)
