@@ -241,6 +241,9 @@ def shots_of(text: str) -> dict[str, int]:
 @app.command()
 def verify(
     run: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Where text and weights are now: data.path=FOLDER model.weights=FOLDER.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Where the second run works and stays; default: a temporary folder.")
     ] = None,
@@ -254,10 +257,12 @@ def verify(
     and with 2 if the run cannot be done again.
 
     Example: nestlm verify runs/default/surrogate-static-seed0-1a2b3c4d
+
+    Example: nestlm verify runs/default/surrogate-static-seed0-1a2b3c4d data.path=/data/moved
     """
     from nestlm.compose import verify as is_same
 
-    if not is_same(run, out=out, tolerance=tolerance):
+    if not is_same(run, out=out, tolerance=tolerance, overrides=overrides or ()):
         raise typer.Exit(EXIT_DIFFERENT)
 
 

@@ -122,12 +122,13 @@ def profile(overrides: list[str], *, out: Path) -> None:
         pipeline.profile(settings, out=out)
 
 
-def verify(folder: Path, *, out: Path | None, tolerance: float) -> bool:
-    """Do a finished run again; returns whether its results are the same."""
+def verify(folder: Path, *, out: Path | None, tolerance: float, overrides: Sequence[str] = ()) -> bool:
+    """Do a finished run again; returns whether its results are the same. Overrides name where text and weights are."""
     with plain_errors():
         from nestlm import pipeline, verification
 
         settings, config = settings_of(folder)
+        config = verification.elsewhere(config, overrides, folder=folder)
         with verification.workplace(out) as place:
             again = (config, folder, place, tolerance, allowed_plugins())
             return in_ranks(verify_as_rank, again, num_ranks=pipeline.ranks_to_start(settings))

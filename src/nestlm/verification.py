@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 
 from nestlm.context import LATENCY_TABLE
-from nestlm.errors import ConfigError
+from nestlm.errors import CheckpointError, ConfigError, DataError
 from nestlm.parallel import ranks
 from nestlm.pipeline import fill_run_folder
 from nestlm.progress import console
@@ -26,6 +27,8 @@ from nestlm.report.runs import read_config, read_provenance
 from nestlm.resources import check_writable
 from nestlm.settings import Settings, check
 
+PLACES = ("data.path", "model.weights", "data.tokenizer")  # settings that name files outside a run
+
 
 def read(folder: Path) -> tuple[dict[str, Any], str | None]:
     """The resolved config of a run, and its commit.
@@ -35,6 +38,47 @@ def read(folder: Path) -> tuple[dict[str, Any], str | None]:
     """
     check_record(folder)
     return read_config(folder), read_provenance(folder)["commit"]
+
+
+def elsewhere(config: dict[str, Any], overrides: Sequence[str], *, folder: Path) -> dict[str, Any]:
+    """A run's config with the places of its text and weights as they are now.
+
+    Args:
+        config: as the run left it.
+        overrides: other places, such as `data.path=FOLDER`.
+        folder: of the run, which knows the directory that relative paths were meant from.
+
+    Raises:
+        ConfigError: an override of something else.
+    """
+    named = {name: place for name, _, place in (override.partition("=") for override in overrides)}
+    strangers = [name for name in named if name not in PLACES]
+    if strangers:
+        raise ConfigError(f"{strangers[0][:100]}: got another setting, wanted one of {', '.join(PLACES)}, as KEY=PLACE")
+    start = Path(read_provenance(folder).get("directory", "."))
+    config = copy.deepcopy(config)
+    for name in PLACES:
+        group, _, key = name.partition(".")
+        place = named.get(name, config[group].get(key))
+        if not isinstance(place, str):
+            continue
+        if name not in named and not Path(place).exists() and (start / place).exists():
+            place = str(start / place)
+        config[group][key] = place
+        source = config[group].get("source")
+        if key == "path" and isinstance(source, dict) and "path" in source:
+            source["path"] = place
+    return config
+
+
+@contextmanager
+def naming_places(folder: Path) -> Iterator[None]:
+    """Say how another place is named, where text or weights of a run are not where they were."""
+    try:
+        yield
+    except (ConfigError, DataError, CheckpointError) as error:
+        hint = f"nestlm verify {folder} {PLACES[0]}=PLACE {PLACES[1]}=PLACE"
+        raise type(error)(f"{error}; if text or weights have moved: {hint}") from error
 
 
 def verify(folder: Path, settings: Settings, *, config: dict[str, Any], place: Path, tolerance: float) -> bool:
@@ -53,8 +97,9 @@ def verify(folder: Path, settings: Settings, *, config: dict[str, Any], place: P
     then = read_provenance(folder)
     with num_threads(then["threads"]):
         settings = replace(own_table(settings, folder), run_dir=str(place), cache="off", logger=CSVLogger)
-        check(settings)
-        now = environment() | {"data_fingerprint": settings.data.fingerprint}
+        with naming_places(folder):
+            check(settings)
+            now = environment() | {"data_fingerprint": settings.data.fingerprint}
         for line in [*changed_origins(then, now), *missing_cores(then["threads"])]:
             console.print(f"unlike the run: {line}", highlight=False, markup=False)
         fill_run_folder(settings, config=config, shown=False)

@@ -122,6 +122,26 @@ def test_a_run_that_cannot_be_done_again_is_refused_in_a_line(run, tmp_path, spo
     assert not (tmp_path / "again").exists()
 
 
+def test_a_run_whose_text_has_moved_takes_another_place(run, tmp_path, monkeypatch):
+    """Relative paths count from where the run was started."""
+    text = tmp_path / "text"
+    text.mkdir()
+    for number in range(30):
+        (text / f"{number}.txt").write_text(f"text {number} of many words " * 60)
+    folder = run("budget=1.0", "router=uniform", "elastic.steps=0", "joint.steps=0", "data=text", "data.path=text")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    assert verify(folder).stdout == "same, bit for bit\n"
+    text.rename(tmp_path / "moved")
+    refused = verify(folder)
+    assert refused.exit_code == 2
+    assert refused.stderr.count("\n") == 1
+    assert f"if text or weights have moved: nestlm verify {folder} data.path=PLACE" in refused.stderr
+    assert verify(folder, f"data.path={tmp_path / 'moved'}").stdout == "same, bit for bit\n"
+    assert "seed: got another setting" in verify(folder, "seed=1").stderr
+
+
 def test_a_finished_run_is_not_written_over(run):
     folder = run("budget=0.8", "router=uniform")
     before = (folder / "results.csv").stat().st_mtime_ns

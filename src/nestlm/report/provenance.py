@@ -53,6 +53,7 @@ def provenance(
     """What someone needs to get the same numbers again."""
     return environment() | {
         "command": sys.argv,
+        "directory": str(Path.cwd()),
         "seed": seed,
         "data_fingerprint": data_fingerprint,
         "tokenizer": tokenizer_hash,
