@@ -74,11 +74,6 @@ class JointSettings(StageSettings):
     cost_weight: float
     dead_zone: float
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.budgets_per_step <= 0:
-            raise ConfigError(f"budgets_per_step: got {self.budgets_per_step}, wanted 1 or more")
-
 
 @dataclass(frozen=True)
 class RouterSettings:
@@ -346,8 +341,6 @@ def check(settings: Settings) -> None:
                 f"trainer.devices: got {devices} on {nodes} nodes, wanted 1: several devices need trainer=fsdp, or "
                 "trainer=ddp"
             )
-    if not 0 <= settings.seed < 2**63:
-        raise ConfigError(f"seed: got {settings.seed}, wanted 0 or more, below 2**63")
     check_tokenizer(settings)
     if settings.data.heldout_share is None:
         raise ConfigError("data.heldout_share: got null, wanted a share between 0 and 0.5")
@@ -355,10 +348,6 @@ def check(settings: Settings) -> None:
         settings.optim.optimizer([nn.Parameter(torch.zeros(1))], lr=1e-3)
     except ValueError as error:
         raise ConfigError(f"optim.optimizer: {error}") from error
-    if settings.checkpoint_seconds <= 0:
-        raise ConfigError(f"checkpoint_seconds: got {settings.checkpoint_seconds}, wanted a positive time")
-    if settings.elastic_probe_steps < 0:
-        raise ConfigError(f"elastic_probe_steps: got {settings.elastic_probe_steps}, wanted 0 (never) or more")
     for name in ("run_dir", "cache_dir"):
         path = getattr(settings, name)
         if path is not None and Path(path).is_file():
