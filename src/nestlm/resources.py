@@ -22,6 +22,7 @@ CURES = {
     errno.EROFS: PLACE,
     errno.EACCES: PLACE,
     errno.EPERM: PLACE,
+    errno.EISDIR: "remove the folder, a file belongs there",
     errno.EIO: "look at the disk, or choose another folder",
     errno.EMFILE: FILES,
     errno.ENFILE: FILES,
