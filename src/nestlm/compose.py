@@ -130,6 +130,7 @@ def verify(folder: Path, *, out: Path | None, tolerance: float, overrides: Seque
         settings, config = settings_of(folder)
         config = verification.elsewhere(config, overrides, folder=folder)
         with verification.workplace(out) as place:
+            config = verification.with_kept_weights(config, settings.model, folder=folder, place=place)
             again = (config, folder, place, tolerance, allowed_plugins())
             return in_ranks(verify_as_rank, again, num_ranks=pipeline.ranks_to_start(settings))
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 from tokenizers import Tokenizer
 
+from nestlm.at_budget import AtBudget, recall
 from nestlm.axes.base import Axis
 from nestlm.context import SKIPPABLE, Context
 from nestlm.cost.table import PriceList
@@ -22,7 +22,7 @@ from nestlm.data.opened import Prepared
 from nestlm.data.shards import TOKENIZER
 from nestlm.data.source.auto import by_path
 from nestlm.data.special_tokens import PlainNames, SpecialTokens
-from nestlm.errors import BudgetError, CheckpointError, ConfigError
+from nestlm.errors import CheckpointError, ConfigError
 from nestlm.evaluation import evaluate
 from nestlm.export.check import Check
 from nestlm.exporting import Request, Run, export
@@ -30,10 +30,10 @@ from nestlm.generation.generate import generate
 from nestlm.generation.rows import policy_of_rows
 from nestlm.generation.sampling import GREEDY, Sampling
 from nestlm.generation.text import continuation
-from nestlm.json_files import REASON_LENGTH, expecting, read_json
+from nestlm.json_files import expecting, read_json
 from nestlm.model.family import Family
 from nestlm.nn.decoder import Decoder
-from nestlm.nn.policy import Policy, fixed
+from nestlm.nn.policy import fixed
 from nestlm.pipeline import check_trainer
 from nestlm.progress import track
 from nestlm.report.runs import read_provenance
@@ -44,43 +44,13 @@ from nestlm.router.trial import Trial
 from nestlm.router.uniform import best_uniform
 from nestlm.scoring import HeldOut, RunTasks, held_out, task_runner
 from nestlm.settings import Settings, View
-from nestlm.spec import Budget, SubnetSpec
+from nestlm.spec import Budget
 from nestlm.training import make_trainer
 from nestlm.verification import own_table
 from nestlm.weights_files import CURE
 
 READS = ("model", "axes", "cost", "costs", "router", "trainer", "data", "seed")
 POLICIES = ("static", "dynamic")
-
-
-@dataclass(frozen=True)
-class AtBudget:
-    """What a router answers to a budget.
-
-    Attributes:
-        budget: as it was asked.
-        router: its label, as in the run's tables.
-        answer: the policy; with the one sub-network that it stands for, or the plan by which tokens differ.
-        achieved: cost as a share of the whole model's, of the kind that the run counts; None where tokens differ and
-            nothing has been counted yet.
-        prices: of what the router chooses.
-    """
-
-    budget: Budget
-    router: str
-    answer: Answer
-    achieved: float | None
-    prices: PriceList
-
-    @property
-    def policy(self) -> Policy:
-        """As the decoder takes it."""
-        return self.answer.policy
-
-    @property
-    def spec(self) -> SubnetSpec | None:
-        """The one sub-network that serves all tokens; None where tokens differ."""
-        return self.answer.spec
 
 
 class NestedModel:
@@ -337,36 +307,11 @@ class NestedModel:
         label, router = self.router_of(policy)
         kept = self.folder / "specs" / f"{budget}.json"
         if router is self.router and kept.is_file():
-            return self.recall(budget, kept)
+            return recall(kept, budget, router=router, prices=self.prices)
         router.check(budget)
         answer = router.find(budget, trial=self.trial if router.needs_trial else None)
         achieved = None if answer.spec is None else self.prices.main.share(answer.spec)
         return AtBudget(budget, label, answer, achieved, router.prices)
-
-    def recall(self, budget: Budget, path: Path) -> AtBudget:
-        """What the run's router answered, whose sub-network is priced again.
-
-        Raises:
-            CheckpointError: the file does not say so, or its sub-network costs more than the budget,
-                or something else than the file says.
-        """
-        kept = read_json(path, cure=CURE)
-        try:
-            label, achieved = str(kept["router"]), float(kept["achieved"])
-            if "plan" in kept:
-                answer = self.router.recall(budget, kept["plan"])
-            else:
-                spec = self.router.prices.space.spec_by_axis(kept["widths"])
-                answer = Answer(fixed(spec), spec)
-        except BudgetError:
-            raise
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            reason = repr(error)[:REASON_LENGTH]
-            raise CheckpointError(f"{path} is damaged, or of another version of nestlm ({reason}); {CURE}") from error
-        problem = mispriced(answer.spec, budget, achieved, prices=self.prices)
-        if problem:
-            raise CheckpointError(f"{path} is damaged: {problem}; {CURE}")
-        return AtBudget(budget, label, answer, achieved, self.router.prices)
 
     def router_of(self, policy: str) -> tuple[str, Router]:
         """Label and router of a policy. Raises ConfigError where the run has none."""
@@ -423,18 +368,6 @@ class NestedModel:
         found = model.uniform(budget) if uniform else model.at(budget, router=router)
         run = Run(model.context, model.decoder, model.router, model.prices, model.metrics, model.provenance)
         return export(run, found.answer, request, budget=found.budget, router=found.router, achieved=found.achieved)
-
-
-def mispriced(spec: SubnetSpec | None, budget: Budget, achieved: float, *, prices: PriceList) -> str | None:
-    """What is wrong with the cost of a recalled answer: above its budget, or another than was written."""
-    if spec is None:
-        return None if math.isfinite(achieved) and achieved > 0 else "it achieves no share of the whole model's cost"
-    if not prices.fits(spec, budget):
-        return f"its sub-network costs more than the budget {budget}"
-    share = prices.main.share(spec)
-    if not math.isclose(share, achieved, rel_tol=1e-9):
-        return f"its sub-network costs {share:.6g} of the whole model, not {achieved:.6g}"
-    return None
 
 
 def on_device(settings: Settings, device: str | None) -> Settings:

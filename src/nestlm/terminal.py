@@ -14,9 +14,10 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from nestlm.at_budget import AtBudget
 from nestlm.generation.sampling import GREEDY, Sampling
 from nestlm.generation.text import TextStream
-from nestlm.nested import AtBudget, NestedModel
+from nestlm.nested import NestedModel
 from nestlm.progress import console
 from nestlm.report.console import output
 from nestlm.report.tables import markdown_table, write_csv

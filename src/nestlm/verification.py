@@ -14,8 +14,14 @@ from typing import Any
 import torch
 from lightning.pytorch.loggers import CSVLogger
 
-from nestlm.context import LATENCY_TABLE
+from nestlm.context import LATENCY_TABLE, MODEL
 from nestlm.errors import CheckpointError, ConfigError, DataError
+from nestlm.export import hf
+from nestlm.export.place import new_folder
+from nestlm.model import hub
+from nestlm.model.family import Family
+from nestlm.model.parent import Parent
+from nestlm.nn.decoder import Decoder
 from nestlm.parallel import ranks
 from nestlm.pipeline import fill_run_folder
 from nestlm.progress import console
@@ -23,9 +29,11 @@ from nestlm.report.console import output
 from nestlm.report.differences import cached_stages, changed_cells, changed_origins, changed_specs, differences_table
 from nestlm.report.provenance import environment
 from nestlm.report.record import check_record, is_finished
+from nestlm.report.run_folder import PARENT
 from nestlm.report.runs import read_config, read_provenance
 from nestlm.resources import check_writable
 from nestlm.settings import Settings, check
+from nestlm.weights_files import load_weights
 
 PLACES = ("data.path", "model.weights", "data.tokenizer")  # settings that name files outside a run
 
@@ -69,6 +77,39 @@ def elsewhere(config: dict[str, Any], overrides: Sequence[str], *, folder: Path)
         if key == "path" and isinstance(source, dict) and "path" in source:
             source["path"] = place
     return config
+
+
+def with_kept_weights(config: dict[str, Any], family: Family, *, folder: Path, place: Path) -> dict[str, Any]:
+    """A run's config, which names a copy of the weights that the run kept where the original is gone.
+
+    Args:
+        config: with the places as they are now.
+        family: the model of the run.
+        folder: of the run.
+        place: where the second run works; the copy is written there, as a checkpoint folder.
+
+    Raises:
+        CheckpointError: what the run kept is lost or damaged.
+    """
+    weights, parent = config["model"].get("weights"), folder / "checkpoints" / PARENT
+    if weights is None or not parent.is_dir() or is_there(weights):
+        return config
+    copied = place / "weights"
+    if not copied.is_dir():
+        decoder = Decoder.empty(family.decoder_config())
+        load_weights(decoder, parent.with_name(MODEL))
+        with new_folder(copied) as new:
+            hf.write(decoder, family, new, parent=Parent.read(parent))
+    console.print(f"model.weights: {weights} is gone; the run's own copy of them serves", highlight=False, markup=False)
+    return config | {"model": config["model"] | {"weights": str(copied)}}
+
+
+def is_there(weights: str) -> bool:
+    """Whether a checkpoint's folder, or its repository, can be read."""
+    try:
+        return hub.small_files(weights).is_dir()
+    except CheckpointError:
+        return False
 
 
 @contextmanager

@@ -53,7 +53,10 @@ PACKAGES = {
     "teacher": "nestlm.objective.teaching",
     "model": "nestlm.model",
 }
-NO_PLUGINS = {"nestlm.cost.knapsack", "nestlm.cost.measured", "nestlm.cost.table", "nestlm.model.family"}
+NO_PLUGINS = {
+    "nestlm.cost.knapsack", "nestlm.cost.measured", "nestlm.cost.table", "nestlm.model.checkpoint", "nestlm.model.family",
+    "nestlm.model.parent",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("group", PACKAGES)

@@ -69,9 +69,12 @@ import os, signal, time
 from nestlm import interrupts
 interrupts.GRACE_SECONDS = 0.2
 interrupts.listen()
+ready, tell = os.pipe()
 child = os.fork()
 if child == 0:
+    os.write(tell, b"!")
     time.sleep(60)
+os.read(ready, 1)
 os.kill(child, signal.SIGTERM)
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 143
 try:

@@ -226,6 +226,9 @@ def test_a_model_with_weights_is_not_pretrained(run, tmp_path):
     assert {cached[stage] for stage in ("data", "pretrain", "rank", "elastic", "joint")} == {"True"}
     shutil.rmtree(weights)
     shutil.rmtree(copied)
+    done_again = CliRunner().invoke(app, ["verify", str(folder)])
+    assert done_again.stdout == "same, bit for bit\n", done_again.output
+    assert "the run's own copy of them serves" in done_again.stderr
     for source, templates in ((folder, set()), (again, {"chat_template.jinja"})):
         nestlm.load(source).export(tmp_path / f"{source.name}-out", budget=0.8)
         written = {path.name for path in (tmp_path / f"{source.name}-out").iterdir()}
