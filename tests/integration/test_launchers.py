@@ -35,19 +35,30 @@ def test_every_failure_is_named_and_the_other_jobs_finish(launcher, tmp_path):
     assert len(list(tmp_path.glob("runs/default/*/results.csv"))) == 1
 
 
+# Run by each interpreter at its start.
+BUG = """
+import yaml
+dump = yaml.safe_dump
+def safe_dump(content, *arguments, **options):
+    if content.get("seed") == 1:
+        raise ZeroDivisionError("a bug")
+    return dump(content, *arguments, **options)
+yaml.safe_dump = safe_dump
+"""
+
+
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_a_bug_in_a_job_is_a_failure_with_its_traceback(launcher, tmp_path):
-    """A cache folder that is no folder is found by no check."""
-    (tmp_path / "cache").mkdir()
-    (tmp_path / "cache/blocked").write_text("")
-    done = sweep(tmp_path, f"launcher={launcher}", "cache_dir=cache,cache/blocked/x")
+    (tmp_path / "sitecustomize.py").write_text(BUG)
+    paths = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    done = sweep(tmp_path, f"launcher={launcher}", "seed=0,1", env=os.environ | {"PYTHONPATH": paths})
     assert done.returncode == 2
     (error,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
     assert error.startswith("error: job 1 (")
-    assert "NotADirectoryError" in error
+    assert "ZeroDivisionError" in error
     logs = [path.read_text() for path in tmp_path.glob("runs/multirun/*/.submitit/**/*.err")]
     assert any("Traceback" in text for text in [done.stderr, *logs])
-    assert len(list(tmp_path.glob("runs/default/*/results.csv"))) == 1
+    assert len(list(tmp_path.glob("runs/default/*/SHA256SUMS"))) == 1
 
 
 def test_joblib_shares_the_cores_between_its_workers(tmp_path):
