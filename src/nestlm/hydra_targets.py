@@ -17,7 +17,6 @@ from omegaconf import DictConfig, ListConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from nestlm.allowlist import shown
-from nestlm.conf import groups, options
 from nestlm.errors import ConfigError, NotAllowedError
 
 LAUNCHERS = "hydra_plugins.hydra_submitit_launcher.submitit_launcher"
@@ -50,7 +49,13 @@ class CheckedLoader(ConfigLoaderImpl):
             ConfigError: a group is chosen by something that is no name.
         """
         for override in OverridesParser.create(config_loader=self).parse_overrides(overrides):
-            check_choice(override)
+            group = override.key_or_group
+            if not group:
+                raise ConfigError(f"{override.input_line}: wanted GROUP=NAME or FIELD=VALUE")
+            if group == "hydra.searchpath" and "pkg://" in str(override.input_line):
+                raise NotAllowedError("hydra.searchpath: got pkg://, which imports a package; wanted a folder")
+            if self.repository.group_exists(group):
+                check_choice(override, options=self.get_group_options(group))
         config = super().load_configuration(config_name, overrides, *args, **kwargs)
         plugins = config.get("plugins")
         check(config.get("hydra"), "hydra", plugins=tuple(plugins) if isinstance(plugins, ListConfig) else ())
@@ -68,19 +73,15 @@ def refuse_pickles() -> None:
         raise NotAllowedError("--experimental-rerun: reads a pickle, which can run code; give the run's command again")
 
 
-def check_choice(override: Override) -> None:
-    """Raise ConfigError where a group's name is a number, null, or the like, and where Hydra would import a package."""
-    if override.key_or_group == "hydra.searchpath" and "pkg://" in str(override.input_line):
-        raise NotAllowedError("hydra.searchpath: got pkg://, which imports a package; wanted file:// or a folder")
+def check_choice(override: Override, *, options: list[str]) -> None:
+    """Raise ConfigError where an override of a group chooses a number, null, or the like."""
     value = override.value()
-    group = override.key_or_group
-    if group not in groups() or override.is_delete() or override.is_sweep_override() or isinstance(value, dict):
+    if override.is_delete() or override.is_sweep_override() or isinstance(value, dict):
         return
     names = value if isinstance(value, list) else [value]
     if not all(isinstance(name, str | QuotedString) for name in names):
-        raise ConfigError(
-            f"{group}: got {override.get_value_element_as_str()}, wanted one of {', '.join(options(group))}"
-        )
+        wanted = f"one of {', '.join(options)}" if options else "a name"
+        raise ConfigError(f"{override.key_or_group}: got {override.get_value_element_as_str()}, wanted {wanted}")
 
 
 def check(node: Any, where: str, *, plugins: tuple[Any, ...]) -> None:

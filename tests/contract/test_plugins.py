@@ -54,8 +54,8 @@ PACKAGES = {
     "model": "nestlm.model",
 }
 NO_PLUGINS = {
-    "nestlm.cost.knapsack", "nestlm.cost.measured", "nestlm.cost.table", "nestlm.model.checkpoint", "nestlm.model.family",
-    "nestlm.model.parent",
+    "nestlm.cost.knapsack", "nestlm.cost.measured", "nestlm.cost.table",
+    "nestlm.model.checkpoint", "nestlm.model.family", "nestlm.model.parent",
 }  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch.serialization import get_crc32_options, set_crc32_options
 
 from nestlm.checksums import check_folder, files_below, hashes, write_sums
 from nestlm.errors import CheckpointError, Preempted
@@ -38,8 +39,13 @@ class CheckpointFile(TorchCheckpointIO):
         """Write the file where it will lie: Lightning's own way leads over the temporary folder."""
         del storage_options
         Path(path).mkdir(parents=True, exist_ok=True)
-        with Path(path, STATE).open("wb") as file:
-            torch.save(checkpoint, file)
+        has_checksums = get_crc32_options()
+        set_crc32_options(False)  # SHA256SUMS covers the file, and is computed while training goes on
+        try:
+            with Path(path, STATE).open("wb") as file:
+                torch.save(checkpoint, file)
+        finally:
+            set_crc32_options(has_checksums)
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
