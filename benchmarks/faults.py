@@ -1,18 +1,20 @@
 """Kills, damages and bad overrides: everything ends as if nothing had happened, or is refused in one line.
 
-python benchmarks/faults.py --out docs/results/faults.md       # an hour of two cores
+python benchmarks/faults.py --log docs/results/faults.csv --out docs/results/faults.md   # an hour of two cores
 python benchmarks/faults.py --short                             # a minute
 python benchmarks/faults.py --only "run, dynamic" --number 17   # one trial again
 
 Right is: a killed run ends with the same bytes when its command is given again; what is damaged is refused in one line
 by the verb that reads it, or done again with the same results, or not read at all; an override works, or is refused in
 two lines at most. Wrong is: a traceback, another result without a word, a message without end, a command that hangs.
-Exits with 1 if something was wrong.
+Exits with 1 if something was wrong. With a log, what was stopped goes on: trials that it holds and that were right are
+not done again.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import os
 import platform
 import shlex
@@ -23,7 +25,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -39,8 +41,8 @@ FULL = {KILLS: 30, **DAMAGES, OVERRIDES: 550}
 SHORT = {KILLS: 1, "run, static": 9, "cache, static": 4, "prepared, trained on": 2, OVERRIDES: 22}
 HEAD = """# Kills, damages, bad overrides
 
-{command}: {seconds:,.0f} s on {machine}, {jobs} at a time, seed {seed}.
-Commit {commit}, Python {python}, torch {torch}.
+{command}: on {machine}, {jobs} at a time, seed {seed}.
+Commit {commits}, Python {python}, torch {torch}.
 
 Right is: a killed run ends with the same `results.csv`, `specs/` and final weights, byte for byte, when its command is
 given again; what is damaged is refused in one line by the verb that reads it, or done again with the same results, or
@@ -51,13 +53,14 @@ not read at all; an override works, or is refused in two lines at most.
 
 @dataclass(frozen=True)
 class Outcome:
-    """A trial: of which kind, what was done, and what is wrong; None: nothing. `group` and `number` repeat it."""
+    """A trial: of which kind, what was done, and what is wrong; empty: nothing. `group` and `number` repeat it."""
 
     group: str
     number: int
     kind: str
     what: str
-    wrong: str | None
+    wrong: str
+    commit: str = ""
 
 
 def try_once(root: Path, group: str, number: int, seed: int, signals: int) -> list[Outcome]:
@@ -72,17 +75,17 @@ def try_once(root: Path, group: str, number: int, seed: int, signals: int) -> li
         from fault_kills import kill
 
         found = kill(place, number, seed=seed, most=signals)
-        return [Outcome(group, number, each.kind, each.what, each.wrong) for each in found]
+        return [Outcome(group, number, each.kind, each.what, each.wrong or "") for each in found]
     if group == OVERRIDES:
         from bad_overrides import bad_override, command
 
         kind, override = bad_override(seed, number)
         wrong = train(*command(override)).fault(lines=2, asked=override)
-        return [Outcome(group, number, kind, override[:100], wrong)]
+        return [Outcome(group, number, kind, override[:100], wrong or "")]
     from fault_damages import damage
 
     kind, what, wrong = damage(place, group, number, seed=seed)
-    return [Outcome(group, number, kind, what, wrong)]
+    return [Outcome(group, number, kind, what, wrong or "")]
 
 
 def campaign(trials: Sequence[tuple[str, int]], *, seed: int, jobs: int, signals: int) -> Iterator[Outcome]:
@@ -101,7 +104,7 @@ def campaign(trials: Sequence[tuple[str, int]], *, seed: int, jobs: int, signals
 
 def table(outcomes: Sequence[Outcome], name: Callable[[Outcome], str]) -> str:
     """Tried, right and wrong by a name that an outcome has, as Markdown."""
-    tried, wrong = Counter(map(name, outcomes)), Counter(name(each) for each in outcomes if each.wrong is not None)
+    tried, wrong = Counter(map(name, outcomes)), Counter(name(each) for each in outcomes if each.wrong)
     lines = ["| | tried | right | wrong |", "|---|---|---|---|"]
     lines += [f"| {each} | {count} | {count - wrong[each]} | {wrong[each]} |" for each, count in sorted(tried.items())]
     return "\n".join(lines) + "\n"
@@ -123,7 +126,7 @@ def tables(outcomes: Sequence[Outcome]) -> str:
 
 def faults(outcomes: Sequence[Outcome], *, seed: int) -> str:
     """What was wrong, and how to repeat it."""
-    found = [each for each in outcomes if each.wrong is not None]
+    found = [each for each in outcomes if each.wrong]
     lines = [f"{len(found)} of {len(outcomes)} were wrong.\n"]
     for each in sorted(found, key=lambda each: (each.group, each.number)):
         again = f'python benchmarks/faults.py --seed {seed} --only "{each.group}" --number {each.number}'
@@ -131,22 +134,52 @@ def faults(outcomes: Sequence[Outcome], *, seed: int) -> str:
     return "\n".join(lines) + "\n"
 
 
-def head(*, seconds: float, jobs: int, seed: int) -> str:
+class Log:
+    """Outcomes in a CSV file, to which each is added as soon as it is known."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def take(self) -> list[Outcome]:
+        """What is known and was right; what was wrong is forgotten, so that it is tried again."""
+        rows = list[Outcome]()
+        if self.path.is_file():
+            with self.path.open(newline="", encoding="utf-8") as file:
+                rows = [Outcome(**{**row, "number": int(row["number"])}) for row in csv.DictReader(file)]
+        wrong = {(row.group, row.number) for row in rows if row.wrong}
+        kept = [row for row in rows if (row.group, row.number) not in wrong]
+        with self.path.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file, lineterminator="\n").writerow([field.name for field in fields(Outcome)])
+        for row in kept:
+            self.add(row)
+        return kept
+
+    def add(self, outcome: Outcome) -> None:
+        """Add a row."""
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            csv.writer(file, lineterminator="\n").writerow(asdict(outcome).values())
+
+
+def commit() -> str:
+    """The commit that is tried."""
+    git = shutil.which("git")
+    asked = [git, "describe", "--always", "--dirty"] if git else ["false"]
+    said = subprocess.run(asked, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
+    return said.stdout.strip() or "unknown"
+
+
+def head(outcomes: Sequence[Outcome], *, jobs: int, seed: int) -> str:
     """What was run where."""
     import torch
 
     from nestlm.profiling import cpu_name
 
-    git = shutil.which("git")
-    asked = [git, "describe", "--always", "--dirty"] if git else ["false"]
     command = shlex.join(["python", "benchmarks/faults.py", *sys.argv[1:]])
-    said = subprocess.run(asked, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
     return HEAD.format(
         command=f"`{command}`",
-        seconds=seconds,
         machine=f"{cpu_name()}, {os.cpu_count()} cores",
         jobs=jobs,
-        commit=said.stdout.strip() or "unknown",
+        commits=", ".join(dict.fromkeys(each.commit for each in outcomes)),
         python=platform.python_version(),
         torch=torch.__version__,
         seed=seed,
@@ -161,6 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", choices=list(FULL), action="append", help="one kind; may be repeated")
     parser.add_argument("--number", type=int, help="one trial of that kind")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="trials at a time")
+    parser.add_argument("--log", type=Path, help="a CSV file that outcomes are added to, and that is gone on with")
     parser.add_argument("--out", type=Path, help="the page to write")
     asked = parser.parse_args(arguments)
     counts = SHORT if asked.short else FULL
@@ -169,20 +203,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if asked.number is not None:
         trials = [(group, asked.number) for group in chosen]
     os.environ["OMP_NUM_THREADS"] = "1"
-    started, outcomes = time.monotonic(), []
+    log = None if asked.log is None else Log(asked.log)
+    outcomes = [] if log is None else log.take()
+    known = {(each.group, each.number) for each in outcomes}
+    trials = [each for each in trials if each not in known]
+    started, tried = time.monotonic(), commit()
     for outcome in campaign(trials, seed=asked.seed, jobs=asked.jobs, signals=2 if asked.short else SIGNALS):
+        outcome = replace(outcome, commit=tried)
         outcomes.append(outcome)
-        if outcome.wrong is not None:
+        if log is not None:
+            log.add(outcome)
+        if outcome.wrong:
             at = f"{outcome.group} {outcome.number}: {outcome.kind}, {outcome.what}"
             print(f"wrong: {at}: {outcome.wrong}", file=sys.stderr, flush=True)
         elif len(outcomes) % 50 == 0:
             print(f"{len(outcomes)} trials, {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
-    page = head(seconds=time.monotonic() - started, jobs=asked.jobs, seed=asked.seed)
+    page = head(outcomes, jobs=asked.jobs, seed=asked.seed)
     page += tables(outcomes) + faults(outcomes, seed=asked.seed)
     print(page)
     if asked.out is not None:
         asked.out.write_text(page, encoding="utf-8")
-    return int(any(each.wrong is not None for each in outcomes))
+    return int(any(each.wrong for each in outcomes))
 
 
 if __name__ == "__main__":

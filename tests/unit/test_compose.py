@@ -88,7 +88,7 @@ MISTAKES = {
     "sweep of no values": (["-m", "seed=range(0,0)"], ["seed=range(0,0)", "no job"]),
     "sweep of an absent group": (["-m", "+experiment/nope=glob(*)"], ["experiment/nope=glob(*)", "no job"]),
     "a group without an option": (["~trainer"], ["trainer", "has no value"]),
-    "no name": (["=5"], ["=5: wanted GROUP=NAME or FIELD=VALUE"]),
+    "no key": (["=5"], ["=5: wanted GROUP=NAME or FIELD=VALUE"]),
     "nothing to delete": (["~"], ["~: wanted GROUP=NAME or FIELD=VALUE"]),
     "a number for a launcher": (["hydra/launcher=5"], ["hydra/launcher: got 5", "joblib"]),
     "a number for a group below": (["+experiment/ablation=5"], ["experiment/ablation: got 5, wanted a name"]),
