@@ -102,7 +102,7 @@ def test_a_run_folder_names_no_dangerous_code(target, tmp_path, monkeypatch):
         assert len(message.splitlines()) == 1
         assert message.startswith(".".join(map(str, path)))
         assert len(message) < 500
-    with pytest.raises(NotAllowedError):
+    with pytest.raises(ConfigError, match="_target_"):
         build(config | {"_target_": target})
     assert sorted(tmp_path.rglob("*")) == files
     package = str(target).partition(".")[0]
