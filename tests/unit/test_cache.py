@@ -34,7 +34,7 @@ def test_a_finished_stage_is_found_again(stage):
     assert "train-0.bin" not in (stage.path / CHECKSUMS).read_text(), "its manifest has its hash"
 
 
-@pytest.mark.parametrize("name", ["stage.json", CHECKSUMS, "score-full.json", "parent/config.json"])
+@pytest.mark.parametrize("name", ["stage.json", CHECKSUMS, "score-full.json", "parent/config.json", "model.safetensors"])
 @pytest.mark.parametrize("damage", ["flip", "cut", "zero", "remove"])
 def test_a_damaged_stage_is_named_and_done_again(name, damage, stage, capsys):
     path = stage.path / name
@@ -70,11 +70,8 @@ def test_what_is_no_lock_is_refused_by_name(damage, stage):
 def test_weights_of_a_stage_are_checked_when_they_are_read(stage):
     path = stage.path / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"\1")
-    assert stage.result() == RESULT
     with pytest.raises(CheckpointError, match=r"model.safetensors is damaged.*remove it and do the run again"):
         check_weights(path)
-    path.unlink()
-    assert stage.result() is None
 
 
 def test_a_score_of_a_killed_stage_is_used_only_as_it_was_written(tmp_path):
