@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nestlm.cache import StageFolder
+from nestlm.cache import MARKER, StageFolder
 from nestlm.checksums import CHECKSUMS, is_listed, write_listed
 from nestlm.errors import CheckpointError, ConfigError
 from nestlm.weights_files import check_weights, save_weights
@@ -34,7 +34,7 @@ def test_a_finished_stage_is_found_again(stage):
     assert "train-0.bin" not in (stage.path / CHECKSUMS).read_text(), "its manifest has its hash"
 
 
-@pytest.mark.parametrize("name", ["stage.json", CHECKSUMS, "score-full.json", "parent/config.json", "model.safetensors"])
+@pytest.mark.parametrize("name", [MARKER, CHECKSUMS, "score-full.json", "parent/config.json", "model.safetensors"])
 @pytest.mark.parametrize("damage", ["flip", "cut", "zero", "remove"])
 def test_a_damaged_stage_is_named_and_done_again(name, damage, stage, capsys):
     path = stage.path / name
