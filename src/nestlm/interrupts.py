@@ -5,6 +5,7 @@ Imports nothing heavy: a command listens before it imports anything else.
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import threading
@@ -32,13 +33,19 @@ def listen(*, is_silent: bool = False) -> None:
     for each in SIGNALS:
         if signal.getsignal(each) != signal.SIG_IGN:
             signal.signal(each, end)
+    atexit.register(ignore)  # the work is done: Python would put back the handlers that end a process without a word
+
+
+def ignore() -> None:
+    """Go on, whatever signal comes."""
+    for each in SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
 
 
 def end_by(signum: signal.Signals, *, is_silent: bool = False) -> NoReturn:
     """Print why this process ends, and end it: at the latest when the time for closing files is over."""
     code = 128 + signum
-    for each in SIGNALS:
-        signal.signal(each, signal.SIG_IGN)  # it ends already
+    ignore()  # it ends already
     if not is_silent and os.environ.get("RANK", "0") == "0":
         os.write(2, f"error: ended by {signum.name}; the same command goes on from what is finished\n".encode())
     timer = threading.Timer(GRACE_SECONDS, os._exit, [code])

@@ -94,3 +94,14 @@ def test_who_ignores_a_signal_goes_on():
     ignoring = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)}
     done = subprocess.run([sys.executable, "-c", script], env=os.environ, capture_output=True, text=True, **ignoring)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_signal_after_the_work_changes_nothing():
+    script = """
+import atexit, os, signal
+from nestlm.interrupts import listen
+atexit.register(os.kill, os.getpid(), signal.SIGTERM)  # after what is registered later
+listen()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=50)
+    assert (done.returncode, done.stderr) == (0, "")
