@@ -49,7 +49,14 @@ def start(place: Place, name: str, folder: Path, log: Path) -> subprocess.Popen[
     text = [*SMALL, *LENGTHS, "data=text", f"data.path={place.texts}", *VICTIMS[name]]
     command = [sys.executable, str(TRAIN), *text, f"run_dir={folder / 'run'}", f"cache_dir={folder / 'cache'}"]
     with log.open("w") as errors:
-        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, text=True, env={**os.environ})
+        return subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=errors, text=True, env={**os.environ}, preexec_fn=hear_sigint
+        )
+
+
+def hear_sigint() -> None:
+    """Undo what a shell does to jobs in its background: they ignore SIGINT, and so would the victims."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def undisturbed(place: Place, name: str) -> tuple[float, str]:
