@@ -36,7 +36,7 @@ class AtBudget:
 
     @property
     def policy(self) -> Policy:
-        """As the decoder takes it."""
+        """The policy that the decoder is called with."""
         return self.answer.policy
 
     @property

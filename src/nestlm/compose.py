@@ -1,4 +1,4 @@
-"""From a Hydra config to settings: names and types are checked before anything is built.
+"""Turns a Hydra config into settings: names and types are checked before anything is built.
 
 Only this file and `sweep.py` know Hydra.
 """

@@ -1,4 +1,4 @@
-"""Where the config files are."""
+"""Finds the config files and the names of their groups."""
 
 from pathlib import Path
 

@@ -110,7 +110,7 @@ class Prepared:
         write_file(folder / POINTER, render(content).encode())
 
     def of_model(self, *, vocab_size: int, tokenizer_file: Path | None, special: SpecialTokenSettings) -> Prepared:
-        """The same folders with the end tokens of a model, or of the user.
+        """Replace the end tokens of the folders by those of a model, or of the user.
 
         Args:
             vocab_size: V of the model.
