@@ -15,7 +15,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from nestlm.checksums import CHECKSUMS, files_below, hashes, known_sums, sha256, write_sums
+from nestlm.checksums import CHECKSUMS, file_hash, files_below, hashes, known_sums, write_sums
 from nestlm.errors import ConfigError
 from nestlm.json_files import read_json, to_json, write_json
 from nestlm.progress import console, track
@@ -72,7 +72,7 @@ def contents_identity(files: list[Path], *, known: Path) -> str:
         state = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
         entry = remembered.get(str(path.resolve()))
         if not (isinstance(entry, dict) and entry.get("state") == state and isinstance(entry.get("sha256"), str)):
-            entry = remembered[str(path.resolve())] = {"state": state, "sha256": sha256(path)}
+            entry = remembered[str(path.resolve())] = {"state": state, "sha256": file_hash(path)}
         digests.append(entry["sha256"])
     if remembered != before:
         known.parent.mkdir(parents=True, exist_ok=True)

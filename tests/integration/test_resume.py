@@ -13,7 +13,7 @@ import torch
 
 from nestlm import pipeline
 from nestlm.callbacks.checkpoint import STATE, CheckpointFile, TimedCheckpoint, complete, last_good_checkpoint
-from nestlm.checksums import CHECKSUMS
+from nestlm.checksums import XXH128
 from nestlm.errors import CheckpointError
 from plugins import NANO
 from processes import kill_when
@@ -95,9 +95,9 @@ def saved(folder: Path, state: object) -> Path:
         lambda path: flip_bit(path / STATE),
         lambda path: zero_page(path / STATE),
         lambda path: (path / STATE).write_bytes((path / STATE).read_bytes()[:700]),
-        lambda path: flip_bit(path / CHECKSUMS),
-        lambda path: (path / CHECKSUMS).unlink(),
-        lambda path: (path / CHECKSUMS).write_text(""),
+        lambda path: flip_bit(path / XXH128.file_name),
+        lambda path: (path / XXH128.file_name).unlink(),
+        lambda path: (path / XXH128.file_name).write_text(""),
         lambda path: (path / "another.pt").write_bytes(b""),
     ],
     ids=["flipped bit", "zeroed page", "cut", "flipped bit of hashes", "no hashes", "empty hashes", "another file"],
@@ -123,7 +123,7 @@ def test_a_checkpoint_gets_its_name_after_its_hashes(tmp_path):
     )
     for step in range(1, 5):
         callback.save(trainer, step=step)  # pyright: ignore
-        seen.append([path.name for path in tmp_path.glob("*.ckpt") if not (path / CHECKSUMS).is_file()])
+        seen.append([path.name for path in tmp_path.glob("*.ckpt") if not (path / XXH128.file_name).is_file()])
     callback.finish()
     assert seen == [[]] * 4
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step=00000003.ckpt", "step=00000004.ckpt"]

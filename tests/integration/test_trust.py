@@ -16,7 +16,7 @@ import torch
 import nestlm
 import parity
 from nestlm.callbacks.checkpoint import STATE, last_good_checkpoint
-from nestlm.checksums import CHECKSUMS, files_below, hashes, read_sums, write_sums
+from nestlm.checksums import CHECKSUMS, XXH128, files_below, hashes, read_sums, write_sums
 from nestlm.cost.measured import LatencyTable
 from nestlm.data import tokenizer as tokenizers
 from nestlm.data.opened import Prepared
@@ -166,7 +166,7 @@ def test_a_training_checkpoint_is_only_read(tmp_path):
     for kind, payload in payloads(tmp_path / "ran").items():
         folder.mkdir()
         (folder / STATE).write_bytes(payload)
-        write_sums(folder, hashes(folder, files_below(folder)))
+        write_sums(folder, hashes(folder, files_below(folder, XXH128), XXH128), XXH128)
         with contextlib.suppress(CheckpointError):
             assert last_good_checkpoint(tmp_path, is_sharded=False) is None, kind
         shutil.rmtree(folder, ignore_errors=True)  # a damaged one is gone
@@ -178,7 +178,7 @@ def test_a_sharded_checkpoint_is_only_read(sharded_checkpoint, tmp_path):
     folder = sharded_checkpoint
 
     def door() -> None:
-        write_sums(folder, hashes(folder, files_below(folder)))
+        write_sums(folder, hashes(folder, files_below(folder, XXH128), XXH128), XXH128)
         sharded.check(folder)
         sharded.read_model(folder)
 

@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch.serialization import get_crc32_options, set_crc32_options
 
-from nestlm.checksums import check_folder, files_below, hashes, write_sums
+from nestlm.checksums import XXH128, check_folder, files_below, hashes, write_sums
 from nestlm.errors import CheckpointError, Preempted
 from nestlm.parallel import checkpoint as sharded
 from nestlm.parallel import ranks
@@ -40,7 +40,7 @@ class CheckpointFile(TorchCheckpointIO):
         del storage_options
         Path(path).mkdir(parents=True, exist_ok=True)
         has_checksums = get_crc32_options()
-        set_crc32_options(False)  # SHA256SUMS covers the file, and is computed while training goes on
+        set_crc32_options(False)  # XXH128SUMS covers the file, and is computed while training goes on
         try:
             with Path(path, STATE).open("wb") as file:
                 torch.save(checkpoint, file)
@@ -135,7 +135,7 @@ def complete(checkpoint: Path, writing: Future[Any] | None) -> None:
     if writing is not None:
         writing.result()
     if ranks.rank() == 0:
-        write_sums(checkpoint, hashes(checkpoint, files_below(checkpoint)))
+        write_sums(checkpoint, hashes(checkpoint, files_below(checkpoint, XXH128), XXH128), XXH128)
 
 
 def last_good_checkpoint(folder: Path, *, is_sharded: bool) -> Path | None:
@@ -152,7 +152,7 @@ def last_good_checkpoint(folder: Path, *, is_sharded: bool) -> Path | None:
         if not path.is_dir() or (path / STATE).exists() == is_sharded:
             continue
         try:
-            check_folder(path)
+            check_folder(path, XXH128)
             if is_sharded:
                 sharded.check(path)
             else:

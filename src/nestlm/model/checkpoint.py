@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from nestlm.checksums import CHECKSUMS, sha256
+from nestlm.checksums import CHECKSUMS, file_hash
 from nestlm.errors import CheckpointError
 from nestlm.model.keys import show
 from nestlm.parallel.sharding import fill
@@ -271,7 +271,7 @@ def check_sums(folder: Path) -> None:
             raise CheckpointError(f"model.weights: {sums} does not list {shard.name}; fetch it again")
     for name, digest in track(known.items(), "check weights", total=len(known)):
         path = folder / name
-        if not path.is_file() or sha256(path) != digest:
+        if not path.is_file() or file_hash(path) != digest:
             raise CheckpointError(f"model.weights: {path} is not the file that {CHECKSUMS} lists; fetch it again")
 
 

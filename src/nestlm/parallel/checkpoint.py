@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_state
 from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.optim import Optimizer
 
-from nestlm.checksums import check_folder
+from nestlm.checksums import XXH128, check_folder
 from nestlm.errors import CheckpointError
 
 INDEX = ".metadata"  # as torch calls it: which tensor lies where
@@ -153,7 +153,7 @@ def read_model(folder: Path) -> dict[str, torch.Tensor]:
         CheckpointError: the folder holds no checkpoint, or more than tensors and plain values.
     """
     try:
-        check_folder(folder)
+        check_folder(folder, XXH128)
         index = read_index(folder)
     except CheckpointError:
         raise
