@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
-from nestlm.compose import CONF, compose
-from nestlm.dotted import flat_items
+from nestlm.config.compose import CONF, compose
+from nestlm.utils.nested_dict import flat_items
 
 VALUES = (
     "null", "", "abc", "-1", "0", "1", "0.5", "-0.5", "1.5", "1e-30", "1e30", "1e400", "nan", "inf", "-inf", "true",
@@ -18,9 +18,10 @@ VALUES = (
 )  # fmt: skip
 TARGETS = (
     "", "null", "5", "[]", "{}", "x", "os.system", "builtins.eval", "nestlm", "nestlm.", ".nestlm", "nestlm..spec",
-    "nestlm.nowhere.X", "nestlm.settings.Nowhere", "nestlm.settings.Settings", "torch.nn.Linear", "torch.load",
-    "nowhere.at.all", "'nestlm.settings.Settings '", "nestlm.compose.run", "lightning.pytorch.Trainer",
-    "subprocess.Popen", "numpy.testing.runstring", "__main__.x", "nestlm.router.static.Router",
+    "nestlm.nowhere.X", "nestlm.train.settings.Nowhere", "nestlm.train.settings.Settings", "torch.nn.Linear",
+    "torch.load",
+    "nowhere.at.all", "'nestlm.train.settings.Settings '", "nestlm.config.compose.run", "lightning.pytorch.Trainer",
+    "subprocess.Popen", "numpy.testing.runstring", "__main__.x", "nestlm.router.static.logits.Router",
 )  # fmt: skip
 SYNTAX = (
     "=", "=5", "5", "foo", "a b=c", "seed=[", "seed={", "seed=(", "seed='", 'seed="', "seed=a=b", "seed=1,2", "~", "~=",

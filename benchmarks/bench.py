@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from nestlm.profiling import device_name
+from nestlm.utils.devices import device_name
 from turns import REPEATS, Spread
 
 PAGE, GPU_PAGE = Path("docs/results/speed.md"), Path("docs/results/speed-on-a-gpu.md")

@@ -25,13 +25,13 @@ from whittle.models.gpt import GPT
 from whittle.sampling.random_sampler import RandomSampler
 from whittle.training_strategies import SandwichStrategy, StandardStrategy
 
+from nestlm.elastic.sampler.sandwich import Sandwich
 from nestlm.nn.loss import LossReader
 from nestlm.nn.policy import Policy, fixed, full
-from nestlm.objective.elastic import Elastic
-from nestlm.objective.pretrain import Pretrain
-from nestlm.objective.teaching import CrossEntropy
-from nestlm.profiling import device_name
-from nestlm.sampler.sandwich import Sandwich
+from nestlm.train.objective.distillation import CrossEntropy
+from nestlm.train.objective.elastic import Elastic
+from nestlm.train.objective.pretrain import Pretrain
+from nestlm.utils.devices import device_name
 from shapes import QUARTERS, Shape, forward_backward, llama, training_step
 from turns import REPEATS, Way, flops, peak, ratio, take_turns
 
@@ -84,7 +84,7 @@ def our_step(shape: Shape, *, sandwich: bool) -> Way:
     if not sandwich:
         return training_step(shape.decoder(), Pretrain(), shape.batch, first_steps=1)
     objective = Elastic(
-        shape.space, sampler=Sandwich(num_random=2), teaching=CrossEntropy(), values=None, seed=0
+        shape.space, sampler=Sandwich(num_random=2), distillation=CrossEntropy(), values=None, seed=0
     )  # fmt: skip
     return training_step(shape.decoder(), objective, shape.batch, first_steps=1)
 

@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nestlm.checksums import SHA256, XXH128, Algorithm, file_hash
 from nestlm.nn.config import BlockConfig, DecoderConfig
 from nestlm.nn.loss import LossReader
-from nestlm.profiling import device_name
+from nestlm.utils.checksums import SHA256, XXH128, Algorithm, file_hash
+from nestlm.utils.devices import device_name
 from shapes import Shape, forward_backward
 from turns import Spread, Way, take_turns
 

@@ -21,10 +21,10 @@ from nestlm.data import tokenizer as tokenizers
 from nestlm.data.opened import Prepared
 from nestlm.data.packed import StepLoader
 from nestlm.data.prepare import batched, prepare
-from nestlm.data.source.base import Portion
-from nestlm.data.source.stdlib import Stdlib
-from nestlm.data.source.text import TextFolder
-from nestlm.profiling import cpu_name
+from nestlm.data.sources.base import Portion
+from nestlm.data.sources.stdlib import Stdlib
+from nestlm.data.sources.text import TextFolder
+from nestlm.utils.devices import cpu_name
 
 REPEATS = 7
 LENGTH, BATCH, STEPS = 2048, 8, 200

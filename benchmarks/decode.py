@@ -12,14 +12,14 @@ from pathlib import Path
 
 import torch
 
-from nestlm.compose import build, compose
+from nestlm.config.compose import build, compose
 from nestlm.generation.generate import generate
 from nestlm.generation.rows import policy_of_rows
 from nestlm.generation.sampling import GREEDY
 from nestlm.nn.decoder import Decoder
-from nestlm.profiling import cpu_name
 from nestlm.router.base import Answer
 from nestlm.spec import Budget
+from nestlm.utils.devices import cpu_name
 from turns import Spread, ratio, take_turns
 
 PAGE = Path("docs/results/generate.md")

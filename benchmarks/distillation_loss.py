@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import Row, main
-from nestlm.nn.loss import Beliefs, LossReader
+from nestlm.nn.loss import HeadInputs, LossReader
 from shapes import Shape
 from turns import Spread, Way, flops, peak, ratio, take_turns
 
@@ -29,7 +29,7 @@ def rows(shape: Shape, *, repeats: int) -> Iterator[Row]:
 
     hidden_BLD = drawn(1, tokens, size).requires_grad_()
     head_VD = drawn(VOCAB, size).mul_(size**-0.5).requires_grad_()
-    teacher = Beliefs(drawn(1, tokens, size), drawn(VOCAB, size).mul_(size**-0.5))
+    teacher = HeadInputs(drawn(1, tokens, size), drawn(VOCAB, size).mul_(size**-0.5))
     targets_BL = torch.randint(VOCAB, (1, tokens), generator=generator).to(shape.device)
 
     def passes(loss: Way) -> Way:

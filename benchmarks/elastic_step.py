@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from bench import Row, main
-from nestlm.objective.elastic import Elastic
-from nestlm.objective.pretrain import Pretrain
-from nestlm.objective.teaching import FrozenTeacher
-from nestlm.sampler.one import One
+from nestlm.elastic.sampler.one import One
+from nestlm.train.objective.distillation import FrozenTeacher
+from nestlm.train.objective.elastic import Elastic
+from nestlm.train.objective.pretrain import Pretrain
 from shapes import Shape, training_step
 from turns import flops, ratio, take_turns
 
@@ -22,7 +22,7 @@ def rows(shape: Shape, *, repeats: int) -> Iterator[Row]:
     """`sampler=one` at p = 0.5: the full model or one random sub-network, which learn from the teacher."""
     sampler, space = One(p_full=0.5, p_smallest=0.0), shape.space
     seed = next(seed for seed in range(100) if number_of_full(sampler, space, seed=seed) == STEPS // 2)
-    elastic = Elastic(space, sampler=sampler, teaching=FrozenTeacher(ce_share=0.0), values=None, seed=seed)
+    elastic = Elastic(space, sampler=sampler, distillation=FrozenTeacher(ce_share=0.0), values=None, seed=seed)
     teacher = shape.decoder().requires_grad_(False)
     once = {
         "plain": training_step(shape.decoder(), Pretrain(), shape.batch, first_steps=STEPS),

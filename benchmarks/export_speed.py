@@ -27,15 +27,15 @@ from typing import Any
 import torch
 import transformers
 
-from nestlm.compose import build, compose, load
+from nestlm.config.compose import build, compose, load
 from nestlm.cost.table import PriceList
 from nestlm.data.tokenizer import train
-from nestlm.elastic.weights import extract
+from nestlm.elastic.surgery import extract
 from nestlm.export import gguf, hf
 from nestlm.model.family import Family
 from nestlm.nn.decoder import Decoder
-from nestlm.router.search import random_spec
-from nestlm.router.uniform import UniformRouter
+from nestlm.router.static.search import random_spec
+from nestlm.router.static.uniform import UniformRouter
 from nestlm.spec import Budget, SubnetSpec
 from turns import Spread, Way, ratio, take_turns
 
@@ -66,7 +66,7 @@ PROMPT, NEW, REPEATS, SHARE = 16, 48, 7, 0.5
 def export_row(run: str, options: list[str], scratch: Path) -> str:
     """One export by the command: its seconds, and what it says of itself."""
     out = scratch / "-".join(options)
-    command = [sys.executable, "-c", "from nestlm.cli import main; main()", "export", run, *options, f"--out={out}"]
+    command = [sys.executable, "-c", "from nestlm.cli.app import main; main()", "export", run, *options, f"--out={out}"]
     started = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     seconds = time.perf_counter() - started

@@ -13,7 +13,7 @@ from pathlib import Path
 from fault_place import STAGE, Ended, Place, digest, files_of, nestlm, results_of, train
 
 PAGE = 4096
-VERIFIED = 12  # one trial in so many does the whole run again
+VERIFIED = 12  # one calibration in so many does the whole run again
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class Target:
     """What is damaged, and who reads it then.
 
     Attributes:
-        make: the folder that is copied for each trial.
+        make: the folder that is copied for each calibration.
         other: one of the same form with other contents.
         part: the folder in it whose files are damaged; "." for all.
         use: commands on the copy.
@@ -245,7 +245,7 @@ def expected(place: Place, name: str) -> dict[str, str]:
 
 
 def damage(place: Place, name: str, number: int, *, seed: int) -> tuple[str, str, str | None]:
-    """One trial: how which file was damaged, and what is wrong about what followed; None: nothing."""
+    """One calibration: how which file was damaged, and what is wrong about what followed; None: nothing."""
     target, rng = TARGETS[name], random.Random(f"{seed}/{name}/{number}")
     order = draws(place, name, seed)
     file, kind = order[number % len(order)]

@@ -152,14 +152,14 @@ def where_raised() -> str:
 
 def train(*overrides: str) -> Ended:
     """`python train.py OVERRIDE ...`."""
-    from nestlm.compose import run
+    from nestlm.config.compose import run
 
     return call(run, ["train.py", *overrides])
 
 
 def nestlm(*arguments: object) -> Ended:
     """`nestlm VERB ...`."""
-    from nestlm.cli import main
+    from nestlm.cli.app import main
 
     return call(main, ["nestlm", *map(str, arguments)])
 
@@ -195,7 +195,7 @@ class Place:
         """A folder of 60 text files."""
         with self.made("texts") as folder:
             if folder is not None:
-                from nestlm.data.source.synthetic import Synthetic
+                from nestlm.data.sources.synthetic import Synthetic
 
                 for name, text in Synthetic(num_documents=60, num_words=150, seed=0).documents():
                     (folder / f"{name.replace('/', '-')}.txt").write_text(text, encoding="utf-8")

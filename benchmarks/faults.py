@@ -172,7 +172,7 @@ def head(outcomes: Sequence[Outcome], *, jobs: int, seed: int) -> str:
     """What was run where."""
     import torch
 
-    from nestlm.profiling import cpu_name
+    from nestlm.utils.devices import cpu_name
 
     command = shlex.join(["python", "benchmarks/faults.py", *sys.argv[1:]])
     return HEAD.format(

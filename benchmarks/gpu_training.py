@@ -21,17 +21,17 @@ import lightning as L
 import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 
-from nestlm.compose import build, compose
+from nestlm.config.compose import build, compose
 from nestlm.data.batch import Batch
-from nestlm.module import NestedLM
+from nestlm.distributed.strategy import placement_of
+from nestlm.estimate.flops import flops_per_token
 from nestlm.nn.decoder import Decoder
-from nestlm.objective.base import Objective, Parts
-from nestlm.objective.elastic import Elastic
-from nestlm.objective.pretrain import Pretrain
-from nestlm.parallel.strategy import placement_of
-from nestlm.passes import flops_per_token
-from nestlm.settings import Settings
-from nestlm.training import make_trainer
+from nestlm.train.lightning_module import NestedLM
+from nestlm.train.objective.base import Objective, Parts
+from nestlm.train.objective.elastic import Elastic
+from nestlm.train.objective.pretrain import Pretrain
+from nestlm.train.settings import Settings
+from nestlm.train.trainer import make_trainer
 
 PAGE = Path("docs/results/gpu-training.md")
 DEFAULT = [
@@ -95,7 +95,7 @@ def objective_of(stage: str, settings: Settings) -> Objective:
     if stage == "pretrain":
         return Pretrain()
     return Elastic(
-        settings.space(), sampler=settings.sampler, teaching=settings.teacher, values=None, seed=settings.seed
+        settings.space(), sampler=settings.sampler, distillation=settings.teacher, values=None, seed=settings.seed
     )
 
 

@@ -10,12 +10,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from bench import Row, main
-from nestlm.compose import build, compose
-from nestlm.data.module import PackedTokens
+from nestlm.config.compose import build, compose
+from nestlm.data.datamodule import PackedTokens
 from nestlm.data.opened import Prepared
 from nestlm.data.prepare import prepare
 from nestlm.nn.decoder import Decoder
-from nestlm.objective.pretrain import Pretrain
+from nestlm.train.objective.pretrain import Pretrain
 from shapes import Shape, training_step
 from turns import Spread, ratio, take_turns
 

@@ -21,20 +21,20 @@ from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 
-from nestlm import compose
-from nestlm.context import MODEL, RECORD, ROUTER, Context
+from nestlm.config import compose
 from nestlm.data.batch import Batch
-from nestlm.layout import Layout, Precision
-from nestlm.memory import predict
+from nestlm.distributed import collectives
+from nestlm.distributed.device_layout import Layout, Precision
+from nestlm.distributed.launch import launch
+from nestlm.estimate.memory import predict
+from nestlm.model.weights_io import save_weights
 from nestlm.nn.decoder import Decoder
-from nestlm.parallel import ranks
-from nestlm.parallel.launch import launch
-from nestlm.pipeline import STAGES
-from nestlm.profiling import device_name
-from nestlm.settings import Settings, View
-from nestlm.tasks import Task
-from nestlm.training import trainer_device
-from nestlm.weights_files import save_weights
+from nestlm.pipeline.context import MODEL, RECORD, ROUTER, Context
+from nestlm.pipeline.run import STAGES
+from nestlm.train.settings import Settings, View
+from nestlm.train.tasks import Task
+from nestlm.train.trainer import trainer_device
+from nestlm.utils.devices import device_name
 from turns import highest
 
 SHORT = ("pretrain.steps=3", "elastic.steps=4", "router.steps=3", "joint.steps=3", "checkpoint_seconds=1e9")
@@ -86,12 +86,12 @@ class RandomTokens(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """One batch a step."""
-        share = ranks.Share(ranks.rank(), ranks.num_ranks())
-        shape = (self.settings.batch_size // share.num_ranks, self.settings.sequence_length + 1)
+        row_shard = collectives.RowShard(collectives.rank(), collectives.num_ranks())
+        shape = (self.settings.batch_size // row_shard.num_ranks, self.settings.sequence_length + 1)
         documents_BL = torch.arange(shape[1] - 1).ge(shape[1] // 2).long().expand(shape[0], -1).contiguous()
         tokens = torch.randint(self.vocab_size, (self.num_steps, *shape))
         kept = documents_BL if self.settings.separate_documents else None
-        batches = [Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), kept, share) for rows in tokens]
+        batches = [Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), kept, row_shard) for rows in tokens]
         return DataLoader(batches, batch_size=None)
 
 

@@ -19,20 +19,20 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
-from nestlm.compose import build
+from nestlm.config.compose import build
 from nestlm.cost.table import CostTable
 from nestlm.data.batch import Batch
-from nestlm.data.module import PackedTokens
+from nestlm.data.datamodule import PackedTokens
 from nestlm.data.opened import Prepared
 from nestlm.data.prepare import prepare
 from nestlm.nn.decoder import Decoder
-from nestlm.nn.loss import Beliefs, LossReader
+from nestlm.nn.loss import HeadInputs, LossReader
 from nestlm.nn.policy import fixed, full, mixed
 from nestlm.report.tables import markdown_table
-from nestlm.router.knapsack import KnapsackRouter
-from nestlm.router.trial import Trial
-from nestlm.settings import Settings
+from nestlm.router.calibration_data import CalibrationData
+from nestlm.router.static.knapsack import KnapsackRouter
 from nestlm.spec import MLP_WIDTH
+from nestlm.train.settings import Settings
 
 ROWS = 48  # of calibration text
 HALVINGS = 30
@@ -56,16 +56,16 @@ def text(settings: Settings, run: Path) -> list[Batch]:
 
 
 @torch.no_grad()
-def costs_of_choices(trial: Trial, table: CostTable) -> list[Tensor]:
+def costs_of_choices(calibration: CalibrationData, table: CostTable) -> list[Tensor]:
     """KL of each token to the whole model under each single choice, one tensor (sites, choices, B, L) a batch."""
     space, found = table.space, []
-    for batch in trial.batches:
-        read = LossReader(batch.targets_BL, teacher=trial.run(batch, full, Beliefs.read).read)
+    for batch in calibration.batches:
+        read = LossReader(batch.targets_BL, teacher=calibration.run(batch, full, HeadInputs.read).read)
         kl = torch.zeros(len(space.sites), space.max_choices, *batch.tokens_BL.shape)
         for row, (site, widths) in enumerate(space.choices.items()):
             for index in range(len(widths) - 1):
                 single = space.spec(dict.fromkeys(space.sites, -1) | {site: index})
-                kl[row, index] = trial.run(batch, fixed(single), read).read.distance_BL
+                kl[row, index] = calibration.run(batch, fixed(single), read).read.distance_BL
         found.append(kl)
     return found
 
@@ -95,12 +95,12 @@ def main(run: Path) -> None:
     settings: Settings = build(yaml.safe_load((run / "config.yaml").read_text()))
     decoder = Decoder(settings.model.decoder_config()).eval()
     decoder.load_state_dict(load_file(run / "checkpoints/elastic/model.safetensors"))
-    trial = Trial(decoder, text(settings, run))
+    calibration = CalibrationData(decoder, text(settings, run))
     prices = settings.prices()
     table, space = prices.main, prices.space
     router = KnapsackRouter(prices=prices)
-    router.prepare(trial)
-    kl = costs_of_choices(trial, table)
+    router.prepare(calibration)
+    kl = costs_of_choices(calibration, table)
     rows = []
     for budget in settings.budgets[1:]:
         spec = router.spec(budget)
@@ -112,11 +112,11 @@ def main(run: Path) -> None:
             low, high = (price, high) if mean_share(chosen, table) > share else (low, price)
         chosen = [choose(part, table, spec=indices, price=high) for part in kl]
         losses = [
-            Trial(decoder, [batch]).loss(mixed(space, part)) * batch.targets_BL.numel()
-            for batch, part in zip(trial.batches, chosen, strict=True)
+            CalibrationData(decoder, [batch]).loss(mixed(space, part)) * batch.targets_BL.numel()
+            for batch, part in zip(calibration.batches, chosen, strict=True)
         ]
-        oracle = sum(losses) / sum(batch.targets_BL.numel() for batch in trial.batches)
-        alike = trial.loss(fixed(spec))
+        oracle = sum(losses) / sum(batch.targets_BL.numel() for batch in calibration.batches)
+        alike = calibration.loss(fixed(spec))
         rows.append([str(budget), f"{share:.3f}", f"{alike:.4f}", f"{oracle:.4f}", f"{oracle - alike:+.4f}"])
     print(markdown_table(["budget", "cost", "knapsack", "oracle per token", "difference"], rows))
 

@@ -16,7 +16,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from nestlm.data.source.synthetic import Synthetic
+from nestlm.data.sources.synthetic import Synthetic
 from nestlm.data.tokenizer import train
 from nestlm.export.hf import export
 from nestlm.model.checkpoint import CHECKSUMS, shard_files

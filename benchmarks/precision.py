@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nestlm.nn.loss import LossReader
-from nestlm.profiling import device_name
+from nestlm.utils.devices import device_name
 from shapes import Shape, forward_backward, llama
 from turns import Way, ratio, take_turns
 

@@ -23,13 +23,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
-from nestlm.compose import build, compose
+from nestlm.config.compose import build, compose
+from nestlm.distributed import collectives
+from nestlm.distributed.fsdp import Placement, fill
+from nestlm.distributed.launch import launch
+from nestlm.distributed.strategy import mesh_of
 from nestlm.nn.decoder import Decoder
 from nestlm.nn.loss import LossReader
-from nestlm.parallel import ranks
-from nestlm.parallel.launch import launch
-from nestlm.parallel.sharding import Placement, fill
-from nestlm.parallel.strategy import mesh_of
 
 PAGE = Path("docs/results/ranks.md")
 RANKS, ROWS, LENGTH, WARM_UP = 2, 4, 128, 2
@@ -48,7 +48,9 @@ turn, after {warm_up} that do not count; {flops:.2f} TFLOPs a step, whichever wa
 class Way:
     """A model, how it is held, and a training step of it."""
 
-    def __init__(self, name: str, hold: Callable[[Decoder], nn.Module], *, share: ranks.Share, threads: int) -> None:
+    def __init__(
+        self, name: str, hold: Callable[[Decoder], nn.Module], *, share: collectives.RowShard, threads: int
+    ) -> None:
         settings = build(compose(["model=small", "model.init=random", "data=synthetic"]))
         reference = Decoder.empty(settings.model.decoder_config())
         reference.init_weights(seed=0)
@@ -96,11 +98,11 @@ def measure(steps: int) -> list[tuple[str, list[float], list[float]]]:
     if is_gpu:
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if is_gpu else "gloo")
-    share = ranks.Share(rank, RANKS)
+    share = collectives.RowShard(rank, RANKS)
     half = max(1, (os.cpu_count() or 1) // RANKS)
     copies = Placement(device, mesh_of(device.type, RANKS, 1))
     shards = Placement(device, mesh_of(device.type, 1, RANKS)["shards"])
-    alone = Way("one process", lambda model: model.to(device), share=ranks.Share(), threads=half * RANKS)
+    alone = Way("one process", lambda model: model.to(device), share=collectives.RowShard(), threads=half * RANKS)
     together = [
         Way("two, torch's DDP", lambda model: DistributedDataParallel(model.to(device)), share=share, threads=half),
         Way("two, `trainer=ddp`", lambda model: placed(model, copies), share=share, threads=half),

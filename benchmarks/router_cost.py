@@ -10,7 +10,7 @@ import time
 
 import torch
 
-from nestlm.compose import build, compose
+from nestlm.config.compose import build, compose
 from nestlm.cost.table import TokenTable
 from nestlm.router.base import Router
 from nestlm.spec import Budget

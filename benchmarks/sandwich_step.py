@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from bench import Row, main
-from nestlm.objective.elastic import Elastic
-from nestlm.objective.pretrain import Pretrain
-from nestlm.objective.teaching import CrossEntropy
-from nestlm.sampler.sandwich import Sandwich
+from nestlm.elastic.sampler.sandwich import Sandwich
+from nestlm.train.objective.distillation import CrossEntropy
+from nestlm.train.objective.elastic import Elastic
+from nestlm.train.objective.pretrain import Pretrain
 from shapes import Shape, training_step
 from turns import Spread, flops, peak, ratio, take_turns
 
@@ -21,7 +21,7 @@ STEPS = 2  # of a turn, so that random draws are several
 def rows(shape: Shape, *, repeats: int) -> Iterator[Row]:
     """The full model, the smallest and two random sub-networks, each on the text alone, over a plain step."""
     sandwich = Elastic(
-        shape.space, sampler=Sandwich(num_random=2), teaching=CrossEntropy(), values=None, seed=0
+        shape.space, sampler=Sandwich(num_random=2), distillation=CrossEntropy(), values=None, seed=0
     )  # fmt: skip
     once = {
         name: training_step(shape.decoder(), objective.to(shape.device), shape.batch, first_steps=STEPS)

@@ -12,9 +12,9 @@ import traceback
 from collections.abc import Iterator
 from typing import Any
 
-from nestlm import pipeline
-from nestlm.compose import USER_ERRORS, build, compose, explain, plugins_of, with_sizes
-from nestlm.dotted import flat_items
+from nestlm.config.compose import USER_ERRORS, build, compose, explain, plugins_of, with_sizes
+from nestlm.pipeline import run as pipeline
+from nestlm.utils.nested_dict import flat_items
 
 VALUES = (
     "null", "0", "5", "-1", "1.5", "true", '""', "abc", "[]", "{}", "[1]", "{a: 1}", "nan", "inf", "-inf", "1e400",
@@ -22,7 +22,8 @@ VALUES = (
     "[nan]",
 )  # fmt: skip
 TARGETS = (
-    "", "5", "os.system", "builtins.eval", "nestlm", "nestlm.settings.torch", "null", "a b", "..os.system", "${seed}"
+    "", "5", "os.system", "builtins.eval", "nestlm", "nestlm.train.settings.torch", "null", "a b", "..os.system",
+    "${seed}"
 )  # fmt: skip
 
 

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
-from nestlm.axes.attn_heads import AttnHeads
-from nestlm.axes.base import Axis, search_space
-from nestlm.axes.mlp_width import MLPWidth
-from nestlm.compose import build, compose
+from nestlm.config.compose import build, compose
 from nestlm.data.batch import Batch
+from nestlm.elastic.axes.attn_heads import AttnHeads
+from nestlm.elastic.axes.base import Axis, search_space
+from nestlm.elastic.axes.mlp_width import MLPWidth
 from nestlm.nn.config import BlockConfig, DecoderConfig
 from nestlm.nn.decoder import Decoder
-from nestlm.objective.base import Objective, Parts
 from nestlm.spec import SearchSpace, SubnetSpec
+from nestlm.train.objective.base import Objective, Parts
 from turns import Way
 
 QUARTERS = (0.25, 0.5, 0.75, 1.0)

@@ -20,7 +20,7 @@ TRAIN = Path(__file__).parents[1] / "train.py"
 # The same command, ended at the end of its first training step.
 FIRST_STEP = """
 import os, runpy, sys
-from nestlm.module import NestedLM
+from nestlm.train.lightning_module import NestedLM
 step = NestedLM.training_step
 def first(self, batch, batch_idx):
     step(self, batch, batch_idx)

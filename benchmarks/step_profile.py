@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from nestlm.nn.loss import LossReader
 from nestlm.nn.policy import Policy, fixed, full
-from nestlm.profiling import device_name
+from nestlm.utils.devices import device_name
 from shapes import Shape, forward_backward, llama
 
 PAGE = Path("docs/results/step-profile.md")

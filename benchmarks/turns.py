@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from nestlm.allocation import keep_freed_blocks
+from nestlm.utils.malloc import keep_freed_blocks
 
 Way = Callable[[], Any]
 REPEATS, WARM_UP = 9, 2

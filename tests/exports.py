@@ -8,16 +8,16 @@ import torch
 
 import parity
 from models import AXES, random_decoder
-from nestlm.axes.base import Axis, search_space
-from nestlm.axes.depth import Depth
 from nestlm.cost.static import Flops
 from nestlm.cost.table import PriceList
 from nestlm.data.batch import Batch
+from nestlm.elastic.axes.base import Axis, search_space
+from nestlm.elastic.axes.depth import Depth
 from nestlm.model.family import Family
 from nestlm.nn.decoder import Decoder
-from nestlm.router.calibration import Plan
-from nestlm.router.per_token import Granularity, TokenRouter
-from nestlm.router.trial import Trial
+from nestlm.router.calibration_data import CalibrationData
+from nestlm.router.dynamic.base import Granularity, TokenRouter
+from nestlm.router.dynamic.plan import Plan
 from nestlm.spec import Budget, SearchSpace, SubnetSpec
 from routers import Variant
 
@@ -74,11 +74,13 @@ def routed(nested: Nest, variant: Variant, *, share: float) -> tuple[TokenRouter
     for parameter in router.parameters():
         parameter.add_(torch.randn(parameter.shape, generator=source))
     text = [tokens(4, LENGTH + 1, seed=seed) for seed in range(2)]
-    trial = Trial(nested.decoder, [Batch(part[:, :-1], part[:, 1:], None) for part in text])
-    router.eval().prepare(trial)
+    calibration = CalibrationData(nested.decoder, [Batch(part[:, :-1], part[:, 1:], None) for part in text])
+    router.eval().prepare(calibration)
     bounds = router.planned.bounds(Budget.of_share(share))
     start = Plan(share, router.tariffs(bounds))
-    plan, _ = router.approach(start, router.record(start, trial), bounds=bounds, trial=trial, caution=0.0)
+    plan, _ = router.approach(
+        start, router.record(start, calibration), bounds=bounds, calibration=calibration, caution=0.0
+    )
     assert len(plan.fixed) < len(router.rows), "something decides"
     return router, plan
 

@@ -11,13 +11,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nestlm import pipeline, training
-from nestlm.compose import build, compose
+from nestlm.config.compose import build, compose
 from nestlm.data.batch import Batch
-from nestlm.module import NestedLM
-from nestlm.objective.base import Parts, Term
-from nestlm.objective.pretrain import Pretrain
-from nestlm.parallel import ranks
+from nestlm.distributed import collectives
+from nestlm.pipeline import run as pipeline
+from nestlm.train import trainer as training
+from nestlm.train.lightning_module import NestedLM
+from nestlm.train.objective.base import Parts, Term
+from nestlm.train.objective.pretrain import Pretrain
 
 CPU = ["trainer.accelerator=cpu", "trainer.precision=32-true"]
 
@@ -76,7 +77,7 @@ def in_trouble(what: tuple[str, list[str]]) -> None:
 
     def troubled(self: Pretrain, parts: Parts, batch: Batch, *, step: int) -> Iterator[Term]:
         for term in terms(self, parts, batch, step=step):
-            is_there = ranks.rank() == 1 and step == 2
+            is_there = collectives.rank() == 1 and step == 2
             if is_there and trouble == "memory":
                 torch.empty(2**60)
             yield Term(term.loss * torch.nan, term.logs) if is_there else term

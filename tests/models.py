@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 
-from nestlm.axes.attn_heads import AttnHeads
-from nestlm.axes.mlp_width import MLPWidth
+from nestlm.elastic.axes.attn_heads import AttnHeads
+from nestlm.elastic.axes.mlp_width import MLPWidth
 from nestlm.nn.config import BlockConfig, DecoderConfig
 from nestlm.nn.decoder import Decoder
 

@@ -7,17 +7,17 @@ import pytest
 import torch
 
 from models import AXES, decoder_config
-from nestlm import nodes
-from nestlm.axes.base import search_space
+from nestlm.config import nodes
 from nestlm.cost.memory import Memory
 from nestlm.cost.static import Flops
 from nestlm.cost.table import CostTable, PriceList
 from nestlm.data.batch import Batch
+from nestlm.elastic.axes.base import search_space
 from nestlm.nn.decoder import DecoderOutput
 from nestlm.nn.policy import Mixed
 from nestlm.router.base import Router
-from nestlm.router.per_token import Granularity
-from nestlm.settings import RouterSettings
+from nestlm.router.dynamic.base import Granularity
+from nestlm.train.settings import RouterSettings
 from plugins import NANO, compose, options
 
 CONFIG = decoder_config(num_kv_groups=2)

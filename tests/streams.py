@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from nestlm.data.prepare import prepare
-from nestlm.data.source.base import StreamSource
-from nestlm.data.source.synthetic import Synthetic
+from nestlm.data.sources.base import StreamSource
+from nestlm.data.sources.synthetic import Synthetic
 from nestlm.data.stream import StreamLoader
 from nestlm.data.tokenizer import for_texts, load
-from nestlm.parallel.ranks import ALONE, Share
+from nestlm.distributed.collectives import ALL_ROWS, RowShard
 
 HELD_OUT, LENGTH, BATCH = 60, 32, 6
 OPTIMISE = """
@@ -47,12 +47,12 @@ def optimise(datasets: dict[str, list], folder: Path, *packed: str) -> Path:
     return folder
 
 
-def loader(source: StreamSource, tokenizer: Path, *, num_steps: int, share: Share = ALONE) -> StreamLoader:
+def loader(source: StreamSource, tokenizer: Path, *, num_steps: int, row_shard: RowShard = ALL_ROWS) -> StreamLoader:
     """One rank's rows."""
     loaded = load(tokenizer)
     return StreamLoader(
         source, for_texts(loaded), num_steps=num_steps, batch_size=BATCH, sequence_length=LENGTH,
-        document_separator=0, vocab_size=288, separate_documents=False, share=share,
+        document_separator=0, vocab_size=288, separate_documents=False, row_shard=row_shard,
     )  # fmt: skip
 
 
@@ -70,7 +70,9 @@ def check_order_and_resume(source: StreamSource, folder: Path) -> None:
     assert num_steps > 10
     seen, state = [], {"next_step": 0, "number": HELD_OUT, "offset": 0}
     for world_size, stop in ((2, 3), (3, 7), (1, num_steps)):
-        ranks = [loader(source, tokenizer, num_steps=stop, share=Share(r, world_size)) for r in range(world_size)]
+        ranks = [
+            loader(source, tokenizer, num_steps=stop, row_shard=RowShard(r, world_size)) for r in range(world_size)
+        ]
         for rank in ranks:
             rank.load_state_dict(state)
         for batches in zip(*ranks, strict=True):

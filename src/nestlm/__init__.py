@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # heavy to import
-    from nestlm.nested import NestedModel
+    from nestlm.api.nested_model import NestedModel
 
 
 def load(run: str | Path, *, device: str | None = None, plugins: Sequence[str] = ()) -> NestedModel:
@@ -22,6 +22,6 @@ def load(run: str | Path, *, device: str | None = None, plugins: Sequence[str] =
     Raises:
         NestlmError: it is no finished run, of another version of nestlm, damaged, or the device is not there.
     """
-    from nestlm.compose import load as load_run
+    from nestlm.config.compose import load as load_run
 
     return load_run(Path(run), device=device, plugins=plugins)

@@ -1,12 +1,12 @@
 """The entry point of the `nestlm` command, which listens to signals before it imports anything heavy."""
 
-from nestlm.interrupts import listen
+from nestlm.utils.interrupts import listen
 
 
 def main() -> None:
     """Run a command line."""
     listen()
-    from nestlm.cli import main as run
+    from nestlm.cli.app import main as run
 
     run()
 

@@ -13,7 +13,7 @@ class ConfigError(NestlmError):
 
 
 class NotAllowedError(ConfigError):
-    """A config that names code which it may not run; see `nestlm.allowlist`."""
+    """A config that names code which it may not run; see `nestlm.config.allowlist`."""
 
 
 class BudgetError(NestlmError):

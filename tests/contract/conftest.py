@@ -3,9 +3,9 @@
 import pytest
 
 from models import DECODERS, random_decoder
-from nestlm.axes.base import Axis, search_space
+from nestlm.elastic.axes.base import Axis, search_space
 from nestlm.nn.decoder import Decoder
-from nestlm.router.trial import Trial
+from nestlm.router.calibration_data import CalibrationData
 from nestlm.spec import SearchSpace
 from plugins import build, options
 from routers import CONFIG, batches
@@ -37,11 +37,11 @@ def space(axes, decoder) -> SearchSpace:
 
 
 @pytest.fixture
-def trial() -> Trial:
-    return Trial(random_decoder(CONFIG), batches(0))
+def calibration() -> CalibrationData:
+    return CalibrationData(random_decoder(CONFIG), batches(0))
 
 
 @pytest.fixture
 def deciding(monkeypatch) -> None:
     """A plan in which no site decides is no answer: otherwise the best one may leave nothing to look at."""
-    monkeypatch.setattr("nestlm.router.per_token.LEAST_USED", 1.1)
+    monkeypatch.setattr("nestlm.router.dynamic.base.LEAST_USED", 1.1)

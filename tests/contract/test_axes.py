@@ -6,15 +6,15 @@ from random import Random
 import pytest
 import torch
 
-from nestlm.axes.attn_heads import AttnHeads
-from nestlm.axes.base import Axis, width_axes
 from nestlm.data.batch import Batch
-from nestlm.elastic.weights import cuts_by_site, extract, sort_units
+from nestlm.elastic.axes.attn_heads import AttnHeads
+from nestlm.elastic.axes.base import Axis, width_axes
+from nestlm.elastic.ranking.activation import Activation
+from nestlm.elastic.ranking.base import order
+from nestlm.elastic.sampler.base import independent
+from nestlm.elastic.surgery import cuts_by_site, extract, sort_units
 from nestlm.nn.decoder import Decoder
 from nestlm.nn.policy import Decision, Policy, constant, fixed, full
-from nestlm.ranking.activation import Activation
-from nestlm.ranking.base import order
-from nestlm.sampler.base import independent
 from nestlm.spec import SearchSpace, Site, SubnetSpec
 from plugins import build, classes, compose, options, targets
 
@@ -164,4 +164,4 @@ def test_gates_of_one_change_nothing_and_zero_removes(decoder, space, tokens_BL)
 
 def test_every_axis_has_a_config():
     shipped = set().union(*(targets(compose([f"axes={option}"])["axes"]) for option in options("axes")))
-    assert classes("nestlm.axes", Axis) <= shipped
+    assert classes("nestlm.elastic.axes", Axis) <= shipped

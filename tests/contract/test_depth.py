@@ -11,21 +11,21 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import AXES, decoder_config, random_decoder
-from nestlm.axes.base import search_space
-from nestlm.axes.depth import Depth, with_layers
 from nestlm.cost.knapsack import cheapest_loss, use_up
 from nestlm.cost.static import Flops
 from nestlm.cost.table import Bound, CostTable, PriceList, TokenTable
 from nestlm.data.batch import Batch
+from nestlm.elastic.axes.base import search_space
+from nestlm.elastic.axes.depth import Depth, with_layers
+from nestlm.elastic.sampler.base import independent
 from nestlm.errors import ConfigError
-from nestlm.evaluation import mean_width, spent_shares
+from nestlm.eval.policy_scores import mean_width, spent_shares
 from nestlm.nn.decoder import Decoder
 from nestlm.nn.kv_cache import KVCache
 from nestlm.nn.policy import Decision, Mixed, Policy, constant, fixed, mixed
-from nestlm.router.calibration import Plan, Tariff, fix_sites
-from nestlm.router.search import random_spec
-from nestlm.router.trial import Trial
-from nestlm.sampler.base import independent
+from nestlm.router.calibration_data import CalibrationData
+from nestlm.router.dynamic.plan import Plan, Tariff, fix_sites
+from nestlm.router.static.search import random_spec
 from nestlm.spec import Budget, SearchSpace, Site
 from plugins import build
 from routers import DYNAMICS, EVERY, Variant, batches, choices
@@ -264,18 +264,18 @@ STATIC, TOKENS = PriceList(flops(), {}), PriceList(flops(per_token=True), {}, pe
 @EVERY
 def test_every_router_skips_blocks_within_its_budget(variant: Variant):
     """Down to a budget that no widths reach, on text that it was not calibrated on."""
-    trial = Trial(random_decoder(CONFIG), batches(0))
+    calibration = CalibrationData(random_decoder(CONFIG), batches(0))
     router = variant.router(static=STATIC, tokens=TOKENS)
-    router.prepare(trial)
+    router.prepare(calibration)
     table = router.prices.main
     narrowest = SPACE.spec(dict.fromkeys(SPACE.sites, 0) | dict.fromkeys(SITES["depth"], 1))
     assert flops().share(narrowest) > LOW, "no widths reach it"
     for share in (LOW, 0.8):
         if share == LOW and variant.granularity == "prompt":
             continue  # the prompt runs whole
-        answer = router.find(Budget.of_share(share), trial=trial)
+        answer = router.find(Budget.of_share(share), calibration=calibration)
         for batch in batches(5):
-            decisions = trial.decoder(batch.tokens_BL, answer.policy).decisions
+            decisions = calibration.decoder(batch.tokens_BL, answer.policy).decisions
             assert float(spent_shares(decisions, table, batch_size=4).max()) <= share
         if answer.spec is not None:
             assert flops().share(answer.spec) <= share
@@ -301,21 +301,21 @@ def test_nothing_decides_in_a_block_that_all_tokens_skip():
 @DYNAMICS
 def test_tokens_that_skip_depend_on_no_later_ones_and_on_no_cache(variant: Variant, deciding, monkeypatch):
     """Equal choices in float64, whole, changed after a position, and token by token, where every site decides."""
-    monkeypatch.setattr("nestlm.router.calibration.fix_sites", lambda plan, heard, *, caution: plan)
-    trial = Trial(random_decoder(CONFIG).double(), batches(0))
+    monkeypatch.setattr("nestlm.router.dynamic.plan.fix_sites", lambda plan, heard, *, caution: plan)
+    calibration = CalibrationData(random_decoder(CONFIG).double(), batches(0))
     router = variant.router(static=STATIC, tokens=TOKENS).double()
-    policy = router.find(Budget.of_share(0.8), trial=trial).policy
+    policy = router.find(Budget.of_share(0.8), calibration=calibration).policy
     tokens_BL = batches(3)[0].tokens_BL
-    whole = trial.decoder(tokens_BL, policy)
+    whole = calibration.decoder(tokens_BL, policy)
     depth = [index for site, index in choices(whole).items() if site.startswith("depth")]
     assert any(index.unique().numel() > 1 for index in depth), "some tokens skip a block"
     changed_BL = tokens_BL.clone()
     changed_BL[:, 10:] = (changed_BL[:, 10:] + 7) % 50
-    changed = trial.decoder(changed_BL, policy)
+    changed = calibration.decoder(changed_BL, policy)
     torch.testing.assert_close(whole.logits_BLV[:, :10], changed.logits_BLV[:, :10])
     assert not torch.allclose(whole.logits_BLV[:, 10:], changed.logits_BLV[:, 10:])
     cache = KVCache(CONFIG, batch_size=4, length=LENGTH, device=torch.device("cpu"), dtype=torch.float64)
     for start, end in pairwise([0, 7, *range(8, LENGTH + 1)]):
-        piece = trial.decoder(tokens_BL[:, start:end], policy, cache=cache)
+        piece = calibration.decoder(tokens_BL[:, start:end], policy, cache=cache)
         torch.testing.assert_close(piece.logits_BLV, whole.logits_BLV[:, start:end], rtol=0, atol=1e-4)
         assert all(torch.equal(index, choices(whole)[site][:, start:end]) for site, index in choices(piece).items())

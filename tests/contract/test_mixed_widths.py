@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from nestlm.elastic.sampler.base import independent
 from nestlm.nn.decoder import Decoder
 from nestlm.nn.kv_cache import KVCache
 from nestlm.nn.policy import Decision, Mixed, Policy, constant, fixed, full, mixed
-from nestlm.sampler.base import independent
 from nestlm.spec import SearchSpace
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}

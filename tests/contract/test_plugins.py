@@ -11,19 +11,19 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import AXES, KINDS, decoder_config, random_decoder
-from nestlm.axes.base import search_space
-from nestlm.axes.depth import Depth
 from nestlm.cost.memory import Memory
 from nestlm.cost.static import Flops
 from nestlm.cost.table import PriceList
 from nestlm.data.batch import Batch
-from nestlm.data.source.base import PreparedSource, fingerprint
-from nestlm.elastic.weights import extract
+from nestlm.data.sources.base import PreparedSource, fingerprint
+from nestlm.elastic.axes.base import search_space
+from nestlm.elastic.axes.depth import Depth
+from nestlm.elastic.ranking.base import order
+from nestlm.elastic.sampler.base import Mixture, Sampler, generator, independent
+from nestlm.elastic.surgery import extract
 from nestlm.errors import BudgetError
 from nestlm.nn.kv_cache import KVCache
 from nestlm.nn.policy import fixed
-from nestlm.ranking.base import order
-from nestlm.sampler.base import Mixture, Sampler, generator, independent
 from nestlm.spec import SearchSpace, SubnetSpec
 from plugins import build, choose, classes, compose, options, targets
 from streams import optimise
@@ -46,15 +46,15 @@ SPECS = specs_of(SPACE)
 
 # Where a group's plug-ins live. Protocols and helpers that no config names are told apart by their base module.
 PACKAGES = {
-    "sampler": "nestlm.sampler",
-    "ranking": "nestlm.ranking",
+    "sampler": "nestlm.elastic.sampler",
+    "ranking": "nestlm.elastic.ranking",
     "cost": "nestlm.cost",
-    "data": "nestlm.data.source",
-    "teacher": "nestlm.objective.teaching",
+    "data": "nestlm.data.sources",
+    "teacher": "nestlm.train.objective.distillation",
     "model": "nestlm.model",
 }
 NO_PLUGINS = {
-    "nestlm.cost.knapsack", "nestlm.cost.measured", "nestlm.cost.table",
+    "nestlm.cost.knapsack", "nestlm.cost.latency.table_file", "nestlm.cost.table",
     "nestlm.model.checkpoint", "nestlm.model.family", "nestlm.model.parent",
 }  # fmt: skip
 

@@ -19,8 +19,8 @@ LENGTHS = ["pretrain.steps=20", "elastic.steps=10", "router.steps=20", "joint.st
 
 def losses(folder: Path) -> dict[str, float]:
     """Validation losses of all stages and budgets."""
-    from nestlm import pipeline
-    from nestlm.compose import build, compose
+    from nestlm.config.compose import build, compose
+    from nestlm.pipeline import run as pipeline
     from nestlm.report.tables import read_csv
 
     plain = compose([*NANO, *LENGTHS, f"run_dir={folder / 'run'}", f"cache_dir={folder / 'cache'}"])

@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from nestlm import pipeline
-from nestlm.callbacks.checkpoint import complete
-from nestlm.compose import build, compose
-from nestlm.parallel import checkpoint
+from nestlm.config.compose import build, compose
+from nestlm.distributed import sharded_checkpoint as checkpoint
+from nestlm.pipeline import run as pipeline
+from nestlm.train.callbacks.timed_checkpoint import complete
 from plugins import NANO
 
 Run = Callable[..., Path]

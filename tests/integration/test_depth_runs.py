@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from nestlm.cli import app
-from nestlm.compose import build, compose
-from nestlm.elastic.weights import extract
+from nestlm.cli.app import app
+from nestlm.config.compose import build, compose
+from nestlm.elastic.surgery import extract
 from nestlm.nn.decoder import Decoder
-from nestlm.settings import Settings
+from nestlm.train.settings import Settings
 from plugins import NANO, stages_that_ran
 
 SIZES, AXES = ["model.num_layers=4"], ["axes=mlp_heads_depth", "axes.depth.share=0.5"]

@@ -12,11 +12,11 @@ import torch
 from typer.testing import CliRunner, Result
 
 import nestlm
-from nestlm.cli import app
+from nestlm.api.nested_model import NestedModel
+from nestlm.cli.app import app
 from nestlm.data.prepare import prepare
-from nestlm.data.source.text import TextFolder
+from nestlm.data.sources.text import TextFolder
 from nestlm.errors import ConfigError, DataError, NestlmError
-from nestlm.nested import NestedModel
 from nestlm.report.tables import read_csv
 
 COLUMNS = ("achieved", "val_loss", "perplexity", "bits_per_byte", "accuracy")
@@ -194,7 +194,7 @@ def test_one_request_at_a_time_and_many_agree(dynamic_run, tasks):
     """Of a policy under which tokens differ, with requests of different lengths, some beyond the context."""
     from lm_eval.api.instance import Instance
 
-    from nestlm.harness import HarnessModel
+    from nestlm.eval.lm_harness import HarnessModel
 
     model = nestlm.load(dynamic_run)
     policy = model.at(0.8).policy
@@ -243,7 +243,7 @@ def test_tasks_that_are_not_there(static_run, tasks, monkeypatch):
     (tasks / "gone.yaml").write_text(CHOICES.format(name="gone", data=tasks / "gone.jsonl", cache=tasks / "cache"))
     with pytest.raises(DataError, match=r"tasks: cannot read the data of gone .*take task files"):
         model.evaluate([0.8], tasks=["gone"], task_files=tasks)
-    monkeypatch.delitem(sys.modules, "nestlm.harness")
+    monkeypatch.delitem(sys.modules, "nestlm.eval.lm_harness")
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
     with pytest.raises(ConfigError, match=r"tasks: .*lm_eval.*pip install 'nestlm\[eval\]'"):
         model.evaluate([0.8], tasks=["choices"], task_files=tasks)
@@ -279,7 +279,7 @@ def test_task_files_run_no_code(line, static_run, tasks, tmp_path, monkeypatch):
 
 
 def test_shots_are_the_papers_the_tasks_or_those_that_are_asked_for(tasks):
-    from nestlm.harness import SHOTS, load_tasks
+    from nestlm.eval.lm_harness import SHOTS, load_tasks
 
     (asked,) = load_tasks(["choices"], files=tasks, shots=SHOTS)
     assert asked.shots is None, "what the task says"

@@ -1,4 +1,4 @@
-"""`nestlm export`: from a run's folder to models that transformers and llama.cpp open."""
+"""`nestlm export`: from a run's folder to models that transformers and llama_cpp.cpp open."""
 
 import json
 import re
@@ -10,9 +10,9 @@ from tokenizers import Tokenizer
 from typer.testing import CliRunner
 
 import nestlm
-from nestlm.cli import app
+from nestlm.cli.app import app
 from nestlm.errors import ExportError
-from nestlm.export import gguf, job, llama, push
+from nestlm.export import gguf, job, llama_cpp, push
 from nestlm.model.checkpoint import check_sums
 from nestlm.nn.policy import fixed
 
@@ -74,8 +74,8 @@ def test_equal_widths_are_the_family_itself(static_run, out):
     assert all(len(set(each)) == 1 for each in widths.values())
     space = nested.prices.space
     levels = [space.spec(dict.fromkeys(space.sites, level)) for level in range(2)]
-    losses = [nested.trial.loss(fixed(spec)) for spec in levels if nested.prices.fits(spec, budget)]
-    assert nested.trial.loss(best.policy) <= min(losses)
+    losses = [nested.calibration.loss(fixed(spec)) for spec in levels if nested.prices.fits(spec, budget)]
+    assert nested.calibration.loss(best.policy) <= min(losses)
 
 
 def test_a_dynamic_router_goes_along(dynamic_run, out):
@@ -92,9 +92,9 @@ def test_a_dynamic_router_goes_along(dynamic_run, out):
 
 def test_a_gguf_file_is_checked_with_what_is_there(static_run, out, monkeypatch):
     said = export(static_run, "--budget", "0.8", "--format", "gguf", "--out", str(out))
-    assert ("llama.cpp did not run it" in said) == (llama.library() is None)
+    assert ("llama.cpp did not run it" in said) == (llama_cpp.library() is None)
     assert sorted(path.name for path in out.iterdir()) == ["README.md", "SHA256SUMS", "out-f32.gguf"]
-    monkeypatch.setattr(llama, "library", lambda: None)
+    monkeypatch.setattr(llama_cpp, "library", lambda: None)
     said = export(static_run, "--budget", "0.8", "--format", "gguf", "--dtype", "q8_0", "--out", f"{out}2")
     assert "llama.cpp did not run it, since llama-cpp-python is not installed" in said
 

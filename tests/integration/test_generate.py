@@ -11,7 +11,7 @@ from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 import nestlm
-from nestlm.cli import app
+from nestlm.cli.app import app
 from nestlm.errors import BudgetError, ConfigError, DataError
 from nestlm.generation.sampling import Sampling
 
@@ -59,7 +59,7 @@ def test_names_of_special_tokens_in_a_prompt(static_run):
 def test_output_that_cannot_be_shown_or_is_not_read(static_run):
     """A terminal without the characters, and a reader that has gone."""
     arguments = ["generate", str(static_run), "--prompt", "the cat", "--max-tokens", "60", "--temperature", "5"]
-    script = f"import sys; sys.argv[1:] = {arguments!r}; from nestlm.cli import main; main()"
+    script = f"import sys; sys.argv[1:] = {arguments!r}; from nestlm.cli.app import main; main()"
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "PYTHONIOENCODING": "ascii"}
     shown = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert shown.returncode == 0, shown.stderr
@@ -108,7 +108,9 @@ def test_bad_input_is_named_and_ends_with_its_exit_code(static_run, tmp_path):
         done = command(*arguments, *given)
         assert isinstance(done.exception, error)
         assert said in str(done.exception)
-    script = "import sys; from nestlm.cli import main; sys.argv[1:] = ['generate', 'nowhere', '--prompt', 'a']; main()"
+    script = (
+        "import sys; from nestlm.cli.app import main; sys.argv[1:] = ['generate', 'nowhere', '--prompt', 'a']; main()"
+    )
     done = python(script)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: nowhere is no finished run; wanted the folder that a run printed at its end\n"
@@ -119,7 +121,7 @@ def test_help_and_refusals_need_no_torch():
     script = f"""
 import sys
 from typer.testing import CliRunner
-from nestlm.cli import app
+from nestlm.cli.app import app
 for arguments in ([], {", ".join(f"['{name}']" for name in get_command(app).commands)}):
     shown = CliRunner().invoke(app, [*arguments, '--help'])
     assert shown.exit_code == 0

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nestlm.data.source.stdlib import Stdlib
+from nestlm.data.sources.stdlib import Stdlib
 from nestlm.data.tokenizer import train
 from plugins import NANO
 

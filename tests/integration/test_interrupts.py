@@ -66,7 +66,7 @@ def test_an_exit_that_a_library_swallows_comes_all_the_same():
     """And a fork, such as a loader's worker, ends without a word."""
     script = """
 import os, signal, time
-from nestlm import interrupts
+from nestlm.utils import interrupts
 interrupts.GRACE_SECONDS = 0.2
 interrupts.listen()
 ready, tell = os.pipe()
@@ -90,7 +90,9 @@ time.sleep(60)
 
 def test_who_ignores_a_signal_goes_on():
     """As under nohup, or in the background of a shell without job control."""
-    script = "import os, signal; from nestlm.interrupts import listen; listen(); os.kill(os.getpid(), signal.SIGINT)"
+    script = (
+        "import os, signal; from nestlm.utils.interrupts import listen; listen(); os.kill(os.getpid(), signal.SIGINT)"
+    )
     ignoring = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)}
     done = subprocess.run([sys.executable, "-c", script], env=os.environ, capture_output=True, text=True, **ignoring)
     assert (done.returncode, done.stderr) == (0, "")
@@ -99,7 +101,7 @@ def test_who_ignores_a_signal_goes_on():
 def test_a_signal_after_the_work_changes_nothing():
     script = """
 import atexit, os, signal
-from nestlm.interrupts import listen
+from nestlm.utils.interrupts import listen
 atexit.register(os.kill, os.getpid(), signal.SIGTERM)  # after what is registered later
 listen()
 """

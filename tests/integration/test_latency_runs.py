@@ -7,10 +7,11 @@ import sys
 
 import pytest
 
-from nestlm import compose as command_line
-from nestlm import profiling
-from nestlm.cli import app
+from nestlm.cli.app import app
+from nestlm.config import compose as command_line
 from nestlm.errors import BudgetError, ConfigError
+from nestlm.eval import latency_profile
+from nestlm.utils.devices import device_name
 from plugins import NANO, compose
 
 # wide enough that the smallest sub-network is much faster
@@ -48,7 +49,7 @@ def test_a_run_measures_a_table_and_a_resumed_one_takes_it_again(run, tmp_path, 
     cache = tmp_path / "own-cache"
     folder = run(*LATENCY, "budget=[1.0,0.9]", name="first", cache=cache)
     table = json.loads((folder / "latency_table.json").read_text())
-    assert table["device"] == profiling.device_name(profiling.torch.device("cpu"))
+    assert table["device"] == device_name(latency_profile.torch.device("cpu"))
     assert (table["phase"], table["context_length"], len(table["prices"]["mlp_width"])) == ("prefill", 32, 2)
     for row in rows_of(folder):
         assert row["cost"] == "latency"
@@ -62,7 +63,7 @@ def test_a_run_measures_a_table_and_a_resumed_one_takes_it_again(run, tmp_path, 
     def measured_again(*args, **kwargs):
         raise AssertionError("the table is in the cache")
 
-    monkeypatch.setattr("nestlm.stages.measure", measured_again)
+    monkeypatch.setattr("nestlm.pipeline.stages.measure", measured_again)
     for path in cache.glob("evaluate-*"):
         shutil.rmtree(path)
     again = run(*LATENCY, "budget=[1.0,0.9]", name="again", cache=cache)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from nestlm.cli import app
+from nestlm.cli.app import app
 from nestlm.report.runs import find_runs
 from plugins import NANO, stages_that_ran
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from nestlm.compose import build, compose
-from nestlm.data.source.litdata import LitdataStream
+from nestlm.config.compose import build, compose
+from nestlm.data.sources.litdata import LitdataStream
 from nestlm.errors import ConfigError, DataError
 from plugins import NANO
 from processes import kill_when

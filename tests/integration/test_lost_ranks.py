@@ -19,12 +19,12 @@ from typer.testing import CliRunner
 
 import many_runs
 from many_runs import CPU, assert_same_results
-from nestlm.callbacks.checkpoint import complete, last_good_checkpoint
-from nestlm.checksums import XXH128
-from nestlm.cli import app
+from nestlm.cli.app import app
+from nestlm.distributed import sharded_checkpoint as checkpoint
+from nestlm.distributed.launch import launch
 from nestlm.errors import EXIT_PREEMPTED, CheckpointError, DeviceMemoryError, DivergenceError
-from nestlm.parallel import checkpoint
-from nestlm.parallel.launch import launch
+from nestlm.train.callbacks.timed_checkpoint import complete, last_good_checkpoint
+from nestlm.utils.checksums import XXH128
 from plugins import NANO
 
 pytestmark = [pytest.mark.ranks, pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]

@@ -13,16 +13,16 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import memory as benchmark
 from models import DECODERS
-from nestlm import pipeline
-from nestlm.callbacks.checkpoint import STATE
-from nestlm.compose import build, compose, explain
+from nestlm.config.compose import build, compose, explain
+from nestlm.distributed.device_layout import Layout, Precision
 from nestlm.errors import ConfigError
-from nestlm.layout import Layout, Precision
-from nestlm.memory import lengthen, predict
+from nestlm.estimate.fake_step import GRADIENTS, PARTS, REST, STATES, TEACHER, WEIGHTS, Rehearsal
+from nestlm.estimate.memory import lengthen, predict
 from nestlm.nn.decoder import Decoder
 from nestlm.nn.linear import hold_linear
-from nestlm.optim import AdamWBf16States
-from nestlm.rehearsal import GRADIENTS, PARTS, REST, STATES, TEACHER, WEIGHTS, Rehearsal
+from nestlm.pipeline import run as pipeline
+from nestlm.train.callbacks.timed_checkpoint import STATE
+from nestlm.train.optim import AdamWBf16States
 
 TINY = ("data=synthetic", "data.batch_size=2", "data.sequence_length=64", "model.num_layers=3")
 SMALL = ("model=small", "data=synthetic", "data.batch_size=2", "data.sequence_length=128")

@@ -8,17 +8,17 @@ import pytest
 import torch
 
 import nestlm
-from nestlm import verification
-from nestlm.axes.depth import Depth
+from nestlm.api import reproduce
 from nestlm.data.prepare import prepare
-from nestlm.data.source.synthetic import Synthetic
+from nestlm.data.sources.synthetic import Synthetic
 from nestlm.data.tokenizer import train
+from nestlm.elastic.axes.depth import Depth
 from nestlm.errors import BudgetError, CheckpointError, ConfigError, DataError
-from nestlm.evaluation import evaluate
+from nestlm.eval.policy_scores import evaluate
 from nestlm.report import record
 from nestlm.report.runs import Run, find_runs
 from nestlm.report.tables import read_csv
-from nestlm.training import make_trainer
+from nestlm.train.trainer import make_trainer
 
 SOURCE = Synthetic(num_documents=100, num_words=100, seed=0)
 
@@ -209,7 +209,7 @@ def test_a_file_that_the_run_did_not_write_is_named(change, name, static_run, dy
     place = copied(static_run, tmp_path / "run")
     other = copied(dynamic_run, tmp_path / "other")
     change(place, other)
-    for opened in (nestlm.load, verification.read, Run.read):
+    for opened in (nestlm.load, reproduce.read, Run.read):
         with pytest.raises(DataError) as refused:
             opened(place)
         assert name in str(refused.value)

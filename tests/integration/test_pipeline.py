@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 import nestlm
 import wandb_files
-from nestlm.cli import app
-from nestlm.compose import CONF, compose
+from nestlm.cli.app import app
+from nestlm.config.compose import CONF, compose
 from nestlm.errors import NestlmError
 from nestlm.report.render import render
 from plugins import options

@@ -13,10 +13,10 @@ from random import Random
 
 import pytest
 
-from nestlm.data.command import prepare_folder
+from nestlm.cli.prepare import prepare_folder
 from nestlm.data.prepare import prepare
 from nestlm.data.shards import JOURNAL, MANIFEST, Manifest
-from nestlm.data.source.synthetic import Synthetic
+from nestlm.data.sources.synthetic import Synthetic
 from nestlm.errors import DataError
 from nestlm.report.tables import read_csv
 
@@ -42,7 +42,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(corpus: Path, tokenizer: Path, out: Path) -> list[str]:
-    program = [sys.executable, "-c", "from nestlm.cli import main; main()"]
+    program = [sys.executable, "-c", "from nestlm.cli.app import main; main()"]
     where = ["prepare", str(corpus), "--tokenizer", str(tokenizer), "--out", str(out)]
     return [*program, *where, "--shard-tokens", str(SHARD)]
 

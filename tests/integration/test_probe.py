@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nestlm.context import Context
+from nestlm.pipeline.context import Context
 
 
 def rows_of(folder: Path) -> list[dict[str, str]]:
@@ -43,10 +43,12 @@ def test_looking_draws_nothing_and_reads_calibration_text_only(run, tmp_path, mo
 
     def watched(self, decoder, *, num_sequences):
         before = torch.get_rng_state()
-        trial = original(self, decoder, num_sequences=num_sequences)
+        calibration = original(self, decoder, num_sequences=num_sequences)
         assert torch.equal(torch.get_rng_state(), before)
-        seen.append((self.folder.name.partition("-")[0], self.data(stream="x").rows("calibration"), trial.batches))
-        return trial
+        seen.append(
+            (self.folder.name.partition("-")[0], self.data(stream="x").rows("calibration"), calibration.batches)
+        )
+        return calibration
 
     monkeypatch.setattr(Context, "on_calibration_text", watched)
     run("budget=0.9", "elastic_probe_steps=2", cache=tmp_path / "cache")

@@ -7,7 +7,7 @@ import pytest
 
 import many_runs
 from many_runs import CPU, assert_same_results
-from nestlm.parallel.launch import launch
+from nestlm.distributed.launch import launch
 from plugins import NANO
 
 pytestmark = pytest.mark.ranks

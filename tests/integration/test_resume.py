@@ -11,10 +11,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nestlm import pipeline
-from nestlm.callbacks.checkpoint import STATE, CheckpointFile, TimedCheckpoint, complete, last_good_checkpoint
-from nestlm.checksums import XXH128
 from nestlm.errors import CheckpointError
+from nestlm.pipeline import run as pipeline
+from nestlm.train.callbacks.timed_checkpoint import (
+    STATE,
+    CheckpointFile,
+    TimedCheckpoint,
+    complete,
+    last_good_checkpoint,
+)
+from nestlm.utils.checksums import XXH128
 from plugins import NANO
 from processes import kill_when
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 import nestlm
-from nestlm.compose import build, compose
-from nestlm.data.source.hub import HubStream
+from nestlm.config.compose import build, compose
+from nestlm.data.sources.hub import HubStream
 from nestlm.errors import ConfigError, DataError
 from plugins import NANO
 from streams import HELD_OUT, check_order_and_resume, hundred_texts

@@ -13,9 +13,9 @@ import pytest
 import yaml
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
-from nestlm.compose import build, compose
+from nestlm.config.compose import build, compose
 from nestlm.errors import ConfigError
-from nestlm.settings import check
+from nestlm.train.settings import check
 from plugins import NANO
 from wandb_files import history, records
 

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from nestlm import pipeline
-from nestlm.callbacks import throughput
-from nestlm.compose import build, compose
-from nestlm.passes import flops_per_token
+from nestlm.config.compose import build, compose
+from nestlm.estimate.flops import flops_per_token
+from nestlm.pipeline import run as pipeline
+from nestlm.train.callbacks import throughput
 from plugins import NANO
 
 STAGES = ("pretrain", "elastic", "router", "joint")

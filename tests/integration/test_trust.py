@@ -15,21 +15,21 @@ import torch
 
 import nestlm
 import parity
-from nestlm.callbacks.checkpoint import STATE, last_good_checkpoint
-from nestlm.checksums import CHECKSUMS, XXH128, files_below, hashes, read_sums, write_sums
-from nestlm.cost.measured import LatencyTable
+from nestlm.cost.latency.table_file import LatencyTable
 from nestlm.data import tokenizer as tokenizers
 from nestlm.data.opened import Prepared
 from nestlm.data.prepare import prepare
-from nestlm.data.source.synthetic import Synthetic
-from nestlm.data.source.text import TextFolder
+from nestlm.data.sources.synthetic import Synthetic
+from nestlm.data.sources.text import TextFolder
+from nestlm.distributed import sharded_checkpoint as sharded
 from nestlm.errors import CheckpointError, DataError, NestlmError
 from nestlm.model.parent import Parent
 from nestlm.model.pretrained import pretrained
 from nestlm.nn.decoder import Decoder
-from nestlm.parallel import checkpoint as sharded
 from nestlm.report.record import write_record
 from nestlm.report.runs import Run
+from nestlm.train.callbacks.timed_checkpoint import STATE, last_good_checkpoint
+from nestlm.utils.checksums import CHECKSUMS, XXH128, files_below, hashes, read_sums, write_sums
 
 BINARY = (".safetensors", ".bin", ".crc", ".distcp")
 
@@ -108,7 +108,7 @@ def test_a_run_is_only_read(static_run, tmp_path):
         Run.read(folder)
         model = nestlm.load(folder)
         model.at(0.8)
-        next(iter(model.trial.batches))
+        next(iter(model.calibration.batches))
 
     def mend() -> None:
         make_sums_right(folder)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import wandb
 
-from nestlm import pipeline
+from nestlm.pipeline import run as pipeline
 from plugins import NANO
 from wandb_files import history, records
 
@@ -92,6 +92,6 @@ def test_sending_without_an_account_is_one_line(tmp_path):
 
 
 def test_other_loggers_do_not_import_wandb():
-    loaded = "import sys, nestlm.pipeline; print('wandb' in sys.modules)"
+    loaded = "import sys, nestlm.pipeline.run; print('wandb' in sys.modules)"
     printed = subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True, check=True)
     assert printed.stdout == "False\n"

@@ -6,10 +6,10 @@ import pytest
 
 import ablations
 from claims import AT, CLAIMS, NARROW, TEACHER, Contrast, Finding, examine
-from nestlm.compose import CONF, build, compose
+from nestlm.config.compose import CONF, build, compose
 from nestlm.report.comparison import Cell, compare
-from nestlm.settings import Settings, check
 from nestlm.spec import Budget
+from nestlm.train.settings import Settings, check
 from runs import run
 
 ABLATION = CONF / "experiment" / "ablation"
@@ -60,7 +60,7 @@ def test_baselines_have_the_sizes_and_tokens_that_they_are_held_against():
             assert chosen(single, budget) == widths, "the nested model's sub-network has the same size"
             assert single.space().smallest().by_axis() == widths, "the size that is trained is the size that is scored"
         if size != "100":
-            share = nested.prices().main.share(nested.make_router().find(budget, trial=None).spec)
+            share = nested.prices().main.share(nested.make_router().find(budget, calibration=None).spec)
             assert 0 < float(str(budget)) - share < 0.01, "who may choose freely spends hardly more"
     tokens = {kind: row_of("baseline", f"{kind}_78")["elastic"]["steps"] for kind in ("scratch", "pruned")}
     assert tokens["scratch"] == nested.pretrain.steps + nested.elastic.steps
@@ -70,7 +70,7 @@ def test_baselines_have_the_sizes_and_tokens_that_they_are_held_against():
 
 def chosen(settings: Settings, budget: Budget) -> dict[str, list[int]]:
     """The widths of the sub-network that equal fractions give for a budget."""
-    spec = settings.make_router().find(budget, trial=None).spec
+    spec = settings.make_router().find(budget, calibration=None).spec
     assert spec is not None
     return spec.by_axis()
 

@@ -8,7 +8,7 @@ import pytest
 CODE = """
 import ctypes
 import torch
-from nestlm.allocation import keep_freed_blocks
+from nestlm.utils.malloc import keep_freed_blocks
 
 class Account(ctypes.Structure):  # of mallinfo(3)
     _fields_ = [(name, ctypes.c_int) for name in ("heap", "a", "b", "c", "mapped", "d", "e", "f", "g", "h")]

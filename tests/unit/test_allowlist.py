@@ -11,9 +11,9 @@ import pytest
 import yaml
 
 import nestlm
-from nestlm import compose as composing
-from nestlm.allowlist import FOREIGN, FUNCTIONS, PLUGINS, import_object
-from nestlm.compose import build, compose, settings_of
+from nestlm.config import compose as composing
+from nestlm.config.allowlist import FOREIGN, FUNCTIONS, PLUGINS, import_object
+from nestlm.config.compose import build, compose, settings_of
 from nestlm.errors import ConfigError, NestlmError, NotAllowedError
 from plugins import CONF, NANO
 from runs import run_folder
@@ -26,9 +26,11 @@ DANGEROUS = [
     "lightning.fabric.Fabric", "lightning.pytorch.callbacks.ModelCheckpoint", "torch.optim.Optimizer",
     "torch.optim.lr_scheduler.LambdaLR",
     # names in modules of ours that they did not define, or that are no class of the field's type
-    "nestlm.pipeline.shutil.rmtree", "nestlm.pipeline.measure", "nestlm.cli.main", "nestlm.settings.Trainer",
-    "nestlm.settings.torch.load", "nestlm.nodes.build", "nestlm.compose.run", "nestlm.model.pretrained.pretrained",
-    "nestlm.report.page.Path", "nestlm.errors.NestlmError", "nestlm.sweep.CheckSweep", "nestlm.cost.table.Cost",
+    "nestlm.pipeline.run.shutil.rmtree", "nestlm.pipeline.run.measure", "nestlm.cli.app.main",
+    "nestlm.train.settings.Trainer",
+    "nestlm.train.settings.torch.load", "nestlm.config.nodes.build", "nestlm.config.compose.run",
+    "nestlm.model.pretrained.pretrained",
+    "nestlm.report.page.Path", "nestlm.errors.NestlmError", "nestlm.config.sweep.CheckSweep", "nestlm.cost.table.Cost",
     # no names
     "", ".", "os", "system", "..os.system", ".os.system", "os..system", "os.system ", "os.system\n", "os/system",
     "os:system", "os.system()", "__import__('os').system", "\u043es.system", "nestlm.../os.system", "x." * 40 + "y",
@@ -124,8 +126,8 @@ def test_every_way_to_open_a_run_refuses_it(door, tmp_path, marker, capsys):
 def test_the_command_line_refuses_it_in_one_line(tmp_path, marker):
     run = run_folder(tmp_path / "run", changed(compose(NANO), ("trainer", "_target_"), f"{MARKER}.touch"))
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, "-m", "nestlm.cli", "generate", str(run), "--prompt", "x"]
-    command[1:3] = ["-c", "from nestlm.cli import main; main()"]
+    command = [sys.executable, "-m", "nestlm.cli.app", "generate", str(run), "--prompt", "x"]
+    command[1:3] = ["-c", "from nestlm.cli.app import main; main()"]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     (line,) = done.stderr.strip().splitlines()
@@ -136,7 +138,7 @@ def test_the_command_line_refuses_it_in_one_line(tmp_path, marker):
 
 PACKAGE = """
 from pathlib import Path
-from nestlm.sampler.one import One
+from nestlm.elastic.sampler.one import One
 
 Path(__file__).with_name("touched").touch()
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from nestlm.cache import MARKER, StageFolder
-from nestlm.checksums import CHECKSUMS, is_listed, write_listed
 from nestlm.errors import CheckpointError, ConfigError
-from nestlm.weights_files import check_weights, save_weights
+from nestlm.model.weights_io import check_weights, save_weights
+from nestlm.pipeline.cache import MARKER, StageFolder
+from nestlm.utils.checksums import CHECKSUMS, is_listed, write_listed
 
 RESULT = {"seconds": 1.5, "val_loss": 3.25}
 

@@ -1,9 +1,9 @@
 import pytest
 
 from models import decoder_config
-from nestlm.axes.attn_heads import AttnHeads
-from nestlm.axes.base import search_space
-from nestlm.axes.mlp_width import MLPWidth
+from nestlm.elastic.axes.attn_heads import AttnHeads
+from nestlm.elastic.axes.base import search_space
+from nestlm.elastic.axes.mlp_width import MLPWidth
 from nestlm.errors import ConfigError
 from nestlm.spec import Site
 

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from nestlm.compose import build, compose, run
-from nestlm.verification import read
+from nestlm.api.reproduce import read
+from nestlm.config.compose import build, compose, run
 from plugins import MIXTURE, NANO, choose, options
 from runs import run_folder
 from schema_overrides import tried
@@ -20,7 +20,7 @@ MISTAKES = {
     "added field": (["+model.num_layer=3"], ["model.num_layer", "takes no", "'num_layers'"]),
     "target's argument": (["+router.network.hidden_widht=3"], ["hidden_widht", "'hidden_width'"]),
     "target's module": (["router.policy=statik"], ["statik", "'static'"]),
-    "target": (["sampler._target_=nestlm.sampler.sandwich.Sandwhich"], ["Sandwhich", "'Sandwich'"]),
+    "target": (["sampler._target_=nestlm.elastic.sampler.sandwich.Sandwhich"], ["Sandwhich", "'Sandwich'"]),
     "third party's argument": (["+optim.optimizer.beta=3"], ["optim.optimizer.beta", "'betas'"]),
     "syntax": (["model=[tiny"], ["[tiny"]),
     "type": (["seed=abc"], ["seed", "'abc'", "int"]),
@@ -216,7 +216,7 @@ def test_a_cluster_that_is_not_there_is_named(monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize("launcher", ["joblib", "submitit", "submitit_local"])
 def test_a_launcher_without_its_package_is_one_line(launcher, tmp_path):
     """In a process of its own, where Hydra finds no plug-ins."""
-    hidden = "import sys; sys.modules['hydra_plugins'] = None; from nestlm.compose import run; run()"
+    hidden = "import sys; sys.modules['hydra_plugins'] = None; from nestlm.config.compose import run; run()"
     command = [sys.executable, "-c", hidden, f"launcher={launcher}"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 2
@@ -250,7 +250,7 @@ def test_dry_run_needs_no_weights(name, monkeypatch, capsys, tmp_path):
 
 
 def test_every_option_of_every_group_composes():
-    from nestlm.compose import CONF
+    from nestlm.config.compose import CONF
 
     for path in sorted(CONF.glob("*/*.yaml")):
         group, option = path.parent.name, path.stem

@@ -13,13 +13,13 @@ from models import decoder_config, random_decoder
 from nestlm.data.packed import PackedRows, StepLoader, collate, step_rows
 from nestlm.data.prepare import prepare
 from nestlm.data.shards import SPLITS, Manifest
-from nestlm.data.source.base import Document
-from nestlm.data.source.synthetic import Synthetic
-from nestlm.data.source.text import TextFolder
+from nestlm.data.sources.base import Document
+from nestlm.data.sources.synthetic import Synthetic
+from nestlm.data.sources.text import TextFolder
 from nestlm.data.survey import Survey
 from nestlm.data.tokenizer import load
+from nestlm.distributed.collectives import RowShard
 from nestlm.errors import DataError
-from nestlm.parallel.ranks import Share
 
 SOURCE = Synthetic(num_documents=60, num_words=100, seed=0)
 
@@ -125,7 +125,7 @@ def test_resume_is_exact(folder, num_workers):
 
 def test_ranks_share_each_step_without_overlap(folder):
     whole = list(loader(folder))
-    ranks = [list(loader(folder, share=Share(rank, 2))) for rank in range(2)]
+    ranks = [list(loader(folder, row_shard=RowShard(rank, 2))) for rank in range(2)]
     for step, batch in enumerate(whole):
         parts = torch.stack([rank[step].tokens_BL for rank in ranks], dim=1).flatten(0, 1)
         assert torch.equal(parts, batch.tokens_BL)
@@ -186,7 +186,7 @@ def test_rows_longer_than_the_split_are_refused(folder):
 
 
 def test_loss_of_a_uniform_guess_is_the_log_of_the_vocabulary():
-    from nestlm.evaluation import Scores
+    from nestlm.eval.policy_scores import Scores
 
     scores = Scores(loss=math.log(256), accuracy=0.0)
     assert scores.perplexity == pytest.approx(256)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from nestlm.api.reproduce import judge, missing_cores, num_threads, torch
 from nestlm.report.differences import changed_cells, changed_origins
 from nestlm.report.record import write_record
-from nestlm.verification import judge, missing_cores, num_threads, torch
 
 ROWS = [
     {"router": "uniform", "budget": "1", "val_loss": "3.5", "flops": "200"},

@@ -12,10 +12,10 @@ import torch
 import parity
 from exports import FAMILIES, continued, nest, routed, tokens
 from models import AXES, random_decoder
-from nestlm.axes.base import search_space
 from nestlm.data.special_tokens import SpecialTokens
 from nestlm.data.tokenizer import load, train
-from nestlm.elastic.weights import extract
+from nestlm.elastic.axes.base import search_space
+from nestlm.elastic.surgery import extract
 from nestlm.errors import ExportError
 from nestlm.export import hf, job, remote
 from nestlm.export.card import Facts

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import parity
-from nestlm.axes.base import search_space
-from nestlm.axes.depth import Depth
-from nestlm.compose import CONF, build, compose, with_sizes
-from nestlm.elastic.weights import extract
+from nestlm.config.compose import CONF, build, compose, with_sizes
+from nestlm.elastic.axes.base import search_space
+from nestlm.elastic.axes.depth import Depth
+from nestlm.elastic.surgery import extract
 from nestlm.errors import CheckpointError, ConfigError, ExportError
 from nestlm.export.hf import export
 from nestlm.model import hub
@@ -295,7 +295,7 @@ def test_a_hundred_random_damages_are_all_found(folder, tmp_path):
 def test_pretrained_puts_the_sizes_into_the_config(folder):
     """So that cache keys change with the folder, and a run's config.yaml says what was trained."""
     plain = with_sizes(compose(["model=pretrained", f"model.weights={folder}", "model.context_length=48"]))
-    assert plain["model"]["_target_"] == "nestlm.model.llama.llama.Llama"
+    assert plain["model"]["_target_"] == "nestlm.model.llama.Llama"
     assert plain["model"]["mlp_width"] == 56
     assert plain["model"]["context_length"] == 48
     assert build(plain).model == load(folder, context_length=48)

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from nestlm.data.source.auto import by_path
-from nestlm.data.source.hub import HubDataset
-from nestlm.data.source.shards import Shards
-from nestlm.data.source.stdlib import Stdlib
-from nestlm.data.source.text import TextFolder
+from nestlm.data.sources.auto import by_path
+from nestlm.data.sources.hub import HubDataset
+from nestlm.data.sources.shards import Shards
+from nestlm.data.sources.stdlib import Stdlib
+from nestlm.data.sources.text import TextFolder
 from nestlm.errors import DataError
 
 TEXTS = [f"document {number} of several ☕\nwith\u2028odd breaks " + "and more " * number for number in range(300)]

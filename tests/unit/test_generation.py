@@ -17,8 +17,8 @@ from nestlm.generation.sampling import GREEDY, Sampling
 from nestlm.generation.text import TextStream, continuation
 from nestlm.nn.policy import fixed
 from nestlm.router.base import Answer
-from nestlm.router.calibration import Plan
-from nestlm.router.trial import Trial
+from nestlm.router.calibration_data import CalibrationData
+from nestlm.router.dynamic.plan import Plan
 from nestlm.spec import Budget
 from routers import CONFIG, SPACE, Variant, batches
 
@@ -40,11 +40,11 @@ def sub_network(seed: int) -> Answer:
 @torch.no_grad()
 def dynamic(variant: Variant, share: float) -> Answer:
     """A policy under which tokens differ: of the plans that a router tries for a budget, the first."""
-    router, trial = variant.router(), Trial(DECODER, batches(1, count=1))
+    router, calibration = variant.router(), CalibrationData(DECODER, batches(1, count=1))
     bounds = router.planned.bounds(Budget.of_share(share))
     start = Plan(router.told(bounds), router.tariffs(bounds))
-    scores = router.record(start, trial)
-    plan, _ = router.approach(start, scores, bounds=bounds, trial=trial, caution=0.0)
+    scores = router.record(start, calibration)
+    plan, _ = router.approach(start, scores, bounds=bounds, calibration=calibration, caution=0.0)
     assert len(plan.fixed) < len(SPACE.sites)
     return Answer(router.policy(plan), plan=plan.to_json())
 

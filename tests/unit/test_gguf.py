@@ -1,4 +1,4 @@
-"""GGUF files: byte by byte through the gguf package's reader, and in llama.cpp where it is installed."""
+"""GGUF files: byte by byte through the gguf package's reader, and in llama_cpp.cpp where it is installed."""
 
 import json
 from dataclasses import replace
@@ -10,19 +10,19 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from exports import FAMILIES, Nest, nest, tokens
-from nestlm.data.source.stdlib import Stdlib
+from nestlm.data.sources.stdlib import Stdlib
 from nestlm.data.tokenizer import load
 from nestlm.data.tokenizer import train as train_tokenizer
-from nestlm.elastic.weights import extract
+from nestlm.elastic.surgery import extract
 from nestlm.errors import ExportError
-from nestlm.export import gguf, llama
+from nestlm.export import gguf, llama_cpp
 from nestlm.export.vocabulary import CONTROL, SPLITS, Vocabulary
 from nestlm.nn.decoder import Decoder
 
 TEXTS = gguf.TextFormat(0, 0)
 LLAMA3 = next(pattern for pattern, name in SPLITS.items() if name == "llama-bpe")
 NEEDS_LLAMA = pytest.mark.skipif(
-    llama.library() is None, reason="llama-cpp-python is not installed: it compiles for minutes"
+    llama_cpp.library() is None, reason="llama-cpp-python is not installed: it compiles for minutes"
 )
 
 
@@ -193,7 +193,7 @@ def test_llama_cpp_computes_the_same(case, tmp_path):
     x = tokens(2, 40)
     with torch.no_grad():
         wanted = small(x).logits_BLV
-    found = torch.from_numpy(llama.logits(tmp_path / "model.gguf", x.numpy(), threads=1))
+    found = torch.from_numpy(llama_cpp.logits(tmp_path / "model.gguf", x.numpy(), threads=1))
     assert float((found - wanted).abs().max()) < 1e-3
 
 
@@ -225,4 +225,4 @@ def test_llama_cpp_tokenizes_alike(kind, tmp_path):
 def test_a_file_that_llama_cpp_cannot_run_is_an_error_of_its_own(tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"GGUF nonsense")
     with pytest.raises(ChildProcessError, match="exit code"):
-        llama.logits(tmp_path / "model.gguf", np.zeros((1, 4), dtype=np.int64), threads=1)
+        llama_cpp.logits(tmp_path / "model.gguf", np.zeros((1, 4), dtype=np.int64), threads=1)

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from nestlm.gpus import own_gpu, visible_gpus
+from nestlm.distributed.gpu_lock import own_gpu, visible_gpus
 
 # Holds a GPU of the named ones several times over; prints what it sees at the start and at the end of each job.
 WORKER = """
 import os, sys, time
 from pathlib import Path
-from nestlm.gpus import own_gpu, visible_gpus
+from nestlm.distributed.gpu_lock import own_gpu, visible_gpus
 os.environ["CUDA_VISIBLE_DEVICES"] = sys.argv[2]
 for job in range(int(sys.argv[3])):
     with own_gpu(visible_gpus(), folder=Path(sys.argv[1])):

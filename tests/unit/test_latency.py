@@ -9,18 +9,17 @@ import pytest
 import torch
 
 from models import AXES, decoder_config
-from nestlm.axes.attn_heads import AttnHeads
-from nestlm.axes.base import search_space
-from nestlm.axes.depth import Depth
-from nestlm.axes.mlp_width import MLPWidth
-from nestlm.compose import CONF
-from nestlm.cost.additive import fit_prices, mean_error, predict
-from nestlm.cost.latency import Latency
-from nestlm.cost.measured import LatencyTable, Prices
+from nestlm.config.compose import CONF
+from nestlm.cost.latency.fit import fit_prices, mean_error, predict
+from nestlm.cost.latency.latency import Latency
+from nestlm.cost.latency.table_file import LatencyTable, Prices
 from nestlm.cost.table import CostTable, PriceList, TokenTable
+from nestlm.elastic.axes.attn_heads import AttnHeads
+from nestlm.elastic.axes.base import search_space
+from nestlm.elastic.axes.depth import Depth
+from nestlm.elastic.axes.mlp_width import MLPWidth
 from nestlm.errors import BudgetError, ConfigError
-from nestlm.nn.config import BlockConfig, DecoderConfig
-from nestlm.profiling import (
+from nestlm.eval.latency_profile import (
     Mix,
     group_of,
     mix_designs,
@@ -30,6 +29,7 @@ from nestlm.profiling import (
     router_time,
     spec_designs,
 )
+from nestlm.nn.config import BlockConfig, DecoderConfig
 from nestlm.spec import Budget
 
 CONFIG = decoder_config(num_kv_groups=2)

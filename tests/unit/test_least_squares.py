@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from nestlm.router.dynamic import least_squares
+from nestlm.router.dynamic.logits import least_squares
 
 
 def test_the_fit_is_that_of_least_squares_and_of_no_order_nor_place():

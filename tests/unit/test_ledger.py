@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nestlm.router.ledger import Ledger
+from nestlm.router.dynamic.token_bucket import Ledger
 
 PRICES = torch.tensor([10, 25, 60, 100])
 

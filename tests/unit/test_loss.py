@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nestlm.nn import loss
-from nestlm.nn.loss import Beliefs, LossReader, ScoreReader
+from nestlm.nn.loss import HeadInputs, LossReader, ScoreReader
 from references import cross_entropy, forward_kl
 
 ROWS, LENGTH, SIZE, VOCAB = 3, 50, 16, 40
@@ -22,7 +22,7 @@ def drawn():
     head = torch.randn(VOCAB, SIZE, generator=generator).requires_grad_()
     targets = torch.randint(VOCAB, (ROWS, LENGTH), generator=generator)
     teacher = torch.randn(ROWS, LENGTH, 8, generator=generator), torch.randn(VOCAB, 8, generator=generator)
-    return hidden, head, targets, Beliefs(*teacher)
+    return hidden, head, targets, HeadInputs(*teacher)
 
 
 @pytest.mark.parametrize(("taught", "ce_share"), [(False, 0.0), (True, 0.0), (True, 0.3)])
@@ -54,7 +54,7 @@ def test_a_frozen_head_costs_no_gradient():
 
 def test_a_model_is_at_no_distance_from_itself():
     hidden, head, targets, _ = drawn()
-    losses = LossReader(targets, Beliefs.read(hidden, head))(hidden, head)
+    losses = LossReader(targets, HeadInputs.read(hidden, head))(hidden, head)
     assert float(losses.distance_BL.abs().max()) < 1e-6
     assert float(torch.autograd.grad(losses.loss, hidden)[0].abs().max()) < 1e-6
 
@@ -94,4 +94,4 @@ def test_shapes_are_checked():
     with pytest.raises(ValueError, match=r"wanted \(B, L, D\)"):
         LossReader(targets[:2])(hidden, head)
     with pytest.raises(ValueError, match="another vocabulary"):
-        LossReader(targets, Beliefs(teacher.hidden_BLD, teacher.head_VD[1:]))(hidden, head)
+        LossReader(targets, HeadInputs(teacher.hidden_BLD, teacher.head_VD[1:]))(hidden, head)

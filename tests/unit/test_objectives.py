@@ -1,4 +1,4 @@
-"""Losses, teaching, elastic training and joint tuning."""
+"""Losses, distillation, elastic training and joint tuning."""
 
 from dataclasses import replace
 
@@ -7,22 +7,22 @@ import pytest
 import torch
 
 from models import AXES, decoder_config, random_decoder
-from nestlm.axes.base import search_space
 from nestlm.cost.static import Flops
 from nestlm.cost.table import PriceList
 from nestlm.data.batch import Batch
+from nestlm.elastic.axes.base import search_space
+from nestlm.elastic.sampler.sandwich import Sandwich
+from nestlm.elastic.sampler.within_batch import WithinBatch
 from nestlm.errors import NestlmError
-from nestlm.module import NestedLM
 from nestlm.nn.policy import fixed, full
-from nestlm.objective.base import Objective, Parts, Term
-from nestlm.objective.elastic import Elastic
-from nestlm.objective.joint import Joint
-from nestlm.objective.teaching import CrossEntropy, FrozenTeacher, InPlace
-from nestlm.router import static
 from nestlm.router.relaxed import budget_loss, entropy
-from nestlm.sampler.sandwich import Sandwich
-from nestlm.sampler.within_batch import WithinBatch
+from nestlm.router.static import logits as static
 from nestlm.spec import Budget
+from nestlm.train.lightning_module import NestedLM
+from nestlm.train.objective.base import Objective, Parts, Term
+from nestlm.train.objective.distillation import CrossEntropy, FrozenTeacher, InPlace
+from nestlm.train.objective.elastic import Elastic
+from nestlm.train.objective.joint import Joint
 from plugins import build
 from references import cross_entropy, forward_kl
 
@@ -57,8 +57,8 @@ def test_teaching_gives_each_path_its_loss(batch, ce_share):
         FrozenTeacher(ce_share=ce_share): [mix(full_BLV, teacher_BLV), mix(small_BLV, teacher_BLV)],
         InPlace(ce_share=ce_share): [ce_full, mix(small_BLV, full_BLV)],
     }
-    for teaching, losses in expected.items():
-        found = [lesson.losses.loss for lesson in teaching.lessons(parts, batch, policies=policies)]
+    for distillation, losses in expected.items():
+        found = [lesson.losses.loss for lesson in distillation.lessons(parts, batch, policies=policies)]
         torch.testing.assert_close(found, losses)
     alone = [
         lesson.losses.loss for lesson in InPlace(ce_share=ce_share).lessons(parts, batch, policies=((small, False),))
@@ -75,7 +75,7 @@ def test_elastic_gradients_are_those_of_the_mean_loss(batch):
     ).mean().backward()
     expected = {name: parameter.grad.clone() for name, parameter in decoder.named_parameters()}
     decoder.zero_grad()
-    objective = Elastic(SPACE, sampler=sampler, teaching=CrossEntropy(), values=None, seed=0)
+    objective = Elastic(SPACE, sampler=sampler, distillation=CrossEntropy(), values=None, seed=0)
     for term in objective.terms(Parts(decoder), batch, step=7):
         term.loss.backward()
     torch.testing.assert_close({name: p.grad for name, p in decoder.named_parameters()}, expected)
@@ -85,7 +85,7 @@ def test_elastic_training_records_what_sequences_lose(batch):
     """Each pair is a sequence's own choices, its loss, and its gap to the teacher's loss on the same sequence."""
     decoder, teacher = random_decoder(CONFIG), random_decoder(CONFIG, seed=1)
     sampler = WithinBatch(per_token=False, p_full=0.25, p_smallest=0.25)
-    objective = Elastic(SPACE, sampler=sampler, teaching=FrozenTeacher(ce_share=0.0), values=None, seed=0)
+    objective = Elastic(SPACE, sampler=sampler, distillation=FrozenTeacher(ce_share=0.0), values=None, seed=0)
     for step in range(3):
         list(objective.terms(Parts(decoder, teacher), batch, step=step))
     pairs = objective.record()

@@ -10,10 +10,10 @@ from nestlm.data.mixed import BLOCK_SAMPLES, MixedRows, block_counts
 from nestlm.data.opened import Prepared
 from nestlm.data.packed import StepLoader
 from nestlm.data.prepare import prepare
-from nestlm.data.source.base import Portion
-from nestlm.data.source.synthetic import Synthetic
+from nestlm.data.sources.base import Portion
+from nestlm.data.sources.synthetic import Synthetic
+from nestlm.distributed.collectives import RowShard
 from nestlm.errors import ConfigError
-from nestlm.parallel.ranks import Share
 
 LENGTH, BATCH = 80, 12
 
@@ -63,7 +63,7 @@ def test_a_resume_on_other_ranks_and_workers_sees_each_sample_once(prepared):
     for world_size, num_workers, stop in ((2, 1, 5), (3, 0, 12), (1, 2, num_steps)):
         start = states[0]["next_step"]
         ranks = [
-            loader(prepared, num_steps=stop, share=Share(rank, world_size), num_workers=num_workers)
+            loader(prepared, num_steps=stop, row_shard=RowShard(rank, world_size), num_workers=num_workers)
             for rank in range(world_size)
         ]
         for rank in ranks:

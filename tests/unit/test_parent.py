@@ -15,14 +15,14 @@ from tokenizers import Tokenizer
 import parity
 from exports import tokens
 from models import AXES
-from nestlm.axes.base import search_space
-from nestlm.cache import contents_identity
 from nestlm.data.special_tokens import SpecialTokens
+from nestlm.elastic.axes.base import search_space
 from nestlm.errors import CheckpointError, ExportError
 from nestlm.export import gguf, hf, job, place
 from nestlm.export.card import Facts
 from nestlm.model.checkpoint import CHECKSUMS, check_sums, read_config
 from nestlm.model.parent import Parent
+from nestlm.pipeline.cache import contents_identity
 
 transformers = pytest.importorskip("transformers")
 FACTS = Facts("0.6", {"flops": ("6 FLOPs", 0.6)}, "knapsack", "owner/parent", "f" * 8, None, {"the parent": 3.0})

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nestlm.errors import ConfigError, ResourceError
-from nestlm.resources import check_writable, resource_error, resource_errors
+from nestlm.utils.resources import check_writable, resource_error, resource_errors
 
 FULL = Path("/dev/full")  # every write to it fails as on a full disk
 
@@ -39,7 +39,7 @@ def test_limits_of_files_and_memory_are_named(tmp_path):
     script = """
 import resource, sys, torch
 from safetensors.torch import save_file
-from nestlm.resources import resource_errors
+from nestlm.utils.resources import resource_errors
 kind, limit, code = sys.argv[1:]
 resource.setrlimit(getattr(resource, kind), (int(limit), int(limit)))
 try:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from exports import FAMILIES, nest, routed, tokens
-from nestlm.elastic.weights import extract
+from nestlm.elastic.surgery import extract
 from nestlm.export import hf
 from nestlm.export.routing import Routing
 from routers import Variant

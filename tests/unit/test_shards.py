@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nestlm.data.module import DataSettings, PackedTokens
+from nestlm.data.datamodule import DataSettings, PackedTokens
 from nestlm.data.opened import Prepared
 from nestlm.data.prepare import BY_FILES, prepare
 from nestlm.data.shards import BLOCK, SPLITS, Manifest
-from nestlm.data.source.base import Portion
-from nestlm.data.source.shards import Mixture
-from nestlm.data.source.synthetic import Synthetic
+from nestlm.data.sources.base import Portion
+from nestlm.data.sources.shards import Mixture
+from nestlm.data.sources.synthetic import Synthetic
 from nestlm.data.tokenizer import load
 from nestlm.errors import DataError
 

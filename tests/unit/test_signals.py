@@ -7,25 +7,28 @@ import torch
 from scipy.stats import spearmanr
 
 from models import AXES, decoder_config, random_decoder
-from nestlm.axes.base import search_space
 from nestlm.cost.static import Flops
 from nestlm.cost.table import PriceList
 from nestlm.data.batch import Batch
+from nestlm.elastic.axes.base import search_space
+from nestlm.elastic.sampler.base import generator, independent
+from nestlm.elastic.sampler.within_batch import WithinBatch
 from nestlm.errors import ConfigError
 from nestlm.nn.policy import mixed
-from nestlm.objective.base import Parts
-from nestlm.objective.elastic import Elastic
-from nestlm.objective.elastic_values import ElasticValues
-from nestlm.objective.gumbel import GumbelSignal
-from nestlm.objective.surrogate_dynamic import SurrogateSignal as TokenSurrogate
-from nestlm.objective.surrogate_static import PairSettings, SurrogateSignal
-from nestlm.objective.teaching import FrozenTeacher
-from nestlm.objective.value import ValueSignal
-from nestlm.router import dynamic, static, value_dynamic, value_static
-from nestlm.router.per_token import Granularity
-from nestlm.sampler.base import generator, independent
-from nestlm.sampler.within_batch import WithinBatch
-from nestlm.seeding import torch_generator
+from nestlm.router.dynamic import logits as dynamic
+from nestlm.router.dynamic import value as value_dynamic
+from nestlm.router.dynamic.base import Granularity
+from nestlm.router.static import logits as static
+from nestlm.router.static import value as value_static
+from nestlm.train.objective.base import Parts
+from nestlm.train.objective.distillation import FrozenTeacher
+from nestlm.train.objective.elastic import Elastic
+from nestlm.train.objective.elastic_values import ElasticValues
+from nestlm.train.signal.gumbel import GumbelSignal
+from nestlm.train.signal.surrogate_dynamic import SurrogateSignal as TokenSurrogate
+from nestlm.train.signal.surrogate_static import PairSettings, SurrogateSignal
+from nestlm.train.signal.value import ValueSignal
+from nestlm.utils.seeding import torch_generator
 from references import cross_entropy, forward_kl
 
 CONFIG = decoder_config(num_kv_groups=4)
@@ -101,7 +104,7 @@ def test_elastic_training_learns_values_on_the_way(batch):
     for steps in (1, 150):
         values = ElasticValues(SPACE, hidden_size=CONFIG.hidden_size, hidden_width=16, seed=0)
         sampler = WithinBatch(per_token=True, p_full=0.25, p_smallest=0.0)
-        objective = Elastic(SPACE, sampler=sampler, teaching=FrozenTeacher(ce_share=0.0), values=values, seed=0)
+        objective = Elastic(SPACE, sampler=sampler, distillation=FrozenTeacher(ce_share=0.0), values=values, seed=0)
         optimizer = torch.optim.Adam(values.parameters(), lr=0.01)
         for step in range(steps):
             optimizer.zero_grad()
@@ -127,7 +130,7 @@ def test_elastic_training_learns_values_on_the_way(batch):
     assert torch.equal(other.networks.input, cold)
     values = ElasticValues(SPACE, hidden_size=CONFIG.hidden_size, hidden_width=16, seed=0)
     by_sequence = WithinBatch(per_token=False, p_full=0.25, p_smallest=0.0)
-    objective = Elastic(SPACE, sampler=by_sequence, teaching=FrozenTeacher(ce_share=0.0), values=values, seed=0)
+    objective = Elastic(SPACE, sampler=by_sequence, distillation=FrozenTeacher(ce_share=0.0), values=values, seed=0)
     list(objective.terms(Parts(decoder, teacher), batch, step=0))
     assert not [name for name in objective.record() if name.startswith(("static.", "dynamic."))], "nothing was learned"
 
@@ -142,7 +145,7 @@ def test_values_leave_the_models_gradients_alone(batch, axes):
         decoder.activation_checkpointing = checkpointing
         values = ElasticValues(space, hidden_size=CONFIG.hidden_size, hidden_width=16, seed=0) if learns else None
         sampler = WithinBatch(per_token=True, p_full=0.25, p_smallest=0.0)
-        objective = Elastic(space, sampler=sampler, teaching=FrozenTeacher(ce_share=0.0), values=values, seed=0)
+        objective = Elastic(space, sampler=sampler, distillation=FrozenTeacher(ce_share=0.0), values=values, seed=0)
         for term in objective.terms(Parts(decoder, teacher), batch, step=0):
             term.loss.backward()
         found = {name: parameter.grad for name, parameter in decoder.named_parameters()}
@@ -166,7 +169,7 @@ def test_values_are_the_sum_over_sites_of_what_was_chosen(batch):
         assert predicted.requires_grad
         assert not target.requires_grad
     # static values are the same for all tokens, so the prediction can be done by hand
-    from nestlm.objective.exploration import random_choices
+    from nestlm.train.signal.exploration import random_choices
 
     indices_SB = random_choices(SPACE, (4, 20), per_token=False, skew=1.0, generator=torch_generator(0, "value", 3))
     by_hand = sum(router.values(row, torch.zeros(1, 1, 1))[0, 0][indices_SB[row]] for row in range(len(SPACE.sites)))

@@ -10,8 +10,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from nestlm.data.opened import Prepared
 from nestlm.data.prepare import BY_FILES, prepare
 from nestlm.data.shards import Manifest
-from nestlm.data.source.base import Document
-from nestlm.data.source.synthetic import Synthetic
+from nestlm.data.sources.base import Document
+from nestlm.data.sources.synthetic import Synthetic
 from nestlm.data.special_tokens import SpecialTokens, SpecialTokenSettings, read_special_tokens
 from nestlm.data.tokenizer import train
 from nestlm.errors import DataError

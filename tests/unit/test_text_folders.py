@@ -9,19 +9,19 @@ from pathlib import Path
 
 import pytest
 
-from nestlm import progress
 from nestlm.data.prepare import prepare
-from nestlm.data.source.auto import by_path
-from nestlm.data.source.base import Document
-from nestlm.data.source.text import TextFolder
+from nestlm.data.sources.auto import by_path
+from nestlm.data.sources.base import Document
+from nestlm.data.sources.text import TextFolder
 from nestlm.errors import DataError
+from nestlm.utils import console
 
 LINES = '{"text": "one\\nline"}\n{"text": "two"}\n'
 
 
 @pytest.fixture(autouse=True)
 def printed_again() -> None:
-    progress.print_once.cache_clear()
+    console.print_once.cache_clear()
 
 
 def texts(folder: Path, **options) -> dict[str, str]:

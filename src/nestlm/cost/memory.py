@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
-from nestlm.axes.base import Axis, WidthAxis
 from nestlm.cost.static import block_parameters, cut_parameters, parameter_shapes, refuse_per_token, size_table
 from nestlm.cost.table import CostTable
+from nestlm.elastic.axes.base import Axis, WidthAxis
 from nestlm.errors import ConfigError
 from nestlm.nn.config import DecoderConfig
 from nestlm.spec import SearchSpace

@@ -9,8 +9,8 @@ from typing import ClassVar
 
 import torch
 
-from nestlm.axes.base import Axis, WidthAxis, width_axes
 from nestlm.cost.table import CostTable, Rows, TokenTable, beside_depth
+from nestlm.elastic.axes.base import Axis, WidthAxis, width_axes
 from nestlm.errors import BudgetError
 from nestlm.nn.config import BlockConfig, DecoderConfig
 from nestlm.nn.decoder import Decoder

@@ -11,7 +11,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from nestlm.axes.base import Axis
+from nestlm.elastic.axes.base import Axis
 from nestlm.errors import BudgetError
 from nestlm.nn.config import DecoderConfig
 from nestlm.spec import Budget, Limit, SearchSpace, Site, SubnetSpec

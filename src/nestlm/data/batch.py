@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from nestlm.parallel.ranks import ALONE, Share
+from nestlm.distributed.collectives import ALL_ROWS, RowShard
 
 
 class Batch(NamedTuple):
@@ -24,7 +24,7 @@ class Batch(NamedTuple):
     tokens_BL: Tensor
     targets_BL: Tensor
     documents_BL: Tensor | None
-    share: Share = ALONE
+    row_shard: RowShard = ALL_ROWS
     is_counted: bool = True
 
     def head(self, rows: int) -> Batch:

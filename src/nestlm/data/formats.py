@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import IO, Any
 
 from nestlm.data.extra import load_extra
-from nestlm.data.source.base import Document
+from nestlm.data.sources.base import Document
 from nestlm.errors import DataError
 
 PLAIN = (".txt", ".md", ".py")  # a document a file

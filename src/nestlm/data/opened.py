@@ -12,10 +12,10 @@ from nestlm.data import tokenizer as tokenizers
 from nestlm.data.mixed import MixedRows
 from nestlm.data.packed import PackedRows
 from nestlm.data.shards import CURE, SPLITS, TOKENIZER, Manifest, Split, inside, render, write_file
-from nestlm.data.source.base import Portion
+from nestlm.data.sources.base import Portion
 from nestlm.data.special_tokens import SpecialTokens, SpecialTokenSettings
 from nestlm.errors import DataError
-from nestlm.json_files import read_json
+from nestlm.utils.json_files import read_json
 
 POINTER = "portions.json"
 PORTION = "portion-{}"  # folder of a portion's held-out part

@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from nestlm.data.batch import Batch
 from nestlm.data.shards import Manifest, ShardReader
+from nestlm.distributed.collectives import ALL_ROWS, RowShard
 from nestlm.errors import DataError
-from nestlm.parallel.ranks import ALONE, Share
 
 OPEN_SHARDS = 128  # mapped at once; a mapping holds a file descriptor
 
@@ -91,7 +91,7 @@ def step_rows(step: int, *, rows: Rows, batch_size: int, seed: int, stream: str)
 
 
 def collate(
-    rows: Sequence[np.ndarray], *, separator: int | None, share: Share = ALONE, is_counted: bool = True
+    rows: Sequence[np.ndarray], *, separator: int | None, row_shard: RowShard = ALL_ROWS, is_counted: bool = True
 ) -> Batch:
     """Stack rows into a batch; with a separator, number the documents of each row."""
     tokens = torch.from_numpy(np.stack(rows).astype(np.int64))
@@ -99,7 +99,7 @@ def collate(
     documents_BL = None
     if separator is not None and bool((inputs_BL[:, 1:] == separator).any()):
         documents_BL = (inputs_BL == separator).cumsum(dim=1)
-    return Batch(inputs_BL.contiguous(), targets_BL.contiguous(), documents_BL, share, is_counted)
+    return Batch(inputs_BL.contiguous(), targets_BL.contiguous(), documents_BL, row_shard, is_counted)
 
 
 class HeldOut(Dataset[Batch]):
@@ -131,15 +131,15 @@ class StepLoader:
         seed: int,
         stream: str,
         separator: int | None,
-        share: Share = ALONE,
+        row_shard: RowShard = ALL_ROWS,
         num_workers: int = 0,
     ) -> None:
         self.rows = rows
         self.num_steps = num_steps
         self.next_step = 0
         self.num_workers = num_workers
-        self.collate = partial(collate, separator=separator, share=share)
-        self.own = slice(share.rank, None, share.num_ranks)
+        self.collate = partial(collate, separator=separator, row_shard=row_shard)
+        self.own = slice(row_shard.rank, None, row_shard.num_ranks)
         self.order = partial(step_rows, rows=rows, batch_size=batch_size, seed=seed, stream=stream)
 
     def __len__(self) -> int:

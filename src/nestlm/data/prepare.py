@@ -14,7 +14,7 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer
 
 from nestlm.data import tokenizer as tokenizers
-from nestlm.data.ahead import ahead
+from nestlm.data.prefetch import ahead
 from nestlm.data.shards import (
     JOURNAL,
     MANIFEST,
@@ -28,11 +28,11 @@ from nestlm.data.shards import (
     write_file,
     write_shard,
 )
-from nestlm.data.source.base import Document, Source
+from nestlm.data.sources.base import Document, Source
 from nestlm.data.special_tokens import PlainNames, SpecialTokenSettings
 from nestlm.data.survey import Survey
 from nestlm.errors import DataError
-from nestlm.progress import progress_bar, track
+from nestlm.utils.console import progress_bar, track
 
 SHARD_TOKENS = 2**26
 BATCH_BYTES = 2**21  # of text that the tokenizer's threads share out at once

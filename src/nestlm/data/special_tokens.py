@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from nestlm.data.tokenizer import SEPARATOR, for_texts
 from nestlm.errors import DataError
-from nestlm.progress import console
+from nestlm.utils.console import console
 
 KNOWN_BEGINS = (SEPARATOR, "<|begin_of_text|>", "<s>", "</s>")
 KNOWN_ENDS = ("</s>", "<|end_of_text|>", "<|eot_id|>", "<|im_end|>")

@@ -9,14 +9,14 @@ from itertools import islice
 import numpy as np
 from tokenizers import Tokenizer
 
-from nestlm.data.ahead import ahead
 from nestlm.data.batch import Batch
 from nestlm.data.packed import collate
-from nestlm.data.source.base import StreamSource
+from nestlm.data.prefetch import ahead
+from nestlm.data.sources.base import StreamSource
 from nestlm.data.special_tokens import SpecialTokenSettings
 from nestlm.data.tokenizer import check_ids, with_begin
+from nestlm.distributed.collectives import ALL_ROWS, RowShard
 from nestlm.errors import DataError
-from nestlm.parallel.ranks import ALONE, Share
 
 TOGETHER = 64  # documents that the tokenizer's threads share out
 
@@ -39,13 +39,13 @@ class StreamLoader:
         document_separator: int,
         vocab_size: int,
         separate_documents: bool,
-        share: Share = ALONE,
+        row_shard: RowShard = ALL_ROWS,
     ) -> None:
         self.source, self.tokenizer = source, tokenizer
         self.num_steps, self.batch_size, self.sequence_length = num_steps, batch_size, sequence_length
         self.document_separator = document_separator
         self.collate_separator = document_separator if separate_documents else None
-        self.share = share
+        self.row_shard = row_shard
         self.vocab_size, self.plain_names = vocab_size, SpecialTokenSettings().plain_names(tokenizer)
         self.next_step, self.number, self.offset = 0, source.heldout_documents, 0
 
@@ -67,8 +67,8 @@ class StreamLoader:
             while offset >= len(waiting[0][1]):
                 offset -= len(waiting.popleft()[1])
             self.next_step, self.number, self.offset = self.next_step + 1, waiting[0][0], offset
-            own = list(rows[self.share.rank :: self.share.num_ranks])
-            yield collate(own, separator=self.collate_separator, share=self.share)
+            own = list(rows[self.row_shard.rank :: self.row_shard.num_ranks])
+            yield collate(own, separator=self.collate_separator, row_shard=self.row_shard)
 
     def encoded(self, start: int) -> Iterator[tuple[int, np.ndarray]]:
         """Numbers and tokens of the documents from one on; after the last comes the first that is not held out."""

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from nestlm.data.shards import SPLITS
-from nestlm.data.source.base import Document, Fingerprint
+from nestlm.data.sources.base import Document, Fingerprint
 from nestlm.errors import DataError
-from nestlm.progress import console
+from nestlm.utils.console import console
 
 LARGEST_HELDOUT = 0.2  # of a held-out split, for one document
 HELDOUT = ("validation", "calibration")  # in the order in which they are filled

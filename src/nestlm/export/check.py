@@ -19,7 +19,7 @@ from torch import Tensor
 
 from nestlm.data.tokenizer import for_texts
 from nestlm.errors import ExportError
-from nestlm.export import gguf, hf, llama
+from nestlm.export import gguf, hf, llama_cpp
 from nestlm.model.family import Family
 from nestlm.nn.decoder import Decoder
 
@@ -166,7 +166,7 @@ def tokenizer_notes(folder: Path, text_BL: Tensor, *, tokenizer: Tokenizer, open
 
 
 def check_gguf(path: Path, question: Question, *, small: Decoder) -> Check:
-    """Read a GGUF file back with the gguf package, and run it in llama.cpp where llama-cpp-python is installed.
+    """Read a GGUF file back with the gguf package, and run it in llama_cpp.cpp where llama-cpp-python is installed.
 
     Args:
         path: the export.
@@ -174,7 +174,7 @@ def check_gguf(path: Path, question: Question, *, small: Decoder) -> Check:
         small: the sub-network that was written.
 
     Raises:
-        ExportError: above the limit, or llama.cpp cannot run it.
+        ExportError: above the limit, or llama_cpp.cpp cannot run it.
     """
     back = gguf.read(path, question.family)
     known: dict[str, Any] = {
@@ -182,7 +182,7 @@ def check_gguf(path: Path, question: Question, *, small: Decoder) -> Check:
         "parameters": sum(each.numel() for each in small.parameters()),
         "folder": path.parent,
     }
-    name = llama.library()
+    name = llama_cpp.library()
     missing = "llama.cpp did not run it, since llama-cpp-python is not installed; its tensors and sizes were read back"
     check = compare(
         lambda tokens_BL: back(tokens_BL).logits_BLV,
@@ -194,7 +194,7 @@ def check_gguf(path: Path, question: Question, *, small: Decoder) -> Check:
     if name is None:
         return check
     try:
-        logits_BLV = llama.logits(path, question.text_BL.numpy(), threads=torch.get_num_threads())
+        logits_BLV = llama_cpp.logits(path, question.text_BL.numpy(), threads=torch.get_num_threads())
     except ChildProcessError as error:
         raise ExportError(
             f"export: {name} cannot run the file ({error}); uninstall llama-cpp-python to do without this check"

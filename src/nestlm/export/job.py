@@ -11,10 +11,10 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
-from nestlm.axes.base import Axis
 from nestlm.data.special_tokens import SpecialTokens
 from nestlm.data.tokenizer import load, parse, tokenizer_hash
-from nestlm.elastic.weights import extract
+from nestlm.elastic.axes.base import Axis
+from nestlm.elastic.surgery import extract
 from nestlm.errors import ExportError
 from nestlm.export import gguf, hf
 from nestlm.export.card import Facts, card
@@ -27,8 +27,8 @@ from nestlm.model.family import Family
 from nestlm.model.parent import TOKENIZER_JSON, Parent
 from nestlm.nn.decoder import Decoder
 from nestlm.nn.policy import Policy, fixed
-from nestlm.router.calibration import Plan
-from nestlm.router.per_token import TokenRouter
+from nestlm.router.dynamic.base import TokenRouter
+from nestlm.router.dynamic.plan import Plan
 from nestlm.spec import SubnetSpec
 
 Format = Literal["hf", "gguf"]

@@ -11,8 +11,8 @@ from tempfile import TemporaryDirectory
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from nestlm.checksums import files_below, hashes, write_sums
 from nestlm.errors import ExportError
+from nestlm.utils.checksums import files_below, hashes, write_sums
 
 LOCK = ".nestlm-export"  # in a folder that an export fills; the lock of a killed one is free
 

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nestlm.elastic.weights import kept_layers
+from nestlm.elastic.surgery import kept_layers
 from nestlm.errors import ExportError
 from nestlm.nn.config import DecoderConfig
-from nestlm.router import dynamic, value_dynamic
-from nestlm.router.calibration import Plan
+from nestlm.router.dynamic import logits as dynamic
+from nestlm.router.dynamic import value as value_dynamic
+from nestlm.router.dynamic.base import TokenRouter
+from nestlm.router.dynamic.plan import Plan
 from nestlm.router.networks import BUDGET_FEATURES, embed_share
-from nestlm.router.per_token import TokenRouter
 from nestlm.spec import SubnetSpec
 
 

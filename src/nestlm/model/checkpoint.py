@@ -14,11 +14,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from nestlm.checksums import CHECKSUMS, file_hash
+from nestlm.distributed.fsdp import fill
 from nestlm.errors import CheckpointError
 from nestlm.model.keys import show
-from nestlm.parallel.sharding import fill
-from nestlm.progress import track
+from nestlm.utils.checksums import CHECKSUMS, file_hash
+from nestlm.utils.console import track
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")

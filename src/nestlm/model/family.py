@@ -12,7 +12,7 @@ from nestlm.errors import CheckpointError, ConfigError
 from nestlm.model import hub, keys
 from nestlm.model.checkpoint import Stored, check_tensors, is_equal, own_file, read_config, read_tensors, survey
 from nestlm.model.parent import TOKENIZER_JSON, Parent
-from nestlm.model.rotary import read_rotary, write_rotary
+from nestlm.model.rope_config import read_rotary, write_rotary
 from nestlm.nn.config import BlockConfig, DecoderConfig
 from nestlm.nn.decoder import Decoder
 from nestlm.nn.rope import RopeScaling

@@ -37,14 +37,14 @@ def pretrained(*, weights: str, context_length: int | None, pretraining_tokens: 
 
 
 def families() -> dict[str, type[Family]]:
-    """Every family, by the `model_type` of its config.json: each folder beside this file holds one."""
+    """Every family, by the `model_type` of its config.json: files beside this one hold them."""
     found: dict[str, type[Family]] = {}
     for info in pkgutil.iter_modules(model.__path__):
-        if info.ispkg:
-            module = importlib.import_module(f"{model.__name__}.{info.name}.{info.name}")
-            for value in vars(module).values():
-                if isinstance(value, type) and issubclass(value, Family) and value.__module__ == module.__name__:
-                    found[value.model_type] = value
+        module = importlib.import_module(f"{model.__name__}.{info.name}")
+        for value in vars(module).values():
+            is_here = isinstance(value, type) and value.__module__ == module.__name__
+            if is_here and issubclass(value, Family) and value is not Family:
+                found[value.model_type] = value
     return found
 
 

@@ -7,15 +7,15 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from nestlm.nn.attention_context import Sight, attend
 from nestlm.nn.config import BlockConfig, DecoderConfig
 from nestlm.nn.kv_cache import LayerCache
 from nestlm.nn.linear import PrefixLinear, joined_products, prefix_products
 from nestlm.nn.norm import RMSNorm
 from nestlm.nn.policy import Decision, Mixed
+from nestlm.nn.ragged.attention import attend_scattered
+from nestlm.nn.ragged.dispatch import RowGroups
 from nestlm.nn.rope import rotate
-from nestlm.nn.row_groups import RowGroups
-from nestlm.nn.scattered import attend_scattered
-from nestlm.nn.sight import Sight, attend
 
 
 class GroupedQueryAttention(nn.Module):

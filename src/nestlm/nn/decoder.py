@@ -10,16 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from nestlm.distributed.fsdp import fill
 from nestlm.errors import ConfigError
 from nestlm.nn.attention import GroupedQueryAttention
+from nestlm.nn.attention_context import Sight, scores_mask
 from nestlm.nn.config import BlockConfig, DecoderConfig
 from nestlm.nn.kv_cache import KVCache, LayerCache
 from nestlm.nn.linear import product_dtype
 from nestlm.nn.mlp import MLP
 from nestlm.nn.norm import LayerNorm1P, make_norm
 from nestlm.nn.policy import Decision, Mixed, Policy, Stream, full
-from nestlm.nn.sight import Sight, scores_mask
-from nestlm.parallel.sharding import fill
 from nestlm.spec import ATTN_HEADS, DEPTH, MLP_WIDTH, Site
 
 # Makes something of the residual stream after the final norm, (B, L, D), and of the head's weight, (V, D). It is called

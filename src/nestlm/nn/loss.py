@@ -23,7 +23,7 @@ LEAST_ROWS = 64  # what a product of matrices needs to be fast
 
 
 @dataclass(frozen=True)
-class Beliefs:
+class HeadInputs:
     """What a model holds of the next tokens, as logits are made of it; no gradient reaches it.
 
     Attributes:
@@ -35,7 +35,7 @@ class Beliefs:
     head_VD: Tensor
 
     @classmethod
-    def read(cls, hidden_BLD: Tensor, head_VD: Tensor) -> Beliefs:
+    def read(cls, hidden_BLD: Tensor, head_VD: Tensor) -> HeadInputs:
         """A decoder's reader."""
         return cls(hidden_BLD.detach(), head_VD.detach())
 
@@ -53,7 +53,7 @@ class TokenLosses(NamedTuple):
     loss: Tensor
     text_BL: Tensor
     distance_BL: Tensor | None
-    beliefs: Beliefs
+    beliefs: HeadInputs
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class LossReader:
     """
 
     targets_BL: Tensor
-    teacher: Beliefs | None = None
+    teacher: HeadInputs | None = None
     ce_share: float = 0.0
 
     def __call__(self, hidden_BLD: Tensor, head_VD: Tensor) -> TokenLosses:
@@ -91,7 +91,7 @@ class LossReader:
             hidden_BLD.flatten(0, 1), head_VD, self.targets_BL.flatten(), taught, share, torch.is_grad_enabled()
         )
         distance_BL = None if taught is None else distance_n.view(shape)
-        return TokenLosses(loss, text_n.view(shape), distance_BL, Beliefs.read(hidden_BLD, head_VD))
+        return TokenLosses(loss, text_n.view(shape), distance_BL, HeadInputs.read(hidden_BLD, head_VD))
 
 
 @dataclass(frozen=True)

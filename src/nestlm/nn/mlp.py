@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nestlm.nn.config import DecoderConfig
 from nestlm.nn.linear import PrefixLinear, joined_products, prefix_products
 from nestlm.nn.policy import Decision, Mixed
-from nestlm.nn.row_groups import RowGroups
+from nestlm.nn.ragged.dispatch import RowGroups
 
 
 def relu2(x: Tensor) -> Tensor:

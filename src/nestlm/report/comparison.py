@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from nestlm.dotted import flat_items
 from nestlm.errors import ConfigError, DataError
 from nestlm.report.runs import Run
+from nestlm.utils.nested_dict import flat_items
 
 
 class Metric(NamedTuple):

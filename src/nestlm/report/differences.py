@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 from rich.table import Table
 
-from nestlm.dotted import flat_items
 from nestlm.report.comparison import number
 from nestlm.report.tables import read_csv
+from nestlm.utils.nested_dict import flat_items
 
 # What can explain that numbers differ, as in provenance.json; hashes are shown by their beginnings.
 ORIGINS = ("commit", "python", "packages", "device", "threads", "data_fingerprint", "tokenizer")

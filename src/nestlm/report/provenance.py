@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from nestlm.profiling import cpu_name
+from nestlm.utils.devices import cpu_name
 
 PACKAGES = ("nestlm", "torch", "lightning", "hydra-core", "omegaconf", "torchmetrics", "tokenizers", "numpy", "scipy")
 

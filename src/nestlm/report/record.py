@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nestlm.checksums import CHECKSUMS, hashes, read_sums, write_sums
 from nestlm.errors import DataError
+from nestlm.utils.checksums import CHECKSUMS, hashes, read_sums, write_sums
 
 PROVENANCE = "provenance.json"
 FILES = ("config.yaml", "metrics.json", "results.csv", "timings.csv", "latency_table.json", PROVENANCE)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from nestlm.cost.measured import Check, check_line
+from nestlm.cost.latency.table_file import Check, check_line
 from nestlm.report import plots
 from nestlm.report.comparison import Comparison
-from nestlm.report.console import output
 from nestlm.report.formats import to_csv, to_latex, to_markdown
 from nestlm.report.page import to_html
 from nestlm.report.runs import Run
 from nestlm.report.tables import HEADINGS, cells, markdown_table, read_csv, terminal_table
+from nestlm.utils.console import output
 
 PAPER_TOKEN_SHARE = 0.0763  # Flextron's elastic training, as a share of the pretraining tokens
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import yaml
 
-from nestlm.json_files import write_json
 from nestlm.model.parent import Parent
 from nestlm.report.provenance import provenance
 from nestlm.report.record import PROVENANCE, begin, write_record
 from nestlm.report.tables import write_csv
+from nestlm.utils.json_files import write_json
 
 # Kept out of metrics.json: seconds and peaks of memory go to timings.csv, rows to results.csv, specs to specs/.
 ELSEWHERE = {

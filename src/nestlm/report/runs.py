@@ -10,9 +10,9 @@ from typing import Any
 import yaml
 
 from nestlm.errors import DataError
-from nestlm.json_files import expecting, read_json
 from nestlm.report.record import CURE, PROVENANCE, check_record, is_finished
 from nestlm.report.tables import Row, read_csv
+from nestlm.utils.json_files import expecting, read_json
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from nestlm.cost.table import PriceList
+from nestlm.distributed.collectives import ALL_ROWS, RowShard
 from nestlm.nn.policy import Policy, fixed
-from nestlm.parallel.ranks import ALONE, Share
-from nestlm.router.trial import Trial
+from nestlm.router.calibration_data import CalibrationData
 from nestlm.spec import Budget, SubnetSpec
 
 
@@ -35,10 +35,10 @@ class Router(nn.Module):
     """Finds policies within budgets. One whose choice is the same for every token only defines `spec`.
 
     Attributes:
-        needs_trial: whether it cannot answer well without calibration text.
+        needs_calibration: whether it cannot answer well without calibration text.
     """
 
-    needs_trial: ClassVar[bool] = False
+    needs_calibration: ClassVar[bool] = False
 
     def __init__(self, prices: PriceList) -> None:
         super().__init__()
@@ -53,28 +53,28 @@ class Router(nn.Module):
         """Raise BudgetError for a budget that the router can never keep."""
         self.prices.check(budget)
 
-    def prepare(self, trial: Trial) -> None:
+    def prepare(self, calibration: CalibrationData) -> None:
         """Measure what all budgets need, once; the results belong to the router's state."""
 
-    def spec(self, budget: Budget, *, trial: Trial | None = None) -> SubnetSpec:
+    def spec(self, budget: Budget, *, calibration: CalibrationData | None = None) -> SubnetSpec:
         """The sub-network for a budget; its cost is never above it.
 
         Args:
             budget: what must be kept.
-            trial: calibration text to try candidates on, for routers that search.
+            calibration: calibration text to try candidates on, for routers that search.
 
         Raises:
             BudgetError: even the smallest sub-network costs more.
         """
         raise TypeError(f"{type(self).__name__} decides per token: ask it for an answer, not for one spec")
 
-    def find(self, budget: Budget, *, trial: Trial | None = None) -> Answer:
+    def find(self, budget: Budget, *, calibration: CalibrationData | None = None) -> Answer:
         """The policy for a budget.
 
         Raises:
             BudgetError: even the cheapest choices cost more.
         """
-        spec = self.spec(budget, trial=trial)
+        spec = self.spec(budget, calibration=calibration)
         return Answer(fixed(spec), spec)
 
     def recall(self, budget: Budget, plan: Mapping[str, Any]) -> Answer:
@@ -85,13 +85,13 @@ class Router(nn.Module):
         """
         raise TypeError(f"{type(self).__name__} names one sub-network for a budget: it makes no plans")
 
-    def draw(self, budget: Budget, *, generator: torch.Generator, share: Share = ALONE) -> Policy:
+    def draw(self, budget: Budget, *, generator: torch.Generator, row_shard: RowShard = ALL_ROWS) -> Policy:
         """A policy for training at a budget. A router that learns samples it, with gradients to its own weights.
 
         Args:
             budget: what must be kept.
             generator: of the sample, the same on all ranks.
-            share: which rows of the step it will see.
+            row_shard: which rows of the step it will see.
         """
-        del generator, share
+        del generator, row_shard
         return fixed(self.spec(budget))

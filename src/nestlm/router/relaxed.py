@@ -7,29 +7,29 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from nestlm.distributed.collectives import ALL_ROWS, RowShard
 from nestlm.nn.policy import Decision, Mixed, Policy, by_unit, constant
-from nestlm.parallel.ranks import ALONE, Share
 from nestlm.spec import SearchSpace, Site
 
 LEAST_LOG = -1e4  # 0 times it is 0
 
 
-def gumbel_noise(shape: torch.Size, *, generator: torch.Generator, share: Share = ALONE) -> Tensor:
+def gumbel_noise(shape: torch.Size, *, generator: torch.Generator, row_shard: RowShard = ALL_ROWS) -> Tensor:
     """Noise whose addition to logits makes their argmax a draw from their softmax.
 
     Args:
         shape: of the logits, whose first dimension is a rank's rows where a step is shared.
         generator: of the noise of all rows.
-        share: which rows these are.
+        row_shard: which rows these are.
     """
-    everywhere = (share.total(shape[0]), *shape[1:])
-    uniform = share.own(torch.rand(everywhere, generator=generator)).clamp_min(1e-20)
+    everywhere = (row_shard.total(shape[0]), *shape[1:])
+    uniform = row_shard.own(torch.rand(everywhere, generator=generator)).clamp_min(1e-20)
     return -(-uniform.log()).log()
 
 
-def sample_choices(logits: Tensor, *, generator: torch.Generator, share: Share = ALONE) -> Tensor:
+def sample_choices(logits: Tensor, *, generator: torch.Generator, row_shard: RowShard = ALL_ROWS) -> Tensor:
     """Choice indices drawn from softmax(logits): (..., max choices) to (...)."""
-    return (logits + gumbel_noise(logits.shape, generator=generator, share=share).to(logits)).argmax(-1)
+    return (logits + gumbel_noise(logits.shape, generator=generator, row_shard=row_shard).to(logits)).argmax(-1)
 
 
 def entropy(logits: Tensor) -> Tensor:

@@ -124,7 +124,7 @@ class RoutedLlamaAttention(LlamaAttention):
 
     @property
     def dropped(self) -> Any:
-        """Share of the attention weights that is dropped."""
+        """RowShard of the attention weights that is dropped."""
         return self.attention_dropout if self.training else 0.0
 
     def look_with_all_heads(

@@ -1,0 +1,190 @@
+"""From a run and an answer to a budget to an export: on which text it is checked, and what its card says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from nestlm.cost.table import PriceList
+from nestlm.data.opened import Prepared
+from nestlm.data.shards import TOKENIZER
+from nestlm.errors import CheckpointError, ExportError
+from nestlm.eval.policy_scores import spent_shares
+from nestlm.export import job
+from nestlm.export.card import Facts
+from nestlm.export.check import Check
+from nestlm.export.gguf import Precision
+from nestlm.model.family import Family
+from nestlm.model.parent import Parent
+from nestlm.model.weights_io import CURE
+from nestlm.nn.decoder import Decoder
+from nestlm.pipeline.context import Context
+from nestlm.report.run_folder import PARENT
+from nestlm.report.tables import read_csv
+from nestlm.router.base import Answer, Router
+from nestlm.router.dynamic.base import TokenRouter
+from nestlm.router.dynamic.plan import Plan
+from nestlm.spec import Budget
+
+TEXT_ROWS, TEXT_TOKENS = 4, 256  # of validation text, on which an export is compared
+FORMATS = ("hf", "gguf")
+PRECISIONS = (*job.DTYPES, "q8_0")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+        context: its settings and folders.
+        decoder: the whole model, on the CPU, for evaluation.
+        router: its own.
+        prices: of sub-networks.
+        metrics: what its stages measured.
+        provenance: where its numbers come from.
+    """
+
+    context: Context
+    decoder: Decoder
+    router: Router
+    prices: PriceList
+    metrics: dict[str, dict[str, Any]]
+    provenance: dict[str, Any]
+
+    @property
+    def family(self) -> Family:
+        """What the model was made from."""
+        return self.context.settings.model
+
+
+@dataclass(frozen=True)
+class Request:
+    """Where an export goes, and in which form.
+
+    Attributes:
+        out: a folder that does not exist yet, or is empty; it appears whole or not at all.
+        form: `hf` or `gguf`.
+        precision: of the weights: `f32`, `f16`, `bf16`, or `q8_0` of GGUF; None: the parent's.
+        push_to: OWNER/NAME on the hub; None: nowhere.
+    """
+
+    out: Path
+    form: str
+    precision: str | None
+    push_to: str | None
+
+    def check(self, family: Family, *, run: Path) -> None:
+        """Raise ExportError, before anything is computed, for what can be known to fail."""
+        for name, value, known in (("format", self.form, FORMATS), ("dtype", self.precision, (None, *PRECISIONS))):
+            if value not in known:
+                wanted = ", ".join(filter(None, known))
+                raise ExportError(f"export: --{name} got {value!r}, wanted one of {wanted}")
+        job.check_target(family, self.out, run=run, form=self.form, push_to=self.push_to)
+
+
+def export(run: Run, answer: Answer, request: Request, *, budget: Budget, router: str, achieved: float | None) -> Check:
+    """Write a stand-alone model, and check that it computes what the nested model does.
+
+    Args:
+        run: the nested model.
+        answer: what of it.
+        request: where to, in which form; checked.
+        budget: that was asked for.
+        router: label of the router that answered.
+        achieved: cost as a share of the whole model's, where it is known.
+
+    Raises:
+        ExportError: a format that cannot hold it, a folder that cannot be written, or an export that computes
+            something else.
+    """
+    loader = run.context.data(stream="validation").heldout_dataloader("validation", num_rows=TEXT_ROWS)
+    text_BL = torch.cat([batch.tokens_BL for batch in loader])[:, :TEXT_TOKENS]
+    kept = kept_parent(run)
+    nested = job.Nested(
+        decoder=run.decoder,
+        family=run.family,
+        parent=kept,
+        axes=run.context.settings.axis_list,
+        tokenizer=run.context.inputs["data"] / TOKENIZER,
+        special_tokens=Prepared.read(run.context.inputs["data"]).special_tokens,
+        text_BL=text_BL,
+    )
+    facts = Facts(
+        budget=str(budget),
+        achieved=costs(run, answer, achieved=achieved, text_BL=text_BL),
+        router=router,
+        parent=parent_name(run.family, kept),
+        fingerprint=run.provenance["data_fingerprint"],
+        commit=run.provenance["commit"],
+        losses=losses(run, budget=budget, router=router),
+    )
+    return job.run(
+        nested,
+        chosen(run, budget, answer),
+        request.out,
+        form=cast(job.Format, request.form),
+        precision=cast(Precision | None, request.precision),
+        facts=facts,
+        push_to=request.push_to,
+    )
+
+
+def chosen(run: Run, budget: Budget, answer: Answer) -> job.Chosen:
+    """What an answer means for an export."""
+    if answer.spec is not None:
+        return job.Chosen(spec=answer.spec)
+    assert isinstance(run.router, TokenRouter), "only such a router has plans"
+    assert answer.plan is not None, "tokens differ by a plan"
+    tariffs = run.router.tariffs(run.router.planned.bounds(budget))
+    return job.Chosen(routed=(run.router, Plan.from_json(answer.plan, tariffs=tariffs)))
+
+
+def kept_parent(run: Run) -> Parent | None:
+    """What the run keeps of the weights that it was made from. Raises CheckpointError where that is lost."""
+    if run.family.weights is None:
+        return None
+    folder = run.context.folder / "checkpoints" / PARENT
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} does not exist; {CURE}")
+    return Parent.read(folder)
+
+
+def parent_name(family: Family, kept: Parent | None) -> str:
+    """The name of what was nested: that on the hub, or a folder's without the path to it."""
+    if kept is None:
+        return f"a {family.architecture} trained from scratch"
+    return kept.repository or Path(str(family.weights)).name or "a local checkpoint"
+
+
+def losses(run: Run, *, budget: Budget, router: str) -> dict[str, float]:
+    """On the whole validation text, as the run measured them."""
+    rows = read_csv(run.context.folder / "results.csv")
+    found = {
+        "the parent, before it was nested": run.metrics["pretrain"]["val_loss"],
+        "the whole nested model": rows[0]["val_loss"] - rows[0]["loss_vs_full"],
+    }
+    for row in rows:
+        if (row["router"], str(row["budget"])) == (router, str(budget)):
+            found["this sub-network"] = row["val_loss"]
+    return found
+
+
+@torch.no_grad()
+def costs(run: Run, answer: Answer, *, achieved: float | None, text_BL: Tensor) -> dict[str, tuple[str, float]]:
+    """What the choice costs, of each kind: amount and share of the whole model's.
+
+    Where tokens differ it is of the run's own kind: the mean that the run measured, or that of the given text.
+    """
+    spec = answer.spec
+    if spec is not None:
+        tables = run.prices.tables.items()
+        return {name: (f"{table.cost(spec):,.4g} {table.unit}", table.share(spec)) for name, table in tables}
+    table = run.router.prices.main
+    if achieved is None:
+        decided = (run.decoder(row_1L, answer.policy).decisions for row_1L in text_BL.split(1))
+        achieved = float(torch.cat([spent_shares(each, table, batch_size=1) for each in decided]).mean())
+    return {table.name: (f"{achieved * table.whole:,.4g} {table.unit}", achieved)}

@@ -1,0 +1,384 @@
+"""A finished run as one nested model: name a budget, and generate, evaluate or export at it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.loggers.logger import DummyLogger
+from tokenizers import Tokenizer
+
+from nestlm.api.export_run import Request, Run, export
+from nestlm.api.reproduce import own_table
+from nestlm.cost.table import PriceList
+from nestlm.data import tokenizer as tokenizers
+from nestlm.data.datamodule import DataSettings
+from nestlm.data.opened import Prepared
+from nestlm.data.shards import TOKENIZER
+from nestlm.data.sources.auto import by_path
+from nestlm.data.special_tokens import PlainNames, SpecialTokens
+from nestlm.elastic.axes.base import Axis
+from nestlm.errors import CheckpointError, ConfigError
+from nestlm.eval.heldout import HeldOut, RunTasks, held_out, task_runner
+from nestlm.eval.policy_scores import evaluate
+from nestlm.export.check import Check
+from nestlm.generation.generate import generate
+from nestlm.generation.rows import policy_of_rows
+from nestlm.generation.sampling import GREEDY, Sampling
+from nestlm.generation.text import continuation
+from nestlm.model.family import Family
+from nestlm.model.weights_io import CURE
+from nestlm.nn.decoder import Decoder
+from nestlm.nn.policy import fixed
+from nestlm.pipeline.context import SKIPPABLE, Context
+from nestlm.pipeline.run import check_trainer
+from nestlm.report.runs import read_provenance
+from nestlm.router.at_budget import AtBudget, recall
+from nestlm.router.base import Answer, Router
+from nestlm.router.calibration_data import CalibrationData
+from nestlm.router.dynamic.base import TokenRouter
+from nestlm.router.static.knapsack import KnapsackRouter
+from nestlm.router.static.uniform import best_uniform
+from nestlm.spec import Budget
+from nestlm.train.settings import Settings, View
+from nestlm.train.trainer import make_trainer
+from nestlm.utils.console import track
+from nestlm.utils.json_files import expecting, read_json
+
+READS = ("model", "axes", "cost", "costs", "router", "trainer", "data", "seed")
+POLICIES = ("static", "dynamic")
+
+
+class NestedModel:
+    """One set of weights, and a router that finds a sub-network for any budget.
+
+    Attributes:
+        folder: of the run.
+        settings: of the run, on the device that was asked for.
+        decoder: after the last stage, on that device.
+        router: the run's own.
+    """
+
+    def __init__(self, folder: Path, settings: Settings) -> None:
+        self.folder, self.settings = folder, settings
+        checkpoints = folder / "checkpoints"
+        inputs = {path.name: path for path in checkpoints.iterdir()} if checkpoints.is_dir() else {}
+        for stage in ("data", "joint"):
+            if stage not in inputs:
+                raise CheckpointError(f"{checkpoints / stage} does not exist; {CURE}")
+        self.context = Context(View(settings, READS), folder, inputs=inputs, logger=DummyLogger())
+        self.decoder: Decoder = self.context.decoder("joint").to(self.device).eval()
+        self.router: Router = self.context.router("joint").to(self.device).eval()
+        self.known: dict[tuple[Budget, str], AtBudget] = {}
+
+    @classmethod
+    def open(cls, folder: Path, settings: Settings, *, device: str | None) -> NestedModel:
+        """The model of a run.
+
+        Args:
+            folder: of the finished run.
+            settings: its own, as this code understands them.
+            device: as torch names it; None: that of the run's trainer.
+
+        Raises:
+            NestlmError: something is missing or damaged, or the device is not there.
+        """
+        settings = own_table(settings, folder)
+        with expecting(folder / "metrics.json", cure=CURE):
+            skippable = read_json(folder / "metrics.json", cure=CURE)["rank"].get(SKIPPABLE)
+            if skippable is not None:
+                settings = settings.with_skippable(skippable)
+        return cls(folder, on_device(settings, device))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self.context.device()
+
+    @property
+    def family(self) -> Family:
+        """What the model was made from."""
+        return self.settings.model
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        """What is elastic."""
+        return self.settings.axis_list
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """The folder that holds tokenizer.json."""
+        return self.context.inputs["data"]
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """As prompts and texts are encoded."""
+        return tokenizers.for_texts(tokenizers.load(self.tokenizer_folder / TOKENIZER))
+
+    @cached_property
+    def special_tokens(self) -> SpecialTokens:
+        """Ids of the tokens that begin and end a text."""
+        return Prepared.read(self.tokenizer_folder).special_tokens
+
+    @cached_property
+    def metrics(self) -> dict[str, dict[str, Any]]:
+        """What the run's stages measured."""
+        return read_json(self.folder / "metrics.json", cure=CURE)
+
+    @cached_property
+    def provenance(self) -> dict[str, Any]:
+        """Where the run's numbers come from; `data_fingerprint` names its text."""
+        return read_provenance(self.folder)
+
+    @property
+    def budgets(self) -> tuple[Budget, ...]:
+        """Those that the run was asked for."""
+        return self.settings.budgets
+
+    @cached_property
+    def prices(self) -> PriceList:
+        """What sub-networks cost, in all kinds that a budget may limit."""
+        return self.settings.prices()
+
+    @cached_property
+    def calibration(self) -> CalibrationData:
+        """The calibration text on which the run's router was tried."""
+        return self.context.calibration(self.decoder)
+
+    def at(self, budget: Any, *, router: str | None = None) -> AtBudget:
+        """The sub-network, or the policy, for a budget.
+
+        One of the run's budgets is answered as the run did; to others its router finds an answer now.
+
+        Args:
+            budget: as in `budget=`: 0.6, "60%", "8GiB", or a list of limits that hold together.
+            router: `static` or `dynamic`; None: the run's own. A dynamic run's static router is an exact knapsack on
+                what its router has measured.
+
+        Raises:
+            BudgetError: no budget, or one that cannot be met.
+            ConfigError: the run has no such router.
+        """
+        asked = budget if isinstance(budget, Budget) else Budget.parse(budget)
+        policy = self.settings.router.policy if router is None else router
+        if (asked, policy) not in self.known:
+            self.known[asked, policy] = self.find(asked, policy=policy)
+        return self.known[asked, policy]
+
+    def generate(self, prompt: str, *, budget: Any = 1.0, **options: Any) -> str:
+        """Continue a prompt until its document ends, or `max_tokens` are there; see `generate_batch`."""
+        return self.generate_batch([prompt], budgets=[budget], **options)[0]
+
+    def generate_batch(
+        self,
+        prompts: Sequence[str],
+        *,
+        budgets: Sequence[Any],
+        router: str | None = None,
+        max_tokens: int = 64,
+        sampling: Sampling = GREEDY,
+        special_tokens: bool = False,
+    ) -> list[str]:
+        """Continue prompts in one batch, each at a budget of its own. No row depends on the others.
+
+        Args:
+            prompts: texts; each is the start of a document.
+            budgets: one a prompt, as in `at`.
+            router: as in `at`.
+            max_tokens: of each continuation, at most.
+            sampling: how tokens are chosen; by default the likeliest.
+            special_tokens: whether the name of a special token in a prompt becomes that token, and not plain text.
+
+        Raises:
+            BudgetError, ConfigError: as `at` does.
+            DataError: a prompt that does not fit into the context, or that the tokenizer cannot say.
+        """
+        encoded = [self.encode(prompt, special_tokens=special_tokens) for prompt in prompts]
+        found = [self.at(budget, router=router) for budget in budgets]
+        steps = list(self.tokens(encoded, found, max_tokens=max_tokens, sampling=sampling))
+        rows = [[token for step in steps if (token := step[row]) is not None] for row in range(len(encoded))]
+        return [continuation(self.tokenizer, prompt, row) for prompt, row in zip(encoded, rows, strict=True)]
+
+    def encode(self, prompt: str, *, special_tokens: bool = False) -> list[int]:
+        """Token ids of a prompt, the token that begins a document first.
+
+        Args:
+            prompt: the text.
+            special_tokens: as `generate_batch` takes it.
+
+        Raises:
+            DataError: the tokenizer cannot say it, or the model has no such token.
+        """
+        encoder = tokenizers.for_texts(self.tokenizer, special_tokens=True) if special_tokens else self.tokenizer
+        cure = "special_tokens=True (--special-tokens)"
+        PlainNames(encoder, where="prompt: holds", cure=cure).look(prompt)
+        ids = tokenizers.encode_prompt(encoder, prompt, begin=self.special_tokens.begin)
+        tokenizers.check_ids(encoder, ids, vocab_size=self.decoder.config.vocab_size, where="prompt:")
+        return ids
+
+    def tokens(
+        self, prompts: Sequence[Sequence[int]], found: Sequence[AtBudget], *, max_tokens: int, sampling: Sampling
+    ) -> Iterator[list[int | None]]:
+        """The next token of each prompt under its answer, step by step; None for one that has ended."""
+        if len(prompts) != len(found):
+            raise ConfigError(f"budgets: got {len(found)} for {len(prompts)} prompts, wanted one a prompt")
+        policy = policy_of_rows([each.answer for each in found], space=self.prices.space, device=self.device)
+        return generate(
+            self.decoder,
+            prompts,
+            policy,
+            max_tokens=max_tokens,
+            sampling=sampling,
+            stop=self.special_tokens.stops,
+            precision=make_trainer(self.settings.trainer).precision_plugin.forward_context,
+        )
+
+    def evaluate(
+        self,
+        budgets: Sequence[Any] | None = None,
+        *,
+        router: str | None = None,
+        data: DataSettings | str | None = None,
+        tasks: Sequence[str] = (),
+        task_files: str | Path | None = None,
+        shots: Mapping[str, int] | None = None,
+        limit: int | None = None,
+        batch_size: int | None = None,
+    ) -> list[dict[str, Any]]:
+        """Score budgets on held-out text and on tasks of the EleutherAI harness: a row a budget, one set of weights.
+
+        Args:
+            budgets: as in `at`; None: those of the run.
+            router: as in `at`.
+            data: where text comes from: settings of the data group, or what `data.path=` takes. The validation split of
+                a prepared folder counts, of other text all, or with a `heldout_share` its validation split. None: the
+                run's own validation split.
+            tasks: of the harness, by name.
+            task_files: a folder of task files, which then are the only ones known.
+            shots: examples before a question, by task; by default the paper's, and else what the task says.
+            limit: of the questions of each task, the first ones only; None: all.
+            batch_size: of the tasks; None: data.eval_batch_size.
+
+        Raises:
+            NestlmError: a budget, a text or a task that cannot be used.
+        """
+        found = [self.at(budget, router=router) for budget in (self.budgets if budgets is None else budgets)]
+        run = None
+        if tasks:
+            run = task_runner(
+                self.decoder,
+                tasks,
+                tokenizer=self.tokenizer,
+                special_tokens=self.special_tokens,
+                precision=make_trainer(self.settings.trainer).precision_plugin.forward_context,
+                files=None if task_files is None else Path(task_files),
+                shots=shots or {},
+                limit=limit,
+                batch_size=self.settings.data.eval_batch_size if batch_size is None else batch_size,
+            )
+        if isinstance(data, str):
+            data = replace(self.settings.data, source=by_path(data), path=data, heldout_share=None)
+        with held_out(data, settings=self.settings, own=self.context.data(stream="validation")) as text:
+            rows = [self.row(each, text, run) for each in track(found, "evaluate", total=len(found))]
+        return rows
+
+    def row(self, found: AtBudget, text: HeldOut, run: RunTasks | None) -> dict[str, Any]:
+        """What a budget scores, under the names of results.csv."""
+        trainer = make_trainer(self.settings.trainer)
+        scores = evaluate(self.decoder, found.policy, loader=text.loader, trainer=trainer, prices=found.prices)
+        spent = scores.spending[self.prices.main.name].mean
+        return {
+            "router": found.router,
+            "budget": str(found.budget),
+            "achieved": spent if found.spec is None else self.prices.main.share(found.spec),
+            "val_loss": scores.loss,
+            "perplexity": scores.perplexity,
+            "bits_per_byte": scores.bits_per_byte(tokens=text.split.tokens, num_bytes=text.split.bytes),
+            "accuracy": scores.accuracy,
+            **({} if run is None else run(found.policy)),
+        }
+
+    def find(self, budget: Budget, *, policy: str) -> AtBudget:
+        """As `at`, which asks once for each budget."""
+        label, router = self.router_of(policy)
+        kept = self.folder / "specs" / f"{budget}.json"
+        if router is self.router and kept.is_file():
+            return recall(kept, budget, router=router, prices=self.prices)
+        router.check(budget)
+        answer = router.find(budget, calibration=self.calibration if router.needs_calibration else None)
+        achieved = None if answer.spec is None else self.prices.main.share(answer.spec)
+        return AtBudget(budget, label, answer, achieved, router.prices)
+
+    def router_of(self, policy: str) -> tuple[str, Router]:
+        """Label and router of a policy. Raises ConfigError where the run has none."""
+        own = self.settings.router
+        if policy == own.policy:
+            return own.label, self.router
+        if policy == "static" and isinstance(self.router, TokenRouter):
+            static = KnapsackRouter(prices=self.prices)
+            static.sensitivities.copy_(self.router.measured)
+            return "knapsack", static
+        if policy not in POLICIES:
+            raise ConfigError(f"router: got {policy!r}, wanted {' or '.join(POLICIES)}")
+        raise ConfigError(
+            f"router: got {policy}, but the run's router is {own.label}; train one with router=value "
+            "router.policy=dynamic"
+        )
+
+    def uniform(self, budget: Any) -> AtBudget:
+        """The best sub-network with the same widths in all layers. Raises BudgetError where none keeps the budget."""
+        asked = budget if isinstance(budget, Budget) else Budget.parse(budget)
+        spec = best_uniform(self.prices, asked, calibration=lambda: self.calibration)
+        return AtBudget(asked, "uniform", Answer(fixed(spec), spec), self.prices.main.share(spec), self.prices)
+
+    def export(
+        self,
+        out: Path | str,
+        *,
+        budget: Any,
+        form: str = "hf",
+        uniform: bool = False,
+        router: str | None = None,
+        precision: str | None = None,
+        push_to: str | None = None,
+    ) -> Check:
+        """Write a stand-alone model, on the CPU, and check that it computes what the nested model does.
+
+        Args:
+            out: a folder that does not exist yet, or is empty; it appears whole or not at all.
+            budget: as `at` takes it.
+            form: `hf` for transformers, `gguf` for llama.cpp.
+            uniform: the best sub-network with the same widths in all layers, whatever the router would choose.
+            router: as `at` takes it.
+            precision: `f32`, `f16`, `bf16`, or `q8_0` of GGUF; None: the parent's.
+            push_to: OWNER/NAME on the hub; None: nowhere.
+
+        Raises:
+            NestlmError: the budget cannot be met, or nothing is written: see `exporting.export`.
+        """
+        request = Request(Path(out), form, precision, push_to)
+        request.check(self.family, run=self.folder)
+        if uniform and router == "dynamic":
+            raise ConfigError("export: got uniform and router=dynamic, wanted one of them")
+        model = self if self.device.type == "cpu" else NestedModel.open(self.folder, self.settings, device="cpu")
+        found = model.uniform(budget) if uniform else model.at(budget, router=router)
+        run = Run(model.context, model.decoder, model.router, model.prices, model.metrics, model.provenance)
+        return export(run, found.answer, request, budget=found.budget, router=found.router, achieved=found.achieved)
+
+
+def on_device(settings: Settings, device: str | None) -> Settings:
+    """The settings with a trainer of one device, also of a run of several. Raises ConfigError where it is not there."""
+    chosen: dict[str, Any] = {"devices": 1, "num_nodes": 1, "strategy": "auto"}
+    if device is not None:
+        kind, _, number = device.partition(":")
+        chosen |= {"accelerator": kind} | ({"devices": [int(number)]} if number.isdigit() else {})
+    settings = replace(settings, trainer=partial(settings.trainer, **chosen))
+    try:
+        check_trainer(settings)
+    except ConfigError as error:
+        raise ConfigError(f"device: got {device or 'none, so that of the run'}; {error}; try device=cpu") from error
+    return settings

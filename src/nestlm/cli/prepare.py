@@ -1,0 +1,102 @@
+"""`nestlm prepare`: texts to a prepared folder, with the speed that it reached."""
+
+from __future__ import annotations
+
+import time
+from itertools import chain, islice
+from pathlib import Path
+
+from nestlm.data import tokenizer as tokenizers
+from nestlm.data.prepare import BATCH_BYTES, BY_FILES, batched, prepare
+from nestlm.data.shards import JOURNAL, MANIFEST, TOKENIZER, Manifest
+from nestlm.data.sources.base import Source
+from nestlm.data.sources.hub import PREFIX, HubDataset
+from nestlm.data.sources.text import TextFolder
+from nestlm.data.special_tokens import SpecialTokenSettings
+from nestlm.errors import DataError
+from nestlm.utils.console import output
+from nestlm.utils.locks import locked
+
+SAMPLED = 4 * BATCH_BYTES  # of text, on which the tokenizer is timed alone
+
+
+def prepare_folder(
+    path: str,
+    folder: Path,
+    *,
+    tokenizer: Path,
+    text_key: str,
+    heldout_share: float,
+    shard_tokens: int,
+    special: SpecialTokenSettings = BY_FILES,
+) -> Manifest:
+    """Prepare what a path names, and print what was made.
+
+    Raises:
+        DataError: as `prepare`; or the folder holds something else, or is part of the text.
+    """
+    if not 0 < heldout_share < 0.5 or shard_tokens <= 0:
+        raise DataError(
+            f"nestlm prepare: got --heldout-share {heldout_share} --shard-tokens {shard_tokens}, wanted a share "
+            "between 0 and 0.5, and a positive number"
+        )
+    source = by_name(path, text_key)
+    if Path(path).is_dir() and folder.resolve().is_relative_to(Path(path).resolve()):
+        raise DataError(f"--out: {folder} lies in {path}, whose text is read; wanted another place")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"--out: cannot make {folder} ({error.strerror}); wanted a folder to write to") from error
+    file = tokenizer / TOKENIZER if tokenizer.is_dir() else tokenizer
+    with locked(folder, str(folder)):
+        begun = any((folder / name).is_file() for name in (JOURNAL, MANIFEST))
+        others = [each.name for each in folder.iterdir() if not each.name.startswith(".") and not ours(each.name)]
+        if others and not begun:
+            raise DataError(f"--out: {folder} holds {sorted(others)[0]}; wanted a new folder, or one to go on with")
+        finished = (folder / MANIFEST).is_file()
+        timings: dict[str, float] = {}
+        manifest = prepare(
+            source,
+            folder,
+            vocab_size=None,
+            tokenizer_file=file,
+            heldout_share=heldout_share,
+            shard_tokens=shard_tokens,
+            special=special,
+            timings=timings,
+        )
+    splits = ", ".join(f"{split.tokens:,} {name}" for name, split in manifest.splits.items())
+    documents = sum(split.documents for split in manifest.splits.values())
+    output.print(f"{folder}{' was finished already' if finished else ''}: {documents:,} documents; tokens: {splits}")
+    if not finished and timings["tokens"]:
+        speed = timings["tokens"] / timings["seconds"]
+        output.print(f"{speed:,.0f} tokens/s; the tokenizer alone {raw_speed(source, file):,.0f}")
+    return manifest
+
+
+def by_name(path: str, text_key: str) -> Source:
+    """The source that SRC names. Raises DataError where it is prepared already."""
+    if path.startswith(PREFIX):
+        return HubDataset(path.removeprefix(PREFIX), text_key)
+    try:
+        is_prepared = (Path(path) / MANIFEST).is_file() and (Path(path) / TOKENIZER).is_file()
+    except OSError as error:
+        raise DataError(f"{path:.100} cannot be read ({error.strerror}); wanted texts") from error
+    if is_prepared:
+        raise DataError(f"{path} is prepared already; wanted texts")
+    return TextFolder(path, text_key)
+
+
+def ours(name: str) -> bool:
+    """Whether a file may be what a call left that was killed before its first journal entry."""
+    return name == TOKENIZER or name.endswith((".bin", ".bin.crc"))
+
+
+def raw_speed(source: Source, file: Path) -> float:
+    """Tokens a second of the tokenizer's own threads, on the first texts, with nothing around it."""
+    tokenizer = tokenizers.for_texts(tokenizers.load(file))
+    documents = chain.from_iterable(islice(batched(source.documents(), skip=0), SAMPLED // BATCH_BYTES))
+    texts = [text for _, text in documents]
+    started = time.perf_counter()
+    encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    return sum(len(encoding) for encoding in encodings) / (time.perf_counter() - started)

@@ -1,0 +1,152 @@
+"""The classes that `_target_` may name in a config. Everything else is refused before it is imported.
+
+A config is data: one from elsewhere, such as a run's folder, must not be able to run code. Allowed are, always by the
+type that the field wants:
+
+- classes of nestlm, under the name of the module that defines them;
+- the classes of other packages that FOREIGN lists;
+- classes of packages that the user named: `plugins=[PACKAGE]` on the command line of `train.py`, the environment
+  variable NESTLM_PLUGINS, or an argument of `nestlm.load`. A run's folder cannot name them by itself.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import inspect
+import os
+import pkgutil
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from nestlm.errors import ConfigError, NotAllowedError
+from nestlm.utils.text import nearest, shown
+
+PLUGINS = "NESTLM_PLUGINS"  # packages, separated by commas
+NAME = re.compile(r"[A-Za-z_]\w{0,80}(\.[A-Za-z_]\w{0,80}){0,12}", flags=re.ASCII)
+TORCH = (
+    "ASGD", "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD"
+)  # fmt: skip
+TORCHAO = ("Adam4bit", "Adam8bit", "AdamFp8", "AdamW4bit", "AdamW8bit", "AdamWFp8")
+# By the class that a field wants: the classes of other packages that may stand there.
+FOREIGN = {
+    "lightning.pytorch.trainer.trainer.Trainer": ("lightning.Trainer", "lightning.pytorch.Trainer"),
+    "lightning.pytorch.loggers.logger.Logger": tuple(
+        f"lightning.pytorch.loggers.{name}" for name in ("CSVLogger", "TensorBoardLogger", "WandbLogger")
+    ),
+    "torch.optim.optimizer.Optimizer": (
+        *(f"torch.optim.{name}" for name in TORCH),
+        *(f"torchao.optim.{name}" for name in TORCHAO),
+    ),
+}
+# Functions that make one of several classes.
+FUNCTIONS = {"nestlm.data.sources.auto.by_path": "nestlm.data.sources.base.Source"}
+
+
+def allowed_plugins(named: Iterable[str] = ()) -> tuple[str, ...]:
+    """The packages that the user allows: those named, and those of the environment. Raises ConfigError."""
+    found = [*named, *filter(None, os.environ.get(PLUGINS, "").split(","))]
+    return tuple(check_name(name, where="plugins") for name in found)
+
+
+def plugins_of(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The packages that a command line's config allows. Raises ConfigError for what are no names."""
+    named = config.get("plugins")
+    return tuple(check_name(name, where="plugins") for name in named) if isinstance(named, list) else ()
+
+
+def check_plugins(named: Any, *, allowed: Sequence[str]) -> None:
+    """Raise NotAllowedError where a config names a package of plug-ins that the user did not."""
+    for name in named if isinstance(named, list) else ():
+        if check_name(name, where="plugins") not in allowed:
+            raise NotAllowedError(
+                f"plugins: the run uses classes of the package {name}, which its config cannot allow by itself; if you "
+                f'trust that package, set {PLUGINS}={name}, or nestlm.load(..., plugins=["{name}"])'
+            )
+
+
+def check_name(name: Any, *, where: str) -> str:
+    """The dotted name. Raises NotAllowedError where it is none."""
+    if not isinstance(name, str) or NAME.fullmatch(name) is None:
+        raise NotAllowedError(f"{where}: got {shown(name)}, wanted a dotted name, such as package.module.Class")
+    return name
+
+
+def locate(path: Any, kinds: Sequence[type], *, where: str, plugins: Sequence[str]) -> Callable[..., Any]:
+    """The class that a `_target_` names, imported only where it is allowed.
+
+    Args:
+        path: the `_target_`.
+        kinds: classes that the field wants.
+        where: dotted name of the field, for messages.
+        plugins: packages that the user allows.
+
+    Raises:
+        NotAllowedError: the name is no dotted name, is not on the list, or names something of another type.
+        ConfigError: there is nothing of that name, or its package is not installed.
+    """
+    key = f"{where}._target_".lstrip(".")
+    name = check_name(path, where=key)
+    foreign = [each for kind in kinds for each in FOREIGN.get(full_name(kind), ())]
+    package = name.partition(".")[0]
+    plugin = next((each for each in plugins if name.startswith(f"{each}.")), None)
+    wanted = " or ".join(dict.fromkeys(kind.__name__ for kind in kinds))
+    if name not in foreign and package != "nestlm" and plugin is None:
+        few = sorted(foreign, key=lambda each: not each.endswith(("AdamW", "CSVLogger")))[:3]
+        raise NotAllowedError(
+            f"{key}: {shown(name)} is not allowed; wanted {', or '.join([f'a {wanted} of nestlm', *few])}; classes of "
+            f"your own package need plugins=[{package}] on the command line of train.py; a run of them "
+            f"{PLUGINS}={package}"
+        )
+    found = import_object(name, where=where)
+    if name in FUNCTIONS and FUNCTIONS[name] in map(full_name, kinds):
+        return found
+    own = name in foreign or (
+        full_name(found) == name if plugin is None else f"{getattr(found, '__module__', '')}.".startswith(f"{plugin}.")
+    )
+    if not inspect.isclass(found) or not own or not any(suits(found, kind) for kind in kinds):
+        raise NotAllowedError(
+            f"{key}: {shown(name)} is no {wanted} that its module defines; wanted the name of such a class"
+        )
+    return found
+
+
+def full_name(kind: Any) -> str:
+    """Module and name of a class."""
+    return f"{getattr(kind, '__module__', '')}.{getattr(kind, '__qualname__', '')}"
+
+
+def suits(found: type, kind: type) -> bool:
+    """Whether a class can be made and is of a kind: a subclass, or with all that a protocol wants."""
+    if inspect.isabstract(found) or getattr(found, "_is_protocol", False):
+        return False
+    if not getattr(kind, "_is_protocol", False):
+        return issubclass(found, kind)
+    has = {*dir(found), *(name for base in found.__mro__ for name in vars(base).get("__annotations__", ()))}
+    protocols = [base for base in kind.__mro__ if vars(base).get("_is_protocol")]
+    wanted = {name for base in protocols for name in (*vars(base), *vars(base).get("__annotations__", ()))}
+    return {name for name in wanted if not name.startswith("_")} <= has
+
+
+def import_object(path: str, *, where: str) -> Any:
+    """The object of a dotted path that is allowed. Raises ConfigError with the nearest name that exists."""
+    module_path, _, name = path.rpartition(".")
+    if not module_path:
+        raise ConfigError(f"{where}._target_: got {path!r}, wanted a dotted name, such as package.module.Class")
+    try:
+        module = importlib.import_module(module_path)
+    except ImportError as error:
+        package_path, _, missing = module_path.rpartition(".")
+        folders = getattr(sys.modules.get(package_path), "__path__", None)
+        if error.name != module_path or folders is None:
+            extras = importlib.metadata.metadata("nestlm").get_all("Provides-Extra") or []
+            cure = f"pip install 'nestlm[{error.name}]'" if error.name in extras else "is its package installed?"
+            raise ConfigError(f"{where}._target_: cannot import {module_path!r} ({error}); {cure}") from None
+        siblings = [info.name for info in pkgutil.iter_modules(folders)]
+        raise ConfigError(f"{where}: {package_path} has no {missing!r}{nearest(missing, siblings)}") from None
+    if not hasattr(module, name):
+        classes = [each for each, value in vars(module).items() if inspect.isclass(value)]
+        raise ConfigError(f"{where}._target_: {module_path} has no {name!r}{nearest(name, classes)}")
+    return getattr(module, name)

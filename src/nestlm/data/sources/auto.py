@@ -1,0 +1,26 @@
+"""The source that a path asks for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nestlm.data.shards import JOURNAL, MANIFEST
+from nestlm.data.sources.base import PreparedSource, Source
+from nestlm.data.sources.hub import PREFIX, HubDataset
+from nestlm.data.sources.shards import Shards
+from nestlm.data.sources.stdlib import Stdlib
+from nestlm.data.sources.text import TextFolder
+from nestlm.errors import DataError
+
+
+def by_path(path: str | None, text_key: str = "text") -> Source | PreparedSource:
+    """The source code of the standard library, a prepared folder, a dataset (`hf:NAME`), or a folder of text files."""
+    if path is None:
+        return Stdlib()
+    if path.startswith(PREFIX):
+        return HubDataset(path.removeprefix(PREFIX), text_key)
+    try:
+        prepared = any((Path(path) / name).is_file() for name in (MANIFEST, JOURNAL))
+    except OSError as error:
+        raise DataError(f"data.path: cannot read {path:.100} ({error.strerror}); wanted a folder of text") from error
+    return Shards(path) if prepared else TextFolder(path, text_key)

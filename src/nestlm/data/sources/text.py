@@ -1,0 +1,59 @@
+"""Local text files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from nestlm.data.formats import SUFFIXES, NoText, is_read, read_documents
+from nestlm.data.sources.base import Document
+from nestlm.data.text_files import Found, shown
+from nestlm.errors import DataError
+from nestlm.utils.console import print_once
+
+
+@dataclass(frozen=True)
+class TextFolder:
+    """A folder, or a single file.
+
+    Every .txt, .md and .py file is a document; so is every line of a .jsonl or .ndjson file, every element of a .json
+    file, and every row of a .csv or .parquet file, under `text_key`. All but parquet may be packed, as .gz, .zst, .xz
+    or .bz2. Links are followed, and each file is read once. Hidden files and folders are not read; what else is left
+    out is printed.
+    """
+
+    path: str
+    text_key: str = "text"
+
+    def documents(self) -> Iterator[Document]:
+        root = Path(self.path)
+        try:
+            is_file, is_folder = root.is_file() and is_read(root), root.is_dir()
+        except OSError as error:
+            raise DataError(f"data.path: cannot read {shown(root):.100} ({error.strerror}); wanted text") from error
+        if is_file:
+            try:
+                yield from filled(read_documents(root, name=shown(root.name), text_key=self.text_key))
+            except NoText as error:
+                raise DataError(f"data.path: {shown(root)}: {error}; name the one with the text (text_key)") from error
+            return
+        if not is_folder:
+            raise DataError(f"data.path: {shown(root)} is no folder; wanted one that holds {', '.join(SUFFIXES)} files")
+        found = Found.below(root)
+        if not found.files:
+            rest = f"; left out: {found.summary()}" if found.left_out else ""
+            raise DataError(f"data.path: {shown(root)} holds no {', '.join(SUFFIXES)} file; put some text there{rest}")
+        for path in found.files:
+            name = shown(path.relative_to(root).as_posix())
+            try:
+                yield from filled(read_documents(path, name=name, text_key=self.text_key))
+            except NoText as error:
+                found.left_out.append((name, str(error)))
+        if found.left_out:
+            print_once(f"data: left out of {shown(root)}: {found.summary()}")
+
+
+def filled(documents: Iterator[Document]) -> Iterator[Document]:
+    """Documents that hold more than blanks."""
+    return (document for document in documents if document.text.strip())

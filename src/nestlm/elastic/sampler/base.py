@@ -1,0 +1,81 @@
+"""What a sampler is, and the draws that samplers share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from random import Random
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from nestlm.distributed.collectives import RowShard
+from nestlm.errors import ConfigError
+from nestlm.nn.policy import Policy, fixed, full, mixed
+from nestlm.spec import SearchSpace, SubnetSpec
+
+
+@dataclass(frozen=True, eq=False)
+class Mixture:
+    """Specs that differ within a batch: choice index at every site, (sites, B), or (sites, B, L) by token."""
+
+    indices: Tensor
+
+    def own(self, row_shard: RowShard) -> Mixture:
+        """That of a rank's rows, of what was drawn for all rows of a step."""
+        return Mixture(row_shard.own(self.indices, dim=1))
+
+
+Drawn = SubnetSpec | Mixture
+
+
+class Sampler(Protocol):
+    """Says which sub-networks a training step runs."""
+
+    def draw(self, space: SearchSpace, *, seed: int, step: int, batch: tuple[int, int]) -> tuple[Drawn, ...]:
+        """The specs of a step, each for the whole batch, or mixtures for a batch of (sequences, tokens a sequence).
+
+        A pure function of the arguments, so that all ranks draw alike, each for the rows of all of them; the full
+        model comes first where it takes part.
+        """
+        ...
+
+
+def policy_of(drawn: Drawn, space: SearchSpace, *, device: torch.device) -> Policy:
+    """How a decoder on a device runs what was drawn."""
+    if isinstance(drawn, Mixture):
+        return mixed(space, drawn.indices.to(device))
+    return full if drawn == space.full() else fixed(drawn)
+
+
+def check_count(num_random: int, *, least: int) -> None:
+    """Raise ConfigError for too few draws."""
+    if num_random < least:
+        raise ConfigError(f"sampler.num_random: got {num_random}, wanted {least} or more")
+
+
+def check_shares(*, p_full: float, p_smallest: float) -> None:
+    """Raise ConfigError unless the probabilities of the largest and the smallest leave 0 or more for the others."""
+    for name, share in (("p_full", p_full), ("p_smallest", p_smallest)):
+        if not 0 <= share <= 1:
+            raise ConfigError(f"sampler.{name}: got {share}, wanted a probability")
+    if p_full + p_smallest > 1:
+        raise ConfigError(f"sampler: p_full + p_smallest is {p_full + p_smallest:g}, wanted at most 1")
+
+
+def generator(seed: int, step: int, sample: int) -> Random:
+    """The source of randomness of one draw; it depends on (seed, step, sample) alone."""
+    return Random(f"nestlm/{seed}/{step}/{sample}")
+
+
+def independent(space: SearchSpace, random: Random) -> SubnetSpec:
+    """Every site draws its choice by itself, all choices alike."""
+    return space.spec({site: random.randrange(len(widths)) for site, widths in space.choices.items()})
+
+
+def homogeneous(space: SearchSpace, random: Random) -> SubnetSpec:
+    """Every axis draws one choice, the same in all layers."""
+    drawn = {
+        axis: random.randrange(min(len(space.choices[site]) for site in sites)) for axis, sites in space.axes.items()
+    }
+    return space.spec({site: drawn[site.axis] for site in space.sites})

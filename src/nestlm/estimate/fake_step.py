@@ -1,0 +1,279 @@
+"""A training stage's step on a model of a few blocks without storage, with the widest choices that a run would see."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from statistics import mean
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from nestlm.cost.static import Flops
+from nestlm.data.batch import Batch
+from nestlm.distributed.collectives import ALL_ROWS, RowShard
+from nestlm.distributed.device_layout import Precision
+from nestlm.elastic.axes.depth import Depth
+from nestlm.elastic.axes.mlp_width import MLPWidth
+from nestlm.elastic.sampler.base import Drawn, Mixture
+from nestlm.estimate.memory_tracker import Ledger, with_cuda_kernels
+from nestlm.nn.decoder import Decoder
+from nestlm.nn.linear import hold_linear
+from nestlm.nn.policy import Policy, fixed
+from nestlm.router.base import Router
+from nestlm.router.dynamic.base import TokenRouter
+from nestlm.router.relaxed import gated_policy
+from nestlm.router.static import logits as static
+from nestlm.spec import Budget, SearchSpace
+from nestlm.train.lightning_module import NestedLM
+from nestlm.train.settings import Settings
+from nestlm.train.tasks import Task, elastic_task, joint_task, pretrain_task, router_task
+
+DRAWS, TOKENS = 64, 64  # of a sampler, in rows of so many tokens: the widest are taken
+WEIGHTS, GRADIENTS, STATES, TEACHER = "weights", "gradients", "optimizer states", "teacher"
+REST = "activations, logits, loss"
+PARTS = (WEIGHTS, GRADIENTS, STATES, TEACHER, REST)
+ALL_RUN = {"mlp_width": MLPWidth(fractions=(1.0,), multiple_of=1)}  # for runs whose only axis is depth
+UPDATE = "update"
+ROUTED_SHARE = 0.75  # of a width: between the smallest and the whole, of which few draws run just that
+PART_OF_BACKWARD = "; "  # in the name of a moment: what it comes to is named after it
+HELD = ", held"  # in the name of a moment: its gradients wait for later ones before ranks reduce them
+COMPILED = "compiled"  # the moment of an update that keeps nothing on the way
+COMPILING = ("torchao",)  # packages whose optimizers compile it
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """A stage's step, shortened.
+
+    Attributes:
+        stage: that trains.
+        settings: of the run.
+        rows: of a step, on the device.
+        precision: that it computes in.
+        on_cuda: whether the device is a GPU.
+        gathered: whether weights are gathered from shards, in the dtype of products.
+    """
+
+    stage: str
+    settings: Settings
+    rows: int
+    precision: Precision
+    on_cuda: bool = False
+    gathered: bool = False
+
+    def moments(self, num_blocks: int, *, passes: bool = True) -> dict[str, Mapping[str, float]]:
+        """Bytes that each of the `PARTS` takes when most is taken, by the moments of a step; none without training.
+
+        Args:
+            num_blocks: of the model.
+            passes: whether forward and backward passes are among them; the optimizer's update always is.
+        """
+        ledger = Ledger()
+        task = self.task(ledger, num_blocks)
+        if task is None:
+            return {}
+        module = NestedLM(
+            task.parts,
+            stage=self.stage,
+            objective=task.objective,
+            trained=task.trained,
+            optim=self.settings.optim,
+            num_steps=1,
+        )
+        ledger.tell(TEACHER, [] if task.parts.teacher is None else task.parts.teacher.parameters())
+        ledger.tell(WEIGHTS, [*module.parameters(), *module.buffers()])
+        dtype, mixed = self.precision.dtype, self.precision.mixed
+        with ledger.running(), torch.autocast("cpu", dtype=dtype, enabled=mixed, cache_enabled=False):
+            optimizer = update(module, ledger, on_cuda=self.on_cuda)
+            if passes:
+                mark_blocks(module.decoder, ledger)
+                for step in range(len(self.draws)):
+                    self.pass_through(task, module, ledger, step=step)
+            del optimizer  # its states were there until now
+        return {name: parts for name, parts in ledger.peaks(rest=REST).items() if name != COMPILED}
+
+    def pass_through(self, task: Task, module: NestedLM, ledger: Ledger, *, step: int) -> None:
+        """Forward and backward passes of a step, each of which has its moments."""
+        module.zero_grad()
+        ledger.moment = f"step {step}, forward 0"
+        for number, term in enumerate(task.objective.terms(task.parts, self.batch(), step=step)):
+            ledger.moment = f"step {step}, backward {number}" + ("" if term.is_last else HELD)
+            term.loss.backward()
+            ledger.tell(GRADIENTS, [parameter.grad for parameter in module.parameters()])
+            ledger.moment = f"step {step}, forward {number + 1}"
+            del term
+
+    def task(self, ledger: Ledger, num_blocks: int) -> Task | None:
+        """What the stage trains; None where it trains nothing. Routers and what learns along are small, and real."""
+        settings = self.shortened(num_blocks)
+        decoder = self.decoder(ledger, settings)
+        if self.stage == "pretrain":
+            return pretrain_task(settings, decoder)
+        router = settings.make_router()
+        if self.stage == "router":
+            signal = settings.make_signal(router)
+            return None if signal is None else router_task(settings, decoder, router=router, signal=signal)
+        teacher = self.decoder(ledger, settings, teaches=True) if settings.teacher.needs_teacher else None
+        if self.stage == "elastic":
+            return elastic_task(settings, decoder, teacher=teacher)
+        routed = router if isinstance(router, TokenRouter) else Typical(router)
+        return joint_task(settings, decoder, teacher=teacher, router=routed)
+
+    def decoder(self, ledger: Ledger, settings: Settings, *, teaches: bool = False) -> Decoder:
+        """The model, or as `Context.teacher` holds one."""
+        decoder = Decoder.on_meta(
+            settings.model.decoder_config(), activation_checkpointing=settings.activation_checkpointing
+        )
+        if self.gathered or not self.precision.mixed:
+            decoder.to(self.precision.dtype)
+        elif teaches:
+            hold_linear(decoder, self.precision.dtype)
+        if self.on_cuda:
+            with_cuda_kernels(decoder)
+        ledger.without_storage(decoder)
+        return decoder
+
+    def batch(self) -> Batch:
+        """A batch of which only the shape is known."""
+        shape = (self.rows, self.settings.data.sequence_length)
+        tokens, targets, documents = (torch.zeros(shape, dtype=torch.long) for _ in range(3))
+        return Batch(tokens, targets, documents if self.settings.data.separate_documents else None)
+
+    @cached_property
+    def draws(self) -> list[tuple[Drawn, ...]]:
+        """The steps to go through: where a sampler draws, the widest draws with and without the whole model."""
+        if self.stage != "elastic":
+            return [()]
+        settings, space = self.settings, self.settings.space()
+        widest: dict[bool, tuple[float, int]] = {}
+        for step in range(max(1, min(DRAWS, settings.elastic.steps))):
+            drawn = settings.sampler.draw(space, seed=settings.seed, step=step, batch=(self.rows, TOKENS))
+            kind = any(not isinstance(item, Mixture) and item == space.full() for item in drawn)
+            width = max(level(item, space) for item in drawn[1:] or drawn)
+            widest[kind] = max(widest.get(kind, (-1.0, 0)), (width, step))
+        shape = (self.rows, settings.data.sequence_length)
+        return [settings.sampler.draw(space, seed=settings.seed, step=step, batch=shape) for _, step in widest.values()]
+
+    def shortened(self, num_blocks: int) -> Settings:
+        """The settings of a model of fewer blocks, none of which is skipped."""
+        settings = self.settings
+        axes = {name: axis for name, axis in settings.axes.items() if not isinstance(axis, Depth)} or ALL_RUN
+        return replace(
+            settings,
+            model=replace(settings.model, num_layers=num_blocks),
+            axes=axes,
+            sampler=Repeated(settings.space(), tuple(self.draws)),
+            cost=Flops(settings.data.sequence_length),
+            costs={},
+        )
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """A sampler that draws for fewer blocks what was drawn for all.
+
+    Attributes:
+        space: of all blocks.
+        draws: in that space, by step.
+    """
+
+    space: SearchSpace
+    draws: tuple[tuple[Drawn, ...], ...]
+
+    def draw(self, space: SearchSpace, *, seed: int, step: int, batch: tuple[int, int]) -> tuple[Drawn, ...]:
+        """Mixtures as in the first blocks, others next to the mean over blocks; what has no axis runs whole."""
+        del seed, batch
+        return tuple(self.shorten(item, space) for item in self.draws[step])
+
+    def shorten(self, drawn: Drawn, space: SearchSpace) -> Drawn:
+        """One of a step's draws."""
+        if isinstance(drawn, Mixture):
+            rows = dict(zip(self.space.sites, drawn.indices, strict=True))
+            return Mixture(torch.stack([rows.get(site, torch.zeros_like(drawn.indices[0])) for site in space.sites]))
+        widths = drawn.by_axis()
+        chosen = {}
+        for site, known in space.choices.items():
+            chosen[site] = nearest(known, mean(widths.get(site.axis, known[-1:])))
+        return space.spec(chosen)
+
+
+class Typical(Router):
+    """Runs the sub-network next to `ROUTED_SHARE` of every width, with gates where the router learns from the loss."""
+
+    def __init__(self, router: Router) -> None:
+        super().__init__(router.prices)
+        self.router = router
+
+    def draw(self, budget: Budget, *, generator: torch.Generator, row_shard: RowShard = ALL_ROWS) -> Policy:
+        """The same for every budget."""
+        del budget, generator, row_shard
+        space = self.prices.space
+        chosen = [nearest(widths, ROUTED_SHARE * widths[-1]) for widths in space.choices.values()]
+        if isinstance(self.router, static.Router):
+            return gated_policy(space, self.router(torch.ones(1))[0].softmax(-1), torch.tensor(chosen))
+        return fixed(space.spec(dict(zip(space.sites, chosen, strict=True))))
+
+
+def nearest(widths: Sequence[int], wanted: float) -> int:
+    """Index of the width next to what is wanted; of two, the wider one."""
+    return min(reversed(range(len(widths))), key=lambda index: abs(widths[index] - wanted))
+
+
+def level(drawn: Drawn, space: SearchSpace) -> float:
+    """How wide a draw is, from the smallest sub-network, 0, to the whole model, 1."""
+    chosen = drawn.indices if isinstance(drawn, Mixture) else torch.tensor(space.indices(drawn))[:, None]
+    counts = torch.tensor([len(widths) for widths in space.choices.values()])
+    return float((chosen.flatten(1).float().mean(1) / (counts - 1).clamp_min(1)).mean())
+
+
+def update(module: NestedLM, ledger: Ledger, *, on_cuda: bool) -> Optimizer:
+    """The update of the step before, whose states are there from then on."""
+    (optimizer,), _ = module.configure_optimizers()
+    for parameter in module.parameters():
+        parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+    ledger.tell(GRADIENTS, [parameter.grad for parameter in module.parameters()])
+    if on_cuda and "foreach" in optimizer.defaults:  # torch's default there, unless fused
+        for group in optimizer.param_groups:
+            group["foreach"] = not group.get("fused") if group["foreach"] is None else group["foreach"]
+    compiled = type(optimizer).__module__.startswith(COMPILING)
+    ledger.moment = COMPILED if compiled else UPDATE
+    with torch.compiler.set_stance("force_eager" if compiled else "default"):
+        optimizer.step()
+    ledger.tell(STATES, states(optimizer))
+    ledger.moment = UPDATE
+    torch.empty(1)  # so that what is there now is seen
+    return optimizer
+
+
+def states(optimizer: Optimizer) -> list[Tensor]:
+    """What an optimizer keeps; of quantized states their parts."""
+    kept: list[Any] = [value for state in optimizer.state.values() for value in state.values()]
+    parts: list[Tensor] = []
+    for value in kept:
+        if is_traceable_wrapper_subclass(value):
+            parts += [getattr(value, name) for name in value.__tensor_flatten__()[0]]
+        elif isinstance(value, Tensor):
+            parts.append(value)
+    return parts
+
+
+def mark_blocks(decoder: Decoder, ledger: Ledger) -> None:
+    """Have moments of their own in a backward pass: the loss, the blocks from the last on, the first, the embedding.
+
+    A norm is what has its gradient last, of a block and of what is above.
+    """
+    blocks = list(decoder.blocks)
+    above_first = blocks[1].attn_norm if len(blocks) > 1 else decoder.norm
+    norms = {"last": decoder.norm, "first": above_first, "embedding": blocks[0].attn_norm}
+
+    def mark(name: str) -> None:
+        ledger.moment = f"{ledger.moment.partition(PART_OF_BACKWARD)[0]}{PART_OF_BACKWARD}{name}"
+
+    for name, norm in norms.items():
+        if norm.weight.requires_grad:
+            norm.weight.register_post_accumulate_grad_hook(lambda _, name=name: mark(name))

@@ -1,0 +1,320 @@
+"""Measure a latency table: time whole decoders at designed widths, then fit the prices that add up to those times.
+
+Blocks that are timed one by one mispredict the decoder that holds them (caches, launches), so all times are end to end.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from nestlm.cost.latency.fit import Array, fit_prices, mean_error, predict
+from nestlm.cost.latency.latency import Latency
+from nestlm.cost.latency.table_file import Check, LatencyTable, Prices, RouterTime
+from nestlm.cost.table import Rows
+from nestlm.nn.config import DecoderConfig
+from nestlm.nn.decoder import Decoder
+from nestlm.nn.kv_cache import KVCache
+from nestlm.nn.policy import WHOLE, Decision, Mixed, Policy, Stream, constant
+from nestlm.router.dynamic.base import features
+from nestlm.router.dynamic.pacing import LEVELS, Pace, PacedSite
+from nestlm.router.dynamic.token_bucket import Ledger
+from nestlm.router.networks import SiteNetworks
+from nestlm.spec import DEPTH, SearchSpace, Site
+from nestlm.utils.console import track
+from nestlm.utils.devices import device_name, synchronize
+from nestlm.utils.malloc import keep_freed_blocks
+
+WARM_UP = 2  # passes of each run that are not counted
+RANDOM_RUNS = 24  # beside those that change one axis at a time
+ALONE_RUNS = 6  # in which only one axis decides
+STRAY_SHARE = 0.1  # of the tokens of a mix that takes one choice otherwise
+CHECKED_SPECS, CHECKED_MIXES = 20, 10  # that the fit does not see
+ROUTER_WIDTHS = (32, 128)
+SKIPPED = -1
+
+Indices = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A decoder with random weights, and what it is run on."""
+
+    decoder: Decoder
+    tokens_BL: Tensor
+    cache: KVCache | None
+
+    @classmethod
+    def make(cls, cost: Latency, *, config: DecoderConfig, device: torch.device) -> Bench:
+        """Allocate the decoder and the tokens, and for decoding a cache that has room for one token more."""
+        dtype = getattr(torch, cost.dtype)
+        generator = torch.Generator(device).manual_seed(0)
+        with torch.device("meta"):
+            decoder = Decoder(config)
+        decoder = decoder.to(dtype).to_empty(device=device)
+        for parameter in decoder.parameters():
+            parameter.normal_(std=config.hidden_size**-0.5, generator=generator)
+        decode = cost.phase == "decode"
+        shape = (cost.batch_size, 1 if decode else cost.context_length)
+        tokens_BL = torch.randint(config.vocab_size, shape, generator=generator, device=device)
+        cache = None
+        if decode:
+            cache = KVCache(config, batch_size=cost.batch_size, length=cost.context_length, device=device, dtype=dtype)
+            for tensor in (tensor for layer in cache.layers for tensor in layer):
+                tensor.normal_(generator=generator)
+            cache.num_tokens = cost.context_length - 1
+        return cls(decoder, tokens_BL, cache)
+
+    def run(self, policy: Policy) -> None:
+        """One pass; the cache is as before."""
+        self.decoder(self.tokens_BL, policy, cache=self.cache)
+        if self.cache is not None:
+            self.cache.num_tokens -= 1
+
+    def times(self, policies: Sequence[Policy], *, repeats: int, what: str) -> Array:
+        """Milliseconds of each policy: medians over repeats in which all take turns, so that drifts hit all alike."""
+        device = self.tokens_BL.device
+        found: list[list[float]] = [[] for _ in policies]
+        for repeat in track(range(WARM_UP + repeats), what, total=WARM_UP + repeats):
+            for policy, times in zip(policies, found, strict=True):
+                synchronize(device)
+                started = time.perf_counter()
+                self.run(policy)
+                synchronize(device)
+                if repeat >= WARM_UP:
+                    times.append(1e3 * (time.perf_counter() - started))
+        return np.array([statistics.median(times) for times in found])
+
+
+@torch.inference_mode()
+def profile(cost: Latency, *, space: SearchSpace, config: DecoderConfig, device: torch.device) -> LatencyTable:
+    """Measure the prices of a space's choices on a device."""
+    keep_freed_blocks(device)  # as where the model trains and serves
+    bench = Bench.make(cost, config=config, device=device)
+    alike = [group_of(site, config=config, space=space) for site in space.sites]
+    base, rows, mape = measure_specs(bench, space=space, alike=alike, repeats=cost.repeats)
+    per_token, mixes_mape = measure_mixes(bench, (base, rows), space=space, alike=alike, repeats=cost.repeats)
+    return LatencyTable.model_validate(
+        {
+            "format": 1,
+            "unit": "ms",
+            "phase": cost.phase,
+            "device": device_name(device),
+            "dtype": cost.dtype,
+            "batch_size": cost.batch_size,
+            "context_length": cost.context_length,
+            "versions": {name: version(name) for name in ("torch", "nestlm")},
+            "constant": base,
+            "prices": Prices.of(space, rows),
+            "per_token": per_token,
+            "check": Check(specs=CHECKED_SPECS, mape=mape, mixes=CHECKED_MIXES, mixes_mape=mixes_mape),
+        }
+    )
+
+
+def measure_specs(bench: Bench, *, space: SearchSpace, alike: list[int], repeats: int) -> tuple[float, Rows, float]:
+    """Constant, prices and error of the static table. The runs that check the fit take turns with its own."""
+    designs = spec_designs(space)
+    checked = random_specs(space, count=CHECKED_SPECS, generator=np.random.default_rng(1))
+    runs = np.concatenate([designs, checked])
+    times = bench.times([spec_policy(space, run) for run in runs], repeats=repeats, what="profile")
+    reach = np.stack([reached(run[:, None], space) for run in runs])
+    base, rows = fit_prices(reach[: len(designs)], times[: len(designs)], space=space, alike=alike)
+    predicted = predict(reach[len(designs) :], constant=base, rows=rows)
+    return base, rows, mean_error(predicted, times[len(designs) :])
+
+
+def measure_mixes(
+    bench: Bench, static: tuple[float, Rows], *, space: SearchSpace, alike: list[int], repeats: int
+) -> tuple[dict[str, object], float]:
+    """The fields of the part per token, and its error.
+
+    In some runs only one axis decides. What the other sites take is known from the static table, so the rest is what
+    deciding costs.
+    """
+    tokens, device = bench.tokens_BL.numel(), bench.tokens_BL.device
+    designs = mix_designs(space, tokens)
+    checked = [
+        Mix.all(run) for run in random_mixes(space, tokens, count=CHECKED_MIXES, generator=np.random.default_rng(1))
+    ]
+    runs = [*designs, *checked]
+    policies = [run.policy(space, shape=bench.tokens_BL.shape, device=device) for run in runs]
+    asking = [routed(policies[-1], space=space, bench=bench, hidden_width=width) for width in ROUTER_WIDTHS]
+    times = bench.times([*policies, *asking], repeats=repeats, what="profile")
+    base, fixed = static
+    known = np.array([base + run.fixed_price(fixed, space) for run in runs])
+    reach = np.stack([run.reach(space) for run in runs])
+    fitted, held_out = slice(len(designs)), slice(len(designs), len(runs))
+    _, rows = fit_prices(reach[fitted], times[fitted], space=space, alike=alike, known=known[fitted])
+    predicted = known[held_out] + predict(reach[held_out], constant=0.0, rows=rows)
+    router = router_time(*times[len(runs) - 1 :].tolist())
+    return {"prices": Prices.of(space, rows), "router": router}, mean_error(predicted, times[held_out])
+
+
+@dataclass(frozen=True)
+class Mix:
+    """A run in which tokens differ at some sites.
+
+    Attributes:
+        indices: choices, (sites, tokens); at a site that does not decide all are the same.
+        decides: of each site.
+    """
+
+    indices: Indices
+    decides: tuple[bool, ...]
+
+    @classmethod
+    def all(cls, indices: Indices) -> Mix:
+        """All sites decide."""
+        return cls(indices, (True,) * len(indices))
+
+    def policy(self, space: SearchSpace, *, shape: torch.Size, device: torch.device) -> Policy:
+        """How the decoder runs it."""
+        decisions = {}
+        for (site, widths), index, decides in zip(space.choices.items(), self.indices, self.decides, strict=True):
+            drawn = torch.from_numpy(index).view(shape).to(device)
+            decisions[site] = Decision(Mixed(widths, drawn) if decides else widths[int(index[0])])
+        return constant(decisions)
+
+    def reach(self, space: SearchSpace) -> Array:
+        """As `reached`, 0 at sites that do not decide."""
+        return reached(self.indices, space) * np.array(self.decides, dtype=float)[:, None]
+
+    def fixed_price(self, rows: Rows, space: SearchSpace) -> float:
+        """Static price of the sites that do not decide, by the share of the tokens that run their blocks."""
+        sites = zip(rows, self.indices, self.decides, running(self.indices, space).mean(1), strict=True)
+        return sum(share * row[int(index[0])] for row, index, decides, share in sites if not decides)
+
+
+def router_time(without: float, narrow: float, wide: float) -> RouterTime:
+    """What networks of the two `ROUTER_WIDTHS` took more than a policy without any, as a line that is never below 0."""
+    low, high = ROUTER_WIDTHS
+    per_unit = max(0.0, (wide - narrow) / (high - low))
+    return RouterTime(constant=max(0.0, narrow - low * per_unit - without), per_unit=per_unit)
+
+
+# designs: choice indices, (sites,) of a spec, (sites, tokens) of a mix
+
+
+def spec_designs(space: SearchSpace) -> Indices:
+    """Runs that tell prices apart: nothing, each choice of an axis with the others skipped and full, and more."""
+    runs = [lowest(space)[None], one_axis_at_a_time(space, narrowest=SKIPPED)]
+    return np.concatenate([*runs, random_specs(space, count=RANDOM_RUNS, generator=np.random.default_rng(0))])
+
+
+def mix_designs(space: SearchSpace, tokens: int) -> list[Mix]:
+    """Mixes that tell prices apart: most tokens at a choice of an axis, the others narrowest and full, and more.
+
+    A tenth of the tokens is elsewhere, since a site whose tokens all agree runs fewer products than any real mix.
+    """
+    generator = np.random.default_rng(0)
+    alike = one_axis_at_a_time(space, narrowest=0)[:, :, None]
+    stray = random_mixes(space, tokens, count=len(alike), generator=generator)
+    nearly_alike = np.where(generator.uniform(size=stray.shape) < STRAY_SHARE, stray, alike)
+    drawn = random_mixes(space, tokens, count=RANDOM_RUNS, generator=generator)
+    runs = [Mix.all(run) for run in (*nearly_alike, *drawn)]
+    for axis in space.axes if len(space.axes) > 1 else ():
+        decides = tuple(site.axis == axis for site in space.sites)
+        for run in random_mixes(space, tokens, count=ALONE_RUNS, generator=generator):
+            runs.append(Mix(np.where(np.array(decides)[:, None], run, run[:, :1]), decides))
+    return runs
+
+
+def lowest(space: SearchSpace) -> Indices:
+    """Nothing runs; a block is skipped by a choice of its own."""
+    return np.array([0 if site.axis == DEPTH else SKIPPED for site in space.sites])
+
+
+def one_axis_at_a_time(space: SearchSpace, *, narrowest: int) -> Indices:
+    """Each choice of each axis in all layers, with the other axes at the narrowest and at the full choice."""
+    full = np.array([len(widths) - 1 for widths in space.choices.values()])
+    runs = []
+    for axis in space.axes:
+        chosen = np.array([site.axis == axis for site in space.sites])
+        for others in (np.maximum(narrowest, lowest(space)), full):
+            for choice in range(int(full[chosen].max()) + 1):
+                runs.append(np.where(chosen, np.minimum(choice, full), others))
+    return np.stack(runs)
+
+
+def random_specs(space: SearchSpace, *, count: int, generator: np.random.Generator) -> Indices:
+    """Heterogeneous specs from near the smallest to near the full model, (count, sites)."""
+    return random_mixes(space, 1, count=count, generator=generator)[:, :, 0]
+
+
+def random_mixes(space: SearchSpace, tokens: int, *, count: int, generator: np.random.Generator) -> Indices:
+    """Mixes whose sites draw from distributions of their own, from narrow to wide ones, (count, sites, tokens)."""
+    full = np.array([len(widths) - 1 for widths in space.choices.values()])
+    level = (generator.uniform(size=(count, 1)) + generator.uniform(size=(count, len(full)))) / 2
+    return generator.binomial(full[:, None], level[:, :, None], size=(count, len(full), tokens))
+
+
+def reached(indices: Indices, space: SearchSpace) -> Array:
+    """RowShard of the tokens that take each choice or a wider one: (sites, tokens) to (sites, max choices).
+
+    Tokens that skip a block reach nothing in it.
+    """
+    return ((indices[:, :, None] >= np.arange(space.max_choices)) & running(indices, space)[:, :, None]).mean(1)
+
+
+def running(indices: Indices, space: SearchSpace) -> NDArray[np.bool_]:
+    """Which tokens run the block of a site, (sites, tokens)."""
+    rows = {site: row for row, site in enumerate(space.sites)}
+    runs = np.ones(indices.shape, dtype=bool)
+    for site, depth in space.skippable.items():
+        runs[rows[site]] = indices[rows[depth]] != 0
+    return runs
+
+
+def group_of(site: Site, *, config: DecoderConfig, space: SearchSpace) -> int:
+    """A number that sites share whose axis and block sizes are the same."""
+    return next(
+        number
+        for number, other in enumerate(space.sites)
+        if other.axis == site.axis and config.blocks[other.layer] == config.blocks[site.layer]
+    )
+
+
+# policies
+
+
+def spec_policy(space: SearchSpace, indices: Indices) -> Policy:
+    """The policy of a spec, with sites that are skipped."""
+    return constant(
+        {
+            site: Decision(0 if index == SKIPPED else widths[index])
+            for (site, widths), index in zip(space.choices.items(), indices.tolist(), strict=True)
+        }
+    )
+
+
+def routed(policy: Policy, *, space: SearchSpace, bench: Bench, hidden_width: int) -> Policy:
+    """The policy, after a router has decided at each site as dynamic ones do: network, pace and one ledger."""
+    weight = bench.decoder.embed.weight
+    networks = SiteNetworks(space, num_inputs=bench.decoder.config.hidden_size, hidden_width=hidden_width, init_std=0.1)
+    networks.init_weights(seed=0)
+    networks.to(weight)
+    rows = {site: row for row, site in enumerate(space.sites)}
+    paced = []
+    for widths in space.choices.values():
+        ledger = Ledger(torch.arange(1, len(widths) + 1, device=weight.device), income=len(widths))
+        priced_JK = torch.linspace(0.0, 1.0, len(LEVELS), dtype=torch.float64, device=weight.device)[:, None]
+        demands = (torch.zeros(len(LEVELS), dtype=torch.long, device=weight.device),)
+        paced.append(PacedSite(Pace(priced_JK * ledger.prices, demands), (ledger,), aim=1.0))
+
+    def decide(site: Site, hidden_BLD: Tensor, stream: Stream) -> Decision:
+        row = rows.get(site)
+        if row is None:
+            return WHOLE
+        paced[row].decide(networks.at(row, features(hidden_BLD)), real_BL=None, kept=None)
+        return policy(site, hidden_BLD, stream)
+
+    return decide

@@ -1,0 +1,34 @@
+"""The Mistral family: Llama without biases, in rows that do not reach its sliding window."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from nestlm.model.keys import size
+from nestlm.model.llama import Llama
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mistral(Llama):
+    """Llama's decoder and Llama's names."""
+
+    model_type: ClassVar[str] = "mistral"
+    architecture: ClassVar[str] = "MistralForCausalLM"
+    knows_windows: ClassVar[bool] = True
+    heads_divide_hidden_size: ClassVar[bool] = False
+
+    @classmethod
+    def window(cls, config: Mapping[str, Any]) -> int | None:
+        if "sliding_window" in config and config["sliding_window"] is None:
+            return None
+        return size(config, "sliding_window", default=4096)  # transformers' own default: no other key switches it off
+
+    @classmethod
+    def read_own(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        size(config, "num_key_value_heads")  # absent, it would mean 8 here
+        return super().read_own({})
+
+    def write_own(self) -> dict[str, Any]:
+        return {"sliding_window": None}

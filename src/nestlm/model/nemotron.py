@@ -1,0 +1,57 @@
+"""The GPT-3 family as NVIDIA published it (Nemotron-3 8B, Nemotron-4, Minitron): NemotronForCausalLM."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from nestlm.model.family import Family
+from nestlm.model.keys import flag
+from nestlm.model.rope_config import PARTIAL, read_rotary_share, write_rotary
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nemotron(Family):
+    """A decoder of LayerNorm1p, rotary positions on a part of each head, and an MLP of squared ReLU without a gate.
+
+    Attributes:
+        rotary_share: share of a head's entries that rotary positions turn.
+        attention_bias: whether attention's projections add biases.
+        mlp_bias: whether the MLP's do.
+    """
+
+    model_type: ClassVar[str] = "nemotron"
+    architecture: ClassVar[str] = "NemotronForCausalLM"
+    activation: ClassVar[Literal["silu", "relu2"]] = "relu2"
+    norm_eps_key: ClassVar[str] = "norm_eps"
+    default_norm_eps: ClassVar[float] = 1e-5
+
+    rotary_share: float
+    attention_bias: bool
+    mlp_bias: bool
+
+    @classmethod
+    def read_own(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            "rotary_share": read_rotary_share(config, 0.5),
+            "attention_bias": flag(config, "attention_bias"),
+            "mlp_bias": flag(config, "mlp_bias"),
+        }
+
+    def write_own(self) -> dict[str, Any]:
+        return {
+            "rope_parameters": write_rotary(self.rope_theta, self.rope_scaling) | {PARTIAL: self.rotary_share},
+            "attention_bias": self.attention_bias,
+            "mlp_bias": self.mlp_bias,
+        }
+
+    def features(self) -> dict[str, Any]:
+        return {
+            "rotary_dim": int(self.head_dim * self.rotary_share),
+            "norm": "layer_norm_1p",
+            "qkv_bias": self.attention_bias,
+            "output_bias": self.attention_bias,
+            "mlp_bias": self.mlp_bias,
+            "gated_mlp": False,
+        }

@@ -1,0 +1,44 @@
+"""The Qwen2 and Qwen2.5 families: Llama with biases of queries, keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from nestlm.model.keys import flag, size
+from nestlm.model.llama import Llama
+
+
+@dataclass(frozen=True, kw_only=True)
+class Qwen2(Llama):
+    """Llama's decoder and Llama's names, and three biases a block."""
+
+    model_type: ClassVar[str] = "qwen2"
+    architecture: ClassVar[str] = "Qwen2ForCausalLM"
+    knows_windows: ClassVar[bool] = True
+    heads_divide_hidden_size: ClassVar[bool] = False
+
+    @classmethod
+    def window(cls, config: Mapping[str, Any]) -> int | None:
+        return switched_window(config)
+
+    @classmethod
+    def read_own(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        size(config, "num_key_value_heads")  # absent, it would mean 32 here
+        return super().read_own({}) | {"qkv_bias": True}
+
+    def write_own(self) -> dict[str, Any]:
+        return {"use_sliding_window": False}
+
+
+def switched_window(config: Mapping[str, Any]) -> int | None:
+    """Tokens of the window that Qwen's layers use, with transformers' defaults; None where none uses one."""
+    if not flag(config, "use_sliding_window") or ("sliding_window" in config and config["sliding_window"] is None):
+        return None
+    kinds = config.get("layer_types")
+    if kinds is not None:
+        used = "sliding_attention" in kinds
+    else:
+        used = size(config, "num_hidden_layers") > (config.get("max_window_layers", 28) or 0)
+    return size(config, "sliding_window", default=4096) if used else None

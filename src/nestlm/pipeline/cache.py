@@ -1,0 +1,155 @@
+"""The stage cache: a stage's result lies under the hash of everything that determines it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from nestlm.utils.checksums import CHECKSUMS, file_hash, files_below, hashes, known_sums, write_sums
+from nestlm.utils.console import console, track
+from nestlm.utils.json_files import read_json, to_json, write_json
+from nestlm.utils.locks import LOCK, locked
+
+MARKER = "stage.json"
+# Packages whose version decides numbers.
+DETERMINING = ("torch", "lightning", "tokenizers", "numpy", "scipy")
+# What is written from results, after them: a change there makes no cached result stale.
+AFTER_RESULTS = (
+    "report", "generation", "export", "api", "cli",
+)  # fmt: skip
+
+
+@lru_cache(maxsize=1)
+def code_digest() -> str:
+    """Hash of this package's source, so that an edited method never meets its old results."""
+    root = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        relative = path.relative_to(root)
+        if relative.parts[0] not in AFTER_RESULTS:
+            digest.update(relative.as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def stage_key(name: str, *, sections: dict[str, Any], previous: list[str], extra: str) -> str:
+    """Hash of a stage: its name, resolved config sections, the stages before, data, source code and versions."""
+    content = [name, sections, previous, extra, code_digest(), platform.python_version(), *map(version, DETERMINING)]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def file_identity(path: Path) -> str:
+    """Hash of a file's content."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def contents_identity(files: list[Path], *, known: Path) -> str:
+    """Hash of the contents of files, whatever their names, places and times.
+
+    Gigabytes are hashed once: a file of our own remembers the hash of every path at one size, time and inode.
+
+    Args:
+        files: in an order that matters.
+        known: the file that remembers, made where it is absent; a damaged one is begun anew.
+    """
+    try:
+        content = json.loads(known.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        content = None
+    remembered: dict[str, Any] = content if isinstance(content, dict) else {}
+    digests, before = [], dict(remembered)
+    for path in track(files, "hash weights", total=len(files)):
+        stat = path.stat()
+        state = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+        entry = remembered.get(str(path.resolve()))
+        if not (isinstance(entry, dict) and entry.get("state") == state and isinstance(entry.get("sha256"), str)):
+            entry = remembered[str(path.resolve())] = {"state": state, "sha256": file_hash(path)}
+        digests.append(entry["sha256"])
+    if remembered != before:
+        known.parent.mkdir(parents=True, exist_ok=True)
+        write_json(known, remembered)
+    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
+
+
+class StageFolder:
+    """Where a stage works and leaves its result; `stage.json` is written last and marks it finished.
+
+    SHA256SUMS lists it, and the other files.
+    """
+
+    def __init__(self, root: Path, name: str, key: str) -> None:
+        self.name, self.key = name, key
+        self.path = root / f"{name}-{key[:16]}"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """One process at a time."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with locked(self.path, f"{self.name:>9}"):
+            yield
+
+    def result(self) -> dict[str, Any] | None:
+        """What a finished stage reported, or None. A damaged stage is named and cleared, so that it is done again."""
+        marker = self.path / MARKER
+        if not marker.exists():
+            return None
+        try:
+            self.check()
+            kept = read_json(marker, cure="the stage is done again")
+            if kept.get("key") != self.key:
+                raise ValueError(f"{marker} is of another run's stage")
+            return kept["result"]
+        except ValueError as error:
+            reason = str(error).partition(";")[0]
+            console.print(
+                f"{self.name:>9} in the cache is damaged ({reason}): it is done again", highlight=False, markup=False
+            )
+            self.clear()
+            return None
+
+    def check(self) -> None:
+        """Compare all files but shards of tokens with their hashes: what is not read again goes into runs as it is.
+
+        Raises:
+            ValueError: a file is absent, or not the one that the stage wrote.
+        """
+        wanted = known_sums(self.path)
+        if MARKER not in wanted:
+            raise ValueError(f"{self.path / CHECKSUMS} is absent or damaged")
+        for name in wanted:
+            if not (self.path / name).is_file():
+                raise ValueError(f"{self.path / name} does not exist")
+        for name, digest in hashes(self.path, wanted).items():
+            if digest != wanted[name]:
+                raise ValueError(f"{self.path / name} is not the file that the stage wrote")
+
+    def clear(self) -> None:
+        """Remove everything but the lock, the mark of a finished stage first."""
+        for path in sorted(self.path.iterdir(), key=lambda path: path.name != MARKER):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != LOCK:
+                path.unlink()
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """List the hashes of the stage's files, but of shards, whose manifest has them, and mark the stage finished."""
+        content = to_json({"key": self.key, "result": result})
+        names = [
+            name
+            for name in files_below(self.path)
+            if not name.startswith((".", "checkpoints/")) and not name.endswith(".bin")
+        ]
+        known = known_sums(self.path)
+        sums = known | hashes(self.path, [name for name in names if name not in known])
+        sums = {name: digest for name, digest in sums.items() if name in names}
+        write_sums(self.path, sums | {MARKER: hashlib.sha256(content.encode()).hexdigest()})
+        partial = self.path / f".{MARKER}.partial"
+        partial.write_text(content, encoding="utf-8")
+        partial.replace(self.path / MARKER)

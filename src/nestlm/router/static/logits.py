@@ -1,0 +1,69 @@
+"""The static router: sees the budget only, so it names one sub-network for all tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nestlm.cost.knapsack import cheapest_loss, use_up
+from nestlm.cost.table import PriceList
+from nestlm.distributed.collectives import ALL_ROWS, RowShard
+from nestlm.nn.policy import Decision, Policy, constant
+from nestlm.router import base
+from nestlm.router.calibration_data import CalibrationData
+from nestlm.router.networks import BUDGET_FEATURES, SiteNetworks, embed_share
+from nestlm.router.relaxed import gated_policy, gumbel_noise, sample_choices, soft_mask
+from nestlm.spec import Budget, Site, SubnetSpec
+
+
+class Router(base.Router):
+    """One small network a site from the budget to a logit per choice (Flextron); repaired to keep the budget (ours)."""
+
+    def __init__(self, *, prices: PriceList, hidden_width: int, init_std: float, seed: int) -> None:
+        super().__init__(prices)
+        self.networks = SiteNetworks(
+            prices.space, num_inputs=BUDGET_FEATURES, hidden_width=hidden_width, init_std=init_std
+        )
+        self.networks.init_weights(seed=seed)
+
+    def forward(self, shares: Tensor) -> Tensor:
+        """Budgets (n,) as shares to logits (n, sites, max choices)."""
+        return self.networks(embed_share(shares))
+
+    def draw(self, budget: Budget, *, generator: torch.Generator, row_shard: RowShard = ALL_ROWS) -> Policy:
+        """Choices sampled from the router's distribution, gated so that the loss reaches it."""
+        del row_shard
+        logits = self._logits(budget)
+        probabilities = logits.softmax(-1)
+        choices = sample_choices(logits.detach(), generator=generator)
+        return gated_policy(self.prices.space, probabilities, choices)
+
+    def relaxed(
+        self,
+        shares_B: Tensor,
+        *,
+        generator: torch.Generator,
+        temperature: float,
+        gain: float,
+        row_shard: RowShard = ALL_ROWS,
+    ) -> Policy:
+        """Soft masks over the whole sites for one budget, the first of the shares."""
+        del row_shard
+        decisions: dict[Site, Decision] = {}
+        for row, (site, widths) in enumerate(self.prices.space.choices.items()):
+            logits = self(shares_B[:1])[0, row, : len(widths)]
+            noise = gumbel_noise(logits.shape, generator=generator).to(logits)
+            decisions[site] = soft_mask(widths, logits, noise=noise, temperature=temperature, gain=gain)
+        return constant(decisions)
+
+    @torch.no_grad()
+    def spec(self, budget: Budget, *, calibration: CalibrationData | None = None) -> SubnetSpec:
+        """The choices of highest summed log-probability that fit (an exact knapsack), then what is left is used up."""
+        del calibration
+        losses = (-self._logits(budget).log_softmax(-1)).tolist()
+        spec = cheapest_loss(losses, prices=self.prices, budget=budget)
+        return use_up(spec, losses, space=self.prices.space, bounds=self.prices.bounds(budget))
+
+    def _logits(self, budget: Budget) -> Tensor:
+        share = self.prices.tightest(budget)
+        return self(torch.tensor([share], device=self.networks.input.device))[0]

@@ -1,0 +1,150 @@
+"""The LightningModule of every training stage: it holds model, teacher and router, wires them and logs."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import defaultdict
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+from torch.optim.lr_scheduler import LambdaLR
+
+from nestlm.data.batch import Batch
+from nestlm.distributed import collectives
+from nestlm.distributed.fsdp import gradients_held, whole
+from nestlm.errors import DeviceMemoryError, DivergenceError
+from nestlm.train.objective.base import Objective, Parts
+from nestlm.train.optim import OptimSettings
+
+
+class NestedLM(L.LightningModule):
+    """A stage is an objective and the parts that it trains, each with its learning rate."""
+
+    def __init__(
+        self,
+        parts: Parts,
+        *,
+        stage: str,
+        objective: Objective,
+        trained: dict[str, tuple[nn.Module, float]],
+        optim: OptimSettings,
+        num_steps: int,
+    ) -> None:
+        """Freeze everything but the trained parts.
+
+        Args:
+            parts: the nested model, its teacher and router where the objective needs them.
+            stage: name of the stage, for the logs.
+            objective: yields the loss terms of a step.
+            trained: name, module and peak learning rate of what is trained.
+            optim: optimizer and schedule.
+            num_steps: steps of the stage.
+        """
+        super().__init__()
+        self.automatic_optimization = False
+        self.strict_loading = False  # checkpoints leave out what is not trained
+        self.decoder, self.teacher, self.router = parts.decoder, parts.teacher, parts.router
+        self.stage, self.objective = stage, objective
+        self.trained, self.optim, self.num_steps = trained, optim, num_steps
+        self.requires_grad_(False)
+        for module, _ in trained.values():
+            module.requires_grad_(True)
+
+    def configure_model(self) -> None:
+        """Nothing: models are placed before, so that ranking and search can use them, too."""
+
+    def on_fit_start(self) -> None:
+        """All ranks start with the same weights."""
+        collectives.broadcast_module(self)
+
+    def configure_optimizers(self) -> Any:
+        """Parameter groups of the trained parts. Only the model's matrices decay; norms, biases and routers don't."""
+        groups = []
+        for name, (module, lr) in self.trained.items():
+            decayed = [parameter for parameter in module.parameters() if parameter.ndim > 1 and module is self.decoder]
+            rest = [parameter for parameter in module.parameters() if parameter.ndim <= 1 or module is not self.decoder]
+            groups.append({"params": rest, "lr": lr, "name": name, "weight_decay": 0.0})
+            if decayed:
+                groups.append({"params": decayed, "lr": lr, "name": f"{name}-decayed"})
+        optimizer = self.optim.optimizer(groups)
+        scheduler = LambdaLR(optimizer, lambda step: self.optim.rate(step, num_steps=self.num_steps))
+        return [optimizer], [scheduler]
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """One optimizer step over all terms of the objective; each frees its graph before the next is built.
+
+        Raises:
+            DivergenceError: the loss or its gradient is not finite; no weight has changed.
+            DeviceMemoryError: the step does not fit the device.
+        """
+        try:
+            return self.step(batch, batch_idx)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise DeviceMemoryError(
+                collectives.with_rank(
+                    f"{self.stage}: out of memory at step {batch_idx} ({str(error).splitlines()[0]}); lower "
+                    "data.batch_size, set activation_checkpointing=true, or take more ranks (trainer=fsdp)"
+                )
+            ) from error
+
+    def step(self, batch: Batch, number: int) -> Tensor:
+        """The step with that number."""
+        optimizer, scheduler = self.optimizers(), self.lr_schedulers()
+        assert isinstance(optimizer, LightningOptimizer), "configure_optimizers makes one"
+        assert isinstance(scheduler, LambdaLR), "configure_optimizers makes one"
+        optimizer.zero_grad()
+        parts = Parts(self.decoder, self.teacher, self.router)
+        total = torch.zeros((), device=self.device)
+        logs: dict[str, list[Tensor | float]] = defaultdict(list)
+        for term in self.objective.terms(parts, batch, step=number):
+            with gradients_held(self.decoder, held=not term.is_last):
+                self.manual_backward(term.loss)
+            total += term.loss.detach()
+            for name, value in term.logs.items():
+                logs[name].append(value)
+        norms: list[Tensor] = []
+        for module, _ in self.trained.values():  # each by itself: a router's errors must not slow the model
+            collectives.average_gradients(module.parameters())
+            norms.append(whole(clip_grad_norm_(module.parameters(), self.optim.clip_norm)))
+        logged = {f"{self.stage}/{name}": sum(values) / len(values) for name, values in logs.items()}
+        means = dict(collectives.all_reduce_means({"": total, **logged}, device=self.device))
+        if not all(math.isfinite(float(value)) for value in (means.pop(""), *norms)):  # on all ranks, or on none
+            self.diverged(float(total), norms, batch, number)
+        optimizer.step()
+        scheduler.step()
+        self.log_dict(means)
+        return total
+
+    def diverged(self, total: float, norms: list[Tensor], batch: Batch, step: int) -> None:
+        """Raise the same DivergenceError on all ranks; it names a rank whose loss is not finite, where there is one."""
+        found = collectives.all_gather_object([(total, fingerprint(batch))])
+        bad = next((rank for rank, (loss, _) in enumerate(found) if not math.isfinite(loss)), None)
+        norm = next((float(norm) for norm in norms if not math.isfinite(float(norm))), 0.0)
+        what = f"the gradient's norm is {norm}" if bad is None else f"the loss is {found[bad][0]}"
+        where = f"rank {bad}: " if bad is not None and len(found) > 1 else ""
+        raise DivergenceError(
+            f"{where}{self.stage}: {what} at step {step}, batch {found[bad or 0][1]}; lower the stage's lr, or look at "
+            "the data"
+        )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave the frozen teacher out: the stage that made it has it."""
+        for name in [name for name in checkpoint["state_dict"] if name.startswith("teacher.")]:
+            del checkpoint["state_dict"][name]
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch says that a device, or the machine, has no memory left."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def fingerprint(batch: Batch) -> str:
+    """A short hash of a batch's tokens, by which it can be found again."""
+    return hashlib.sha256(batch.tokens_BL.cpu().numpy().tobytes()).hexdigest()[:12]

@@ -1,0 +1,66 @@
+"""Joint tuning: the model learns at the sub-networks that its router chooses, the router from the model's loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from nestlm.data.batch import Batch
+from nestlm.nn.policy import Policy, full
+from nestlm.router.relaxed import budget_loss, mean_probabilities
+from nestlm.spec import Budget
+from nestlm.train.objective.base import Objective, Parts, Term
+from nestlm.train.objective.distillation import DistillationLoss
+from nestlm.utils.seeding import torch_generator
+
+
+class Joint(Objective):
+    """The full model and `budgets_per_step` routed sub-networks; routers also feel their distance from the budget.
+
+    Flextron tunes model and routers jointly; how the loss reaches the routers (straight-through prefix gates) is our
+    choice.
+    """
+
+    def __init__(
+        self,
+        distillation: DistillationLoss,
+        *,
+        budgets_per_step: int,
+        cost_weight: float,
+        dead_zone: float,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.distillation = distillation
+        self.budgets_per_step, self.cost_weight, self.dead_zone = budgets_per_step, cost_weight, dead_zone
+        self.seed = seed
+
+    def terms(self, parts: Parts, batch: Batch, *, step: int) -> Iterator[Term]:
+        assert parts.router is not None, "joint tuning needs a router"
+        table = parts.router.prices.main
+        floor = parts.router.floor
+        policies: list[tuple[Policy, bool]] = [(full, True)]
+        targets = []
+        for sample in range(self.budgets_per_step):
+            generator = torch_generator(self.seed, "joint", step, sample)
+            # just above the floor at least, where rounding could make the smallest sub-network too dear
+            above = max(1e-6, float(torch.rand((), generator=generator)))
+            targets.append(floor + (1.0 - floor) * above)
+            budget = Budget.of_share(targets[-1])
+            policies.append((parts.router.draw(budget, generator=generator, row_shard=batch.row_shard), False))
+        lessons = self.distillation.lessons(parts, batch, policies=tuple(policies))
+        loss_full = next(lessons).losses.loss
+        yield Term(loss_full / len(policies), {"loss_full": loss_full.detach()}, is_last=False)
+        for number, (lesson, target) in enumerate(zip(lessons, targets, strict=True), start=1):
+            loss = lesson.losses.loss
+            logs = dict[str, Tensor | float](loss_subnet=loss.detach())
+            probabilities = mean_probabilities(table.space, lesson.decisions)
+            if probabilities is not None:
+                # over the sequences of all ranks, where they differ
+                expected = batch.row_shard.mean(table.expected_share(probabilities).mean())
+                distance = budget_loss(expected, torch.full_like(expected, target), dead_zone=self.dead_zone)
+                logs["budget_distance"] = distance.detach()
+                loss = loss + self.cost_weight * distance
+            yield Term(loss / len(policies), logs, is_last=number == len(targets))

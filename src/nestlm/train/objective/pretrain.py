@@ -1,0 +1,18 @@
+"""Plain language modelling: the teacher's own training, where no weights are given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from nestlm.data.batch import Batch
+from nestlm.nn.loss import LossReader
+from nestlm.train.objective.base import Objective, Parts, Term
+
+
+class Pretrain(Objective):
+    """Cross-entropy of the whole model."""
+
+    def terms(self, parts: Parts, batch: Batch, *, step: int) -> Iterator[Term]:
+        read = LossReader(batch.targets_BL)
+        loss = parts.decoder(batch.tokens_BL, documents_BL=batch.documents_BL, read=read).read.loss
+        yield Term(loss, {"loss": loss.detach()})

@@ -1,0 +1,214 @@
+"""The surrogate signal for choices per token: what do they lose, token by token? Routers learn from the answer.
+
+The surrogate predicts the KL of each token to the whole model (or its raw loss, as nearest to the paper) from the
+choices and the token's hidden states: a pooled target, or one without a view of the token, could tell tokens apart only
+by accident (our choice). As in the static case it is fitted to drawn choices, and while it predicts well, the router
+descends its output plus a cost loss. Afterwards it is thrown away.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from nestlm.data.batch import Batch
+from nestlm.errors import ConfigError
+from nestlm.nn.loss import HeadInputs, LossReader
+from nestlm.nn.policy import WHOLE, Decision, Mixed, Policy, Stream
+from nestlm.router.base import Router
+from nestlm.router.dynamic import logits as dynamic
+from nestlm.router.dynamic.base import features
+from nestlm.router.networks import SiteNetworks, growth
+from nestlm.router.relaxed import budget_loss, entropy, sample_choices
+from nestlm.spec import Site
+from nestlm.train.objective.base import Parts, Signal, Term, check_router
+from nestlm.train.objective.elastic_values import load_values, part_of
+from nestlm.train.signal.exploration import random_choices, rank_correlation
+from nestlm.train.signal.surrogate_static import ERROR_MEMORY, TARGETS, PairSettings
+from nestlm.utils.seeding import torch_generator
+
+SKEW = 1.0  # of random choices
+
+
+class SurrogateSignal(Signal):
+    """Trains a surrogate on what tokens lose, and the dynamic router on the surrogate."""
+
+    error: Tensor
+
+    def __init__(
+        self,
+        router: Router,
+        *,
+        target: str,
+        random_share: float,
+        gate: float,
+        cost_weight: float,
+        dead_zone: float,
+        entropy_weight: float,
+        pairs: PairSettings,
+        hidden_width: int,
+        lr: float,
+        seed: int,
+    ) -> None:
+        """Set up the surrogate.
+
+        Args:
+            router: a dynamic router.
+            target: `gap`, the KL to the whole model, or `loss`, the raw loss of the token.
+            random_share: share of the sequences whose choices are drawn at random rather than from the router.
+            gate: routers are trained while the surrogate's running squared error on sequences' means, relative to their
+                variance, is below this.
+            cost_weight: lambda of the cost loss.
+            dead_zone: relative distance from the budget that costs nothing.
+            entropy_weight: of the entropy, summed over sites, that router distributions are rewarded for. It makes them
+                softmaxes of effects, so that their logarithms tell the second best choice, too (our choice).
+            pairs: whether to start warm; else of static policies: the tokens of one pass are pairs enough.
+            hidden_width: of the surrogate's networks.
+            lr: the surrogate's peak learning rate.
+            seed: seed of all draws.
+        """
+        super().__init__()
+        self.warm_start = pairs.warm_start
+        check_router(router, (dynamic.Router,), signal="surrogate")
+        assert isinstance(router, dynamic.Router), "checked"
+        if target not in TARGETS:
+            raise ConfigError(f"router.signal.target: got {target!r}, wanted one of {', '.join(TARGETS)}")
+        self.target, self.random_share, self.gate = target, random_share, gate
+        self.cost_weight, self.dead_zone, self.lr, self.seed = cost_weight, dead_zone, lr, seed
+        self.entropy_weight = entropy_weight
+        self.effects = SiteNetworks(
+            router.prices.space, num_inputs=router.hidden_size, hidden_width=hidden_width, init_std=0.1
+        )
+        self.effects.init_weights(seed=seed)
+        self.base = torch.nn.Parameter(torch.zeros(()))  # what the whole model loses, where the target is the loss
+        self.register_buffer("error", torch.full((), torch.inf))
+
+    def warm_up(self, router: Router, record: Mapping[str, Tensor]) -> None:
+        """Start with the values of elastic training (our choice).
+
+        Raises:
+            ConfigError: they were learned by networks of another width.
+        """
+        del router
+        known = part_of(record, "dynamic.")
+        if self.warm_start and known:
+            load_values(self.effects, known, width="router.signal.hidden_width", cure="router.signal.pairs.warm_start")
+
+    def terms(self, parts: Parts, batch: Batch, *, step: int) -> Iterator[Term]:
+        router = parts.router
+        assert isinstance(router, dynamic.Router), "per-token choices are those of a dynamic router"
+        notes = Notes(self, router, batch, key=step)
+        target_BL = self.run(parts, batch, notes)
+        predicted_BL = notes.predicted_BL + self.base
+        loss = (predicted_BL - target_BL).square().mean()
+        with torch.no_grad():
+            missed_B, targets_B = (
+                batch.row_shard.gather(part.mean(1)) for part in (predicted_BL - target_BL, target_BL)
+            )
+            off = missed_B.square().mean() / targets_B.var(correction=0).clamp_min(1e-12)
+            first = not torch.isfinite(self.error)
+            self.error.copy_(off if first else ERROR_MEMORY * self.error + (1 - ERROR_MEMORY) * off)
+        is_open = float(self.error) < self.gate
+        yield Term(loss, {"surrogate_error": self.error.clone(), "gate_open": float(is_open)})
+        if is_open:
+            table = router.prices.main
+            expected_B = table.constant / table.whole + notes.expected_B
+            distance = budget_loss(expected_B, notes.shares_B, dead_zone=self.dead_zone).mean()
+            logs = {"predicted": notes.promised.detach(), "budget_distance": distance.detach()}
+            reward = self.entropy_weight * notes.entropy
+            yield Term(notes.promised + self.cost_weight * distance - reward, logs)
+
+    @torch.no_grad()
+    def run(self, parts: Parts, batch: Batch, notes: Notes) -> Tensor:
+        """What each token loses under the noted choices, (B, L)."""
+        whole = None
+        if self.target == "gap":
+            whole = parts.decoder(batch.tokens_BL, documents_BL=batch.documents_BL, read=HeadInputs.read).read
+        read = LossReader(batch.targets_BL, teacher=whole)
+        losses = parts.decoder(batch.tokens_BL, notes.policy(), documents_BL=batch.documents_BL, read=read).read
+        return losses.text_BL if whole is None else losses.distance_BL
+
+    def summary(self, parts: Parts, held_out: list[Batch]) -> dict[str, float | None]:
+        """The running error, and the rank correlation of predicted and real means of held-out sequences."""
+        error = float(self.error)
+        found: dict[str, float | None] = {"surrogate_error": error if math.isfinite(error) else None}
+        router = parts.router
+        if not held_out or not isinstance(router, dynamic.Router):
+            return found
+        predicted, real = [], []
+        for number, batch in enumerate(held_out):
+            notes = Notes(self, router, batch, key=f"held out/{number}", random_share=1.0)
+            real.append(self.run(parts, batch, notes).mean(1))
+            predicted.append(notes.predicted_BL.detach().mean(1))
+        return found | {"rank_correlation": rank_correlation(torch.cat(predicted), torch.cat(real))}
+
+    def forward_passes(self, mean_share: float) -> float:
+        """One routed pass, and the whole model's for the gap."""
+        return mean_share + (1.0 if self.target == "gap" else 0.0)
+
+
+class Notes:
+    """What surrogate and router say at each site while the model runs choices drawn for a batch.
+
+    Attributes:
+        shares_B: budgets drawn for the sequences.
+        predicted_BL: sum over sites of the effects of what was chosen.
+        promised: mean over tokens of the effects that the router's distributions promise; the effects are frozen in it.
+        entropy: of those distributions, summed over sites, a mean over tokens.
+        expected_B: expected cost of the distributions as a share, without the constant, a mean over each sequence.
+    """
+
+    def __init__(
+        self,
+        signal: SurrogateSignal,
+        router: dynamic.Router,
+        batch: Batch,
+        *,
+        key: int | str,
+        random_share: float | None = None,
+    ) -> None:
+        self.signal, self.router = signal, router
+        table, tokens_BL = router.prices.main, batch.tokens_BL
+        generator = torch_generator(signal.seed, "surrogate", key)
+        floor = router.floor
+        rows, length = batch.row_shard.total(len(tokens_BL)), tokens_BL.shape[1]
+        shares_B = floor + (1.0 - floor) * torch.rand(rows, generator=generator)
+        share = signal.random_share if random_share is None else random_share
+        at_random_B = torch.rand(rows, generator=generator) < share
+        indices = random_choices(table.space, (rows, length), per_token=True, skew=SKEW, generator=generator)
+        self.shares_B, self.at_random_B = (
+            batch.row_shard.own(part).to(tokens_BL.device) for part in (shares_B, at_random_B)
+        )
+        self.random = batch.row_shard.own(indices, dim=1).to(tokens_BL.device)
+        self.generator, self.rows = generator, batch.row_shard
+        zeros = self.shares_B.new_zeros(())
+        self.predicted_BL, self.promised, self.entropy, self.expected_B = zeros, zeros, zeros, zeros
+
+    def policy(self) -> Policy:
+        """Run the drawn choices and take the notes."""
+
+        def policy(site: Site, hidden_BLD: Tensor, stream: Stream) -> Decision:
+            del stream
+            row = self.router.rows.get(site)
+            return WHOLE if row is None else self.note(row, features(hidden_BLD.detach()))
+
+        return policy
+
+    def note(self, row: int, features_BLD: Tensor) -> Decision:
+        """Draw a site's choices, and add up what is said of them, with gradients to surrogate and router."""
+        space = self.router.prices.space
+        with torch.enable_grad():
+            logits_BLK = self.router.logits(row, features_BLD, self.shares_B)
+            effects_BLK = growth(self.signal.effects.at(row, features_BLD))
+            routed_BL = sample_choices(logits_BLK.detach(), generator=self.generator, row_shard=self.rows)
+            index_BL = torch.where(self.at_random_B[:, None], self.random[row], routed_BL)
+            probabilities_BLK = logits_BLK.softmax(-1)
+            prices_K = self.router.prices.main.shares[row, : logits_BLK.shape[-1]].to(probabilities_BLK)
+            self.predicted_BL = self.predicted_BL + effects_BLK.gather(-1, index_BL[..., None]).squeeze(-1)
+            self.promised = self.promised + (probabilities_BLK * effects_BLK.detach()).sum(-1).mean()
+            self.entropy = self.entropy + entropy(logits_BLK).mean()
+            self.expected_B = self.expected_B + (probabilities_BLK * prices_K).sum(-1).mean(1)
+        return Decision(Mixed(space.choices[space.sites[row]], index_BL))

@@ -1,0 +1,74 @@
+"""What each training stage trains: its parts, its objective, and learning rates. Nothing is loaded here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from nestlm.nn.decoder import Decoder
+from nestlm.router.base import Router
+from nestlm.train.objective.base import Objective, Parts, Signal
+from nestlm.train.objective.elastic import Elastic
+from nestlm.train.objective.joint import Joint
+from nestlm.train.objective.pretrain import Pretrain
+from nestlm.train.settings import Settings, View
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a stage trains.
+
+    Attributes:
+        parts: the model, and its teacher and router where the objective needs them.
+        objective: yields the loss terms of a step.
+        trained: name, module and peak learning rate of what is trained.
+        steps: of the stage.
+    """
+
+    parts: Parts
+    objective: Objective
+    trained: dict[str, tuple[nn.Module, float]]
+    steps: int
+
+
+def pretrain_task(settings: Settings | View, decoder: Decoder) -> Task:
+    """The teacher's own training."""
+    stage = settings.pretrain
+    return Task(Parts(decoder), Pretrain(), {"decoder": (decoder, stage.lr)}, stage.steps)
+
+
+def elastic_task(settings: Settings | View, decoder: Decoder, *, teacher: Decoder | None) -> Task:
+    """Training of the sub-networks that the sampler draws."""
+    stage, values = settings.elastic, settings.make_elastic_values()
+    trained: dict[str, tuple[nn.Module, float]] = {"decoder": (decoder, stage.lr)}
+    if values is not None and stage.values is not None:
+        trained["values"] = (values, stage.values.lr)
+    objective = Elastic(
+        settings.space(), sampler=settings.sampler, distillation=settings.teacher, values=values, seed=settings.seed
+    )
+    return Task(Parts(decoder, teacher), objective, trained, stage.steps)
+
+
+def router_task(settings: Settings | View, decoder: Decoder, *, router: Router, signal: Signal) -> Task:
+    """The router's training on its signal."""
+    trained: dict[str, tuple[nn.Module, float]] = {"router": (router, settings.router.lr)}
+    if list(signal.parameters()):
+        trained["signal"] = (signal, signal.lr)
+    return Task(Parts(decoder, router=router), signal, trained, settings.router.steps)
+
+
+def joint_task(settings: Settings | View, decoder: Decoder, *, teacher: Decoder | None, router: Router) -> Task:
+    """Tuning of model and router together."""
+    stage = settings.joint
+    trained: dict[str, tuple[nn.Module, float]] = {"decoder": (decoder, stage.lr)}
+    if list(router.parameters()):
+        trained["router"] = (router, settings.router.joint_lr)
+    objective = Joint(
+        settings.teacher,
+        budgets_per_step=stage.budgets_per_step,
+        cost_weight=stage.cost_weight,
+        dead_zone=stage.dead_zone,
+        seed=settings.seed,
+    )
+    return Task(Parts(decoder, teacher, router), objective, trained, stage.steps)

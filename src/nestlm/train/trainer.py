@@ -1,0 +1,132 @@
+"""Run one training stage under Lightning's Trainer, from its last good checkpoint if there is one."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import Logger
+
+from nestlm.data.datamodule import PackedTokens
+from nestlm.distributed import collectives
+from nestlm.distributed.strategy import Sharded
+from nestlm.errors import ConfigError, DivergenceError
+from nestlm.train.callbacks.stage_progress import StageProgress
+from nestlm.train.callbacks.timed_checkpoint import CheckpointFile, TimedCheckpoint, last_good_checkpoint
+from nestlm.train.lightning_module import NestedLM
+
+# Lightning announces devices and tips at each of our many trainers; its warnings stay.
+for package in ("lightning.pytorch", "lightning.fabric"):
+    logging.getLogger(package).setLevel(logging.WARNING)
+# Lightning's own use of a name that torch renamed.
+warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
+
+LOG_EVERY_STEPS = 10
+
+
+def make_trainer(
+    factory: Callable[..., L.Trainer],
+    *,
+    callbacks: list[L.Callback] | None = None,
+    logger: Logger | bool = False,
+    log_every_n_steps: int = LOG_EVERY_STEPS,
+) -> L.Trainer:
+    """The trainer of the config, told what this project decides itself."""
+    strategy = getattr(factory, "keywords", {}).get("strategy")
+    trainer = factory(
+        **({"strategy": strategy()} if isinstance(strategy, partial) else {}),  # each trainer has its own
+        max_epochs=1,
+        callbacks=callbacks,
+        logger=logger,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        log_every_n_steps=log_every_n_steps,
+    )
+    keep_sigterm_handler(trainer)
+    return trainer
+
+
+def keep_sigterm_handler(trainer: L.Trainer) -> None:
+    """Have Lightning leave SIGTERM alone: its handler ends no process, and has ranks talk wherever they are."""
+    connector = trainer._signal_connector  # there is no public way
+    register = connector.register_signal_handlers
+
+    def register_others() -> None:
+        with same_handler(signal.SIGTERM):
+            register()
+
+    connector.register_signal_handlers = register_others
+
+
+@contextmanager
+def same_handler(signum: signal.Signals) -> Iterator[None]:
+    """Put a signal's handler back at the end; other threads than the main one set none."""
+    handler = signal.getsignal(signum)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signum, handler)
+
+
+def trainer_device(factory: Callable[..., L.Trainer]) -> torch.device:
+    """Where the config's trainer computes."""
+    return make_trainer(factory).strategy.root_device
+
+
+def is_sharded(trainer: L.Trainer) -> bool:
+    """Whether checkpoints are folders of shards; otherwise each is one file."""
+    return isinstance(trainer.strategy, Sharded)
+
+
+def fit(
+    module: NestedLM,
+    data: PackedTokens,
+    *,
+    stage: str,
+    folder: Path,
+    trainer_factory: Callable[..., L.Trainer],
+    logger: Logger,
+    checkpoint_seconds: float,
+    callbacks: Sequence[L.Callback] = (),
+) -> int:
+    """Train to the end of the stage; returns the step that it went on from (0: from the start)."""
+    settings = data.settings
+    saving = TimedCheckpoint(folder / "checkpoints", stage=stage, seconds=checkpoint_seconds)
+    progress = StageProgress(
+        stage, num_steps=module.num_steps, tokens_per_step=settings.batch_size * settings.sequence_length
+    )
+    trainer = make_trainer(
+        trainer_factory,
+        callbacks=[*callbacks, saving, progress],
+        logger=logger,
+        log_every_n_steps=min(LOG_EVERY_STEPS, module.num_steps),
+    )
+    if not is_sharded(trainer):
+        trainer.strategy.checkpoint_io = CheckpointFile()
+    checkpoint = collectives.broadcast_from_rank_zero(
+        last_good_checkpoint(folder / "checkpoints", is_sharded=is_sharded(trainer))
+    )
+    try:
+        with same_handler(signal.SIGTERM):  # the checkpoints' own is for steps
+            trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    except DivergenceError as error:
+        good = last_good_checkpoint(folder / "checkpoints", is_sharded=is_sharded(trainer))
+        kept = "there is no checkpoint of this stage yet" if good is None else f"the last good checkpoint is {good}"
+        raise DivergenceError(f"{error}; {kept}, and the stages before are kept") from error
+    if saving.is_told_to_end:  # after the last step
+        signal.raise_signal(signal.SIGTERM)
+    if trainer.global_step != module.num_steps:
+        raise ConfigError(f"{stage}: stopped after {trainer.global_step} of {module.num_steps} steps; look at trainer")
+    return 0 if checkpoint is None else int(checkpoint.stem.rpartition("=")[2])
