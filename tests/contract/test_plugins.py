@@ -19,7 +19,7 @@ from nestlm.data.sources.base import PreparedSource, fingerprint
 from nestlm.elastic.axes.base import search_space
 from nestlm.elastic.axes.depth import Depth
 from nestlm.elastic.ranking.base import order
-from nestlm.elastic.sampler.base import Mixture, Sampler, generator, independent
+from nestlm.elastic.sampler.base import MixedSpecs, Sampler, generator, independent
 from nestlm.elastic.surgery import extract
 from nestlm.errors import BudgetError
 from nestlm.nn.kv_cache import KVCache
@@ -81,8 +81,8 @@ def draw(sampler: Sampler, *, seed: int = 0, step: int) -> list[list[SubnetSpec]
     """What a step draws, as specs: a mixture gives those of its sequences or tokens."""
     drawn = []
     for item in sampler.draw(SPACE, seed=seed, step=step, batch=(4, 6)):
-        columns = item.indices.flatten(1).T.tolist() if isinstance(item, Mixture) else [SPACE.indices(item)]
-        if isinstance(item, Mixture):
+        columns = item.indices.flatten(1).T.tolist() if isinstance(item, MixedSpecs) else [SPACE.indices(item)]
+        if isinstance(item, MixedSpecs):
             assert item.indices.shape[1:] in ((4,), (4, 6))
         drawn.append([SPACE.spec(dict(zip(SPACE.sites, column, strict=True))) for column in columns])
     return drawn

@@ -19,7 +19,7 @@ from nestlm.distributed.collectives import ALL_ROWS, RowShard
 from nestlm.distributed.device_layout import Precision
 from nestlm.elastic.axes.depth import Depth
 from nestlm.elastic.axes.mlp_width import MLPWidth
-from nestlm.elastic.sampler.base import Drawn, Mixture
+from nestlm.elastic.sampler.base import MixedSpecs, Sample
 from nestlm.estimate.memory_tracker import Ledger, with_cuda_kernels
 from nestlm.nn.decoder import Decoder
 from nestlm.nn.linear import hold_linear
@@ -145,7 +145,7 @@ class Rehearsal:
         return Batch(tokens, targets, documents if self.settings.data.separate_documents else None)
 
     @cached_property
-    def draws(self) -> list[tuple[Drawn, ...]]:
+    def draws(self) -> list[tuple[Sample, ...]]:
         """The steps to go through: where a sampler draws, the widest draws with and without the whole model."""
         if self.stage != "elastic":
             return [()]
@@ -153,7 +153,7 @@ class Rehearsal:
         widest: dict[bool, tuple[float, int]] = {}
         for step in range(max(1, min(DRAWS, settings.elastic.steps))):
             drawn = settings.sampler.draw(space, seed=settings.seed, step=step, batch=(self.rows, TOKENS))
-            kind = any(not isinstance(item, Mixture) and item == space.full() for item in drawn)
+            kind = any(not isinstance(item, MixedSpecs) and item == space.full() for item in drawn)
             width = max(level(item, space) for item in drawn[1:] or drawn)
             widest[kind] = max(widest.get(kind, (-1.0, 0)), (width, step))
         shape = (self.rows, settings.data.sequence_length)
@@ -183,18 +183,18 @@ class Repeated:
     """
 
     space: SearchSpace
-    draws: tuple[tuple[Drawn, ...], ...]
+    draws: tuple[tuple[Sample, ...], ...]
 
-    def draw(self, space: SearchSpace, *, seed: int, step: int, batch: tuple[int, int]) -> tuple[Drawn, ...]:
+    def draw(self, space: SearchSpace, *, seed: int, step: int, batch: tuple[int, int]) -> tuple[Sample, ...]:
         """Mixtures as in the first blocks, others next to the mean over blocks; what has no axis runs whole."""
         del seed, batch
         return tuple(self.shorten(item, space) for item in self.draws[step])
 
-    def shorten(self, drawn: Drawn, space: SearchSpace) -> Drawn:
+    def shorten(self, drawn: Sample, space: SearchSpace) -> Sample:
         """One of a step's draws."""
-        if isinstance(drawn, Mixture):
+        if isinstance(drawn, MixedSpecs):
             rows = dict(zip(self.space.sites, drawn.indices, strict=True))
-            return Mixture(torch.stack([rows.get(site, torch.zeros_like(drawn.indices[0])) for site in space.sites]))
+            return MixedSpecs(torch.stack([rows.get(site, torch.zeros_like(drawn.indices[0])) for site in space.sites]))
         widths = drawn.by_axis()
         chosen = {}
         for site, known in space.choices.items():
@@ -224,9 +224,9 @@ def nearest(widths: Sequence[int], wanted: float) -> int:
     return min(reversed(range(len(widths))), key=lambda index: abs(widths[index] - wanted))
 
 
-def level(drawn: Drawn, space: SearchSpace) -> float:
+def level(drawn: Sample, space: SearchSpace) -> float:
     """How wide a draw is, from the smallest sub-network, 0, to the whole model, 1."""
-    chosen = drawn.indices if isinstance(drawn, Mixture) else torch.tensor(space.indices(drawn))[:, None]
+    chosen = drawn.indices if isinstance(drawn, MixedSpecs) else torch.tensor(space.indices(drawn))[:, None]
     counts = torch.tensor([len(widths) for widths in space.choices.values()])
     return float((chosen.flatten(1).float().mean(1) / (counts - 1).clamp_min(1)).mean())
 

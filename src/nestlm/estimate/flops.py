@@ -6,7 +6,7 @@ import torch
 
 from nestlm.cost.static import Flops
 from nestlm.cost.table import CostTable
-from nestlm.elastic.sampler.base import Drawn, Mixture
+from nestlm.elastic.sampler.base import MixedSpecs, Sample
 from nestlm.train.settings import Settings, View
 
 SAMPLED_STEPS = 64  # draws from which the mean cost of a sampler's step is taken
@@ -49,7 +49,7 @@ def elastic_passes(settings: Settings | View) -> float:
     passes = 0.0
     for step in range(SAMPLED_STEPS):
         drawn = settings.sampler.draw(flops.space, seed=settings.seed, step=step, batch=shape)
-        runs_full = any(not isinstance(item, Mixture) and item == flops.space.full() for item in drawn)
+        runs_full = any(not isinstance(item, MixedSpecs) and item == flops.space.full() for item in drawn)
         passes += BACKWARD * sum(share_of(item, flops, of_tokens=of_tokens) for item in drawn)
         passes += settings.teacher.extra_passes(runs_full=runs_full)
     return passes / SAMPLED_STEPS
@@ -61,12 +61,12 @@ def flops_table(settings: Settings | View, *, per_token: bool) -> CostTable:
     return flops.tabulate(settings.space(), axes=settings.axis_list, config=config, per_token=per_token)
 
 
-def share_of(drawn: Drawn, table: CostTable, *, of_tokens: CostTable) -> float:
+def share_of(drawn: Sample, table: CostTable, *, of_tokens: CostTable) -> float:
     """What was drawn costs, as a share of the whole model; a mixture as the mean over its sequences or tokens.
 
     Tokens of their own widths have prices of their own, `of_tokens`: K and V run whole.
     """
-    if not isinstance(drawn, Mixture):
+    if not isinstance(drawn, MixedSpecs):
         return table.share(drawn)
     table = of_tokens if drawn.indices.ndim == 3 else table
     taken = torch.nn.functional.one_hot(drawn.indices.flatten(1), table.space.max_choices)

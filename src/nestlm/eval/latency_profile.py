@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nestlm.cost.latency.fit import Array, fit_prices, mean_error, predict
 from nestlm.cost.latency.latency import Latency
-from nestlm.cost.latency.table_file import Check, LatencyTable, Prices, RouterTime
+from nestlm.cost.latency.table_file import FitErrors, LatencyTable, Prices, RouterTime
 from nestlm.cost.table import Rows
 from nestlm.nn.config import DecoderConfig
 from nestlm.nn.decoder import Decoder
@@ -115,7 +115,7 @@ def profile(cost: Latency, *, space: SearchSpace, config: DecoderConfig, device:
             "constant": base,
             "prices": Prices.of(space, rows),
             "per_token": per_token,
-            "check": Check(specs=CHECKED_SPECS, mape=mape, mixes=CHECKED_MIXES, mixes_mape=mixes_mape),
+            "check": FitErrors(specs=CHECKED_SPECS, mape=mape, mixes=CHECKED_MIXES, mixes_mape=mixes_mape),
         }
     )
 

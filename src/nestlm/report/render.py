@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from nestlm.cost.latency.table_file import Check, check_line
+from nestlm.cost.latency.table_file import FitErrors, fit_line
 from nestlm.report import plots
 from nestlm.report.comparison import Comparison
 from nestlm.report.formats import to_csv, to_latex, to_markdown
@@ -90,7 +90,7 @@ def summary_lines(metrics: dict[str, dict[str, Any]]) -> list[str]:
 def latency_line(profile: dict[str, Any]) -> str:
     """What times are of, where they were measured, and how well they add up."""
     check = profile["check"]
-    error = "unchecked" if check is None else check_line(Check(**check))
+    error = "unchecked" if check is None else fit_line(FitErrors(**check))
     return f"latency: {profile['unit']}, {profile['dtype']}, measured on {profile['device']}; {error}"
 
 

@@ -99,7 +99,7 @@ class TokenPrices(Prices, frozen=True, extra="forbid"):
     router: RouterTime
 
 
-class Check(BaseModel, frozen=True, extra="forbid"):
+class FitErrors(BaseModel, frozen=True, extra="forbid"):
     """How far the sums lie from times that were measured end to end: mean absolute percentage errors, as shares."""
 
     specs: int
@@ -128,7 +128,7 @@ class LatencyTable(Prices, frozen=True, extra="forbid"):
     context_length: int
     versions: Mapping[str, str] = {}
     per_token: TokenPrices | None = None
-    check: Check | None = None
+    check: FitErrors | None = None
 
     @classmethod
     def read(cls, path: Path) -> LatencyTable:
@@ -182,7 +182,7 @@ class LatencyTable(Prices, frozen=True, extra="forbid"):
         if self.per_token is not None:
             router = self.per_token.router
             lines.append(f"per token: router {router.constant:.4g}, and {router.per_unit:.3g} a unit of hidden width")
-        return [*lines, *([check_line(self.check)] if self.check is not None else [])]
+        return [*lines, *([fit_line(self.check)] if self.check is not None else [])]
 
 
 def price_lines(part: Prices) -> list[str]:
@@ -198,7 +198,7 @@ def price_lines(part: Prices) -> list[str]:
     return lines
 
 
-def check_line(check: Check) -> str:
+def fit_line(check: FitErrors) -> str:
     """What the check of a table said."""
     return (
         f"against {check.specs} other sub-networks, timed end to end: {check.mape:.1%} mean absolute error; against "

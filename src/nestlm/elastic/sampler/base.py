@@ -16,23 +16,23 @@ from nestlm.spec import SearchSpace, SubnetSpec
 
 
 @dataclass(frozen=True, eq=False)
-class Mixture:
+class MixedSpecs:
     """Specs that differ within a batch: choice index at every site, (sites, B), or (sites, B, L) by token."""
 
     indices: Tensor
 
-    def own(self, row_shard: RowShard) -> Mixture:
+    def own(self, row_shard: RowShard) -> MixedSpecs:
         """That of a rank's rows, of what was drawn for all rows of a step."""
-        return Mixture(row_shard.own(self.indices, dim=1))
+        return MixedSpecs(row_shard.own(self.indices, dim=1))
 
 
-Drawn = SubnetSpec | Mixture
+Sample = SubnetSpec | MixedSpecs
 
 
 class Sampler(Protocol):
     """Says which sub-networks a training step runs."""
 
-    def draw(self, space: SearchSpace, *, seed: int, step: int, batch: tuple[int, int]) -> tuple[Drawn, ...]:
+    def draw(self, space: SearchSpace, *, seed: int, step: int, batch: tuple[int, int]) -> tuple[Sample, ...]:
         """The specs of a step, each for the whole batch, or mixtures for a batch of (sequences, tokens a sequence).
 
         A pure function of the arguments, so that all ranks draw alike, each for the rows of all of them; the full
@@ -41,9 +41,9 @@ class Sampler(Protocol):
         ...
 
 
-def policy_of(drawn: Drawn, space: SearchSpace, *, device: torch.device) -> Policy:
+def policy_of(drawn: Sample, space: SearchSpace, *, device: torch.device) -> Policy:
     """How a decoder on a device runs what was drawn."""
-    if isinstance(drawn, Mixture):
+    if isinstance(drawn, MixedSpecs):
         return mixed(space, drawn.indices.to(device))
     return full if drawn == space.full() else fixed(drawn)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nestlm.elastic.sampler.base import Mixture, check_shares
+from nestlm.elastic.sampler.base import MixedSpecs, check_shares
 from nestlm.spec import SearchSpace
 from nestlm.utils.seeding import torch_generator
 
@@ -29,10 +29,10 @@ class WithinBatch:
     def __post_init__(self) -> None:
         check_shares(p_full=self.p_full, p_smallest=self.p_smallest)
 
-    def draw(self, space: SearchSpace, *, seed: int, step: int, batch: tuple[int, int]) -> tuple[Mixture, ...]:
+    def draw(self, space: SearchSpace, *, seed: int, step: int, batch: tuple[int, int]) -> tuple[MixedSpecs, ...]:
         rows = [self.row(space, seed=seed, step=step, row=row, length=batch[1]) for row in range(batch[0])]
         indices_SBL = torch.stack(rows, dim=1)
-        return (Mixture(indices_SBL if self.per_token else indices_SBL[:, :, 0]),)
+        return (MixedSpecs(indices_SBL if self.per_token else indices_SBL[:, :, 0]),)
 
     def row(self, space: SearchSpace, *, seed: int, step: int, row: int, length: int) -> Tensor:
         """Choices of one sequence, (sites, L or 1): they depend on (seed, step, row) alone."""

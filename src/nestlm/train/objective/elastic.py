@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nestlm.data.batch import Batch
 from nestlm.distributed.collectives import RowShard
-from nestlm.elastic.sampler.base import Drawn, Mixture, Sampler, policy_of
+from nestlm.elastic.sampler.base import MixedSpecs, Sample, Sampler, policy_of
 from nestlm.spec import SearchSpace, Site
 from nestlm.train.objective.base import Objective, Parts, PolicyLoss, Term
 from nestlm.train.objective.distillation import DistillationLoss
@@ -52,8 +52,8 @@ class Elastic(Objective):
         num_rows, length = batch.tokens_BL.shape
         shape = (batch.row_shard.total(num_rows), length)
         everywhere = self.sampler.draw(self.space, seed=self.seed, step=step, batch=shape)
-        drawn = [each.own(batch.row_shard) if isinstance(each, Mixture) else each for each in everywhere]
-        whole = [not isinstance(spec, Mixture) and spec == self.space.full() for spec in drawn]
+        drawn = [each.own(batch.row_shard) if isinstance(each, MixedSpecs) else each for each in everywhere]
+        whole = [not isinstance(spec, MixedSpecs) and spec == self.space.full() for spec in drawn]
         seen: dict[Site, Tensor] = {}
         policies = [policy_of(spec, self.space, device=batch.tokens_BL.device) for spec in drawn]
         if self.values is not None:
@@ -73,11 +73,11 @@ class Elastic(Objective):
             seen.clear()
 
     @torch.no_grad()
-    def remember(self, drawn: Drawn, lesson: PolicyLoss, *, row_shard: RowShard) -> None:
+    def remember(self, drawn: Sample, lesson: PolicyLoss, *, row_shard: RowShard) -> None:
         """Keep what sub-networks, drawn for all ranks, lost in place of the oldest pairs."""
         assert lesson.reference_BL is not None, "there is something to compare with"
         losses, references = lesson.losses.text_BL, lesson.reference_BL
-        if isinstance(drawn, Mixture):
+        if isinstance(drawn, MixedSpecs):
             if by_token(drawn):
                 return
             choices, losses, references = (

@@ -14,7 +14,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor, nn
 
-from nestlm.elastic.sampler.base import Drawn, Mixture
+from nestlm.elastic.sampler.base import MixedSpecs, Sample
 from nestlm.errors import ConfigError
 from nestlm.nn.policy import Decision, Policy, Stream
 from nestlm.router.dynamic.base import features
@@ -94,9 +94,9 @@ class ElasticValues(nn.Module):
         return Term(dynamic_error + static_error, {"value_error": dynamic_error.detach()})
 
 
-def by_token(drawn: Drawn) -> TypeGuard[Mixture]:
+def by_token(drawn: Sample) -> TypeGuard[MixedSpecs]:
     """Whether each token has choices of its own, from which values are learned."""
-    return isinstance(drawn, Mixture) and drawn.indices.ndim == 3
+    return isinstance(drawn, MixedSpecs) and drawn.indices.ndim == 3
 
 
 def static_steps(record: Mapping[str, Tensor], space: SearchSpace) -> Tensor | None:
