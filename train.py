@@ -1,9 +1,9 @@
 """Turn a language model into a nested one: `python train.py model=tiny router=surrogate`."""
 
-from nestlm.utils.interrupts import listen
+from nestlm.utils.interrupts import exit_on_signals
 
 if __name__ == "__main__":
-    listen()  # before the heavy imports
+    exit_on_signals()  # before the heavy imports
     from nestlm.config.compose import run
 
     run()

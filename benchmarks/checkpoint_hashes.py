@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nestlm.nn.config import BlockConfig, DecoderConfig
 from nestlm.nn.loss import LossReader
-from nestlm.utils.checksums import SHA256, XXH128, Algorithm, file_hash
+from nestlm.utils.checksums import SHA256, XXH128, HashAlgorithm, hash_file
 from nestlm.utils.devices import device_name
 from shapes import Shape, forward_backward
 from turns import Spread, Way, take_turns
@@ -26,12 +26,12 @@ BYTES = 12 * 134_515_008  # weights and the two moments of AdamW, in float32
 SECONDS_BETWEEN = 15  # checkpoint_seconds
 
 
-def step_beside(step: Way, path: Path, algorithm: Algorithm | None) -> Way:
+def step_beside(step: Way, path: Path, algorithm: HashAlgorithm | None) -> Way:
     """A step during which a checkpoint is hashed in another thread, as training does; it ends when both have."""
 
     def both() -> None:
         with ThreadPoolExecutor(1) as pool:
-            hashing = None if algorithm is None else pool.submit(file_hash, path, algorithm)
+            hashing = None if algorithm is None else pool.submit(hash_file, path, algorithm)
             step()
             if hashing is not None:
                 hashing.result()

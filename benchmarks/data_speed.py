@@ -18,9 +18,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from nestlm.data import tokenizer as tokenizers
-from nestlm.data.opened import Prepared
-from nestlm.data.packed import StepLoader
-from nestlm.data.prepare import batched, prepare
+from nestlm.data.packed_rows import StepLoader
+from nestlm.data.preparation import batch_documents, prepare_source
+from nestlm.data.prepared_data import PreparedData
 from nestlm.data.sources.base import Portion
 from nestlm.data.sources.stdlib import Stdlib
 from nestlm.data.sources.text import TextFolder
@@ -49,8 +49,8 @@ def write_corpus(folder: Path, *, megabytes: float) -> None:
 
 def tokenizer_alone(source: TextFolder, file: Path) -> dict[str, float]:
     """Tokens a second of the tokenizer's threads, with batches as large as prepare's."""
-    tokenizer = tokenizers.for_texts(tokenizers.load(file))
-    batches = [[text for _, text in batch] for batch in batched(source.documents(), skip=0)]
+    tokenizer = tokenizers.make_text_encoder(tokenizers.load_tokenizer(file))
+    batches = [[text for _, text in batch] for batch in batch_documents(source.documents(), skip=0)]
     started, cpu, tokens = time.perf_counter(), time.process_time(), 0
     for texts in batches:
         tokens += sum(len(encoding) for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False))
@@ -65,7 +65,9 @@ def prepare_all(source: TextFolder, file: Path) -> dict[str, float]:
     with TemporaryDirectory() as out:
         timings: dict[str, float] = {}
         started, cpu = time.perf_counter(), time.process_time()
-        manifest = prepare(source, Path(out), vocab_size=None, tokenizer_file=file, heldout_share=0.02, timings=timings)
+        manifest = prepare_source(
+            source, Path(out), vocab_size=None, tokenizer_file=file, heldout_share=0.02, timings=timings
+        )
         return {
             "`nestlm prepare`, once the files are surveyed": manifest.num_tokens / timings["seconds"],
             "`nestlm prepare`, all of it": manifest.num_tokens / (time.perf_counter() - started),
@@ -73,7 +75,7 @@ def prepare_all(source: TextFolder, file: Path) -> dict[str, float]:
         }
 
 
-def load(prepared: Prepared, num_workers: int) -> dict[str, float]:
+def load(prepared: PreparedData, num_workers: int) -> dict[str, float]:
     """Tokens a second of the loader, from its first batch to its last."""
     loader = StepLoader(
         prepared.rows("train", sequence_length=LENGTH),
@@ -120,14 +122,14 @@ def main() -> None:
         write_corpus(corpus, megabytes=arguments.megabytes)
         source = TextFolder(str(corpus))
         texts = (text for _, text in islice(Stdlib().documents(), 300))
-        tokenizers.train(texts, vocab_size=VOCAB).save(str(trained))
+        tokenizers.train_tokenizer(texts, vocab_size=VOCAB).save(str(trained))
         busy = os.getloadavg()[0]
         speeds = measure(
             [lambda: tokenizer_alone(source, trained), lambda: prepare_all(source, trained)],
             repeats=arguments.repeats,
         )
         data.mkdir()
-        manifest = prepare(source, data, vocab_size=None, tokenizer_file=trained, heldout_share=0.02)
+        manifest = prepare_source(source, data, vocab_size=None, tokenizer_file=trained, heldout_share=0.02)
         print("# How fast data is prepared and loaded\n")
         documents = sum(split.documents for split in manifest.splits.values())
         print(
@@ -137,7 +139,7 @@ def main() -> None:
             f"`OMP_WAIT_POLICY=PASSIVE python benchmarks/data_speed.py --megabytes {arguments.megabytes:g}`.\n"
         )
         table(speeds)
-        prepared = Prepared.open([Portion(data, 1.0)])
+        prepared = PreparedData.open([Portion(data, 1.0)])
         print(f"\nThe loader: rows of {LENGTH:,} tokens, {BATCH} a batch, every row's blocks checked.\n")
         loaders = [partial(load, prepared, number) for number in range(3)]
         table(measure(loaders, repeats=arguments.repeats))

@@ -57,7 +57,7 @@ def jobs(overrides: Sequence[str]) -> tuple[Decoder, dict[str, Callable[[], None
     decoder = Decoder(settings.model.decoder_config()).eval()
     decoder.init_weights(seed=0)
     router, space = settings.make_router(), settings.space()
-    answers = [router.find(Budget.of_share(share)) for share in BUDGETS]
+    answers = [router.find(Budget.from_share(share)) for share in BUDGETS]
     source = torch.Generator().manual_seed(0)
     vocabulary = decoder.config.vocab_size
     prompts = [torch.randint(vocabulary, (length,), generator=source).tolist() for length in LENGTHS]
@@ -71,7 +71,7 @@ def jobs(overrides: Sequence[str]) -> tuple[Decoder, dict[str, Callable[[], None
         for prompt, answer in zip(prompts, answers, strict=True):
             run([prompt], [answer])
 
-    whole = router.find(Budget.of_share(1.0))
+    whole = router.find(Budget.from_share(1.0))
     return decoder, {
         "apart": apart,
         "batch": lambda: run(prompts, answers),

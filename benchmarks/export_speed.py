@@ -29,7 +29,7 @@ import transformers
 
 from nestlm.config.compose import build, compose, load
 from nestlm.cost.table import PriceList
-from nestlm.data.tokenizer import train
+from nestlm.data.tokenizer import train_tokenizer
 from nestlm.elastic.surgery import extract
 from nestlm.export import gguf, hf
 from nestlm.model.family import Family
@@ -136,12 +136,12 @@ def small_rows(scratch: Path) -> str:
     settings = build(compose(["model=small", "data.sequence_length=256"]))
     decoder = Decoder.empty(settings.model.decoder_config()).eval()
     decoder.init_weights(seed=0)
-    prices, budget = settings.prices(), Budget.of_share(SHARE)
+    prices, budget = settings.prices(), Budget.from_share(SHARE)
     specs = {
         "different widths": random_spec(prices, budget, Random(0)),
         "equal widths": UniformRouter(prices=prices).spec(budget),
     }
-    tokenizer = train(("some text", "for a tokenizer"), vocab_size=257 + 8)
+    tokenizer = train_tokenizer(("some text", "for a tokenizer"), vocab_size=257 + 8)
     tokenizer.save(str(scratch / "tokenizer.json"))
     return decode_rows(
         "`model=small`", decoder, specs, settings=settings, prices=prices, tokenizer=scratch / "tokenizer.json"

@@ -60,7 +60,7 @@ def routing_of(layers: int, fractions: Sequence[float]) -> Way:
     space = settings.space()
     made_up = torch.rand(len(space.sites), space.max_choices, generator=generator, dtype=torch.float64)
     router.sensitivities.copy_(made_up.sort(dim=1, descending=True).values)
-    budget = Budget.of_share((1 + router.floor) / 2)
+    budget = Budget.from_share((1 + router.floor) / 2)
     return lambda: router.find(budget)
 
 

@@ -63,13 +63,13 @@ def read(way: str, folder: str) -> None:
     from safetensors.torch import load_file
 
     from nestlm.model.checkpoint import shard_files
-    from nestlm.model.pretrained import pretrained
+    from nestlm.model.pretrained import family_from_checkpoint
     from nestlm.nn.decoder import Decoder
 
     transformers.LlamaForCausalLM  # noqa: B018 (its modules are loaded now, not in the measured part)
     started, used = time.perf_counter(), time.process_time()
     if way == "ours":
-        family = pretrained(weights=folder, context_length=None, pretraining_tokens=None)
+        family = family_from_checkpoint(weights=folder, context_length=None, pretraining_tokens=None)
         family.load_weights(Decoder.empty(family.decoder_config()))
     elif way == "raw":
         for shard in shard_files(Path(folder)):

@@ -12,8 +12,8 @@ from tempfile import TemporaryDirectory
 from bench import Row, main
 from nestlm.config.compose import build, compose
 from nestlm.data.datamodule import PackedTokens
-from nestlm.data.opened import Prepared
-from nestlm.data.prepare import prepare
+from nestlm.data.preparation import prepare_source
+from nestlm.data.prepared_data import PreparedData
 from nestlm.nn.decoder import Decoder
 from nestlm.train.objective.pretrain import Pretrain
 from shapes import Shape, training_step
@@ -29,11 +29,11 @@ def rows(shape: Shape, *, repeats: int) -> Iterator[Row]:
     settings = build(compose([]))
     config, data = settings.model.decoder_config(), settings.data
     with TemporaryDirectory() as folder:
-        prepare(
+        prepare_source(
             data.source, Path(folder), vocab_size=config.vocab_size, tokenizer_file=None,
             heldout_share=data.heldout_share,
         )  # fmt: skip
-        module = PackedTokens(data, Prepared.read(Path(folder)), seed=0, stream="pretrain", num_steps=STEPS)
+        module = PackedTokens(data, PreparedData.read(Path(folder)), seed=0, stream="pretrain", num_steps=STEPS)
         decoder = Decoder(config)
         decoder.init_weights(seed=0)
         batch = next(iter(module.train_dataloader()))

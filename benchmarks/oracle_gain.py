@@ -23,8 +23,8 @@ from nestlm.config.compose import build
 from nestlm.cost.table import CostTable
 from nestlm.data.batch import Batch
 from nestlm.data.datamodule import PackedTokens
-from nestlm.data.opened import Prepared
-from nestlm.data.prepare import prepare
+from nestlm.data.preparation import prepare_source
+from nestlm.data.prepared_data import PreparedData
 from nestlm.nn.decoder import Decoder
 from nestlm.nn.loss import HeadInputs, LossReader
 from nestlm.nn.policy import fixed, full, mixed
@@ -42,7 +42,7 @@ LARGEST = 100.0  # nats for the cost of the whole model
 def text(settings: Settings, run: Path) -> list[Batch]:
     """Calibration text, tokenized as the run did."""
     with tempfile.TemporaryDirectory() as folder:
-        prepare(
+        prepare_source(
             settings.data.source,
             Path(folder),
             vocab_size=settings.model.decoder_config().vocab_size,
@@ -50,7 +50,7 @@ def text(settings: Settings, run: Path) -> list[Batch]:
             heldout_share=settings.data.heldout_share,
         )
         data = PackedTokens(
-            settings.data, Prepared.read(Path(folder)), seed=settings.seed, stream="calibration", num_steps=0
+            settings.data, PreparedData.read(Path(folder)), seed=settings.seed, stream="calibration", num_steps=0
         )
         return list(data.heldout_dataloader("calibration", num_rows=ROWS))
 

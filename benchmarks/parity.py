@@ -17,11 +17,11 @@ import transformers
 from safetensors.torch import load_file
 
 from nestlm.data.sources.synthetic import Synthetic
-from nestlm.data.tokenizer import train
+from nestlm.data.tokenizer import train_tokenizer
 from nestlm.export.hf import export
 from nestlm.model.checkpoint import CHECKSUMS, shard_files
 from nestlm.model.family import Family
-from nestlm.model.pretrained import pretrained
+from nestlm.model.pretrained import family_from_checkpoint
 from nestlm.nn.decoder import Decoder
 
 PAGE = Path("docs/results/parity.md")
@@ -81,7 +81,7 @@ def checkpoint(case: str, folder: Path, *, shard_size: str = "30KB") -> None:
     model.generation_config.temperature, model.generation_config.do_sample = 0.7, True
     model.to(dtype).save_pretrained(folder, max_shard_size=shard_size)
     texts = (text for _, text in Synthetic(num_documents=30, num_words=200, seed=0).documents())
-    tokenizer = train(texts, vocab_size=VOCABULARY)
+    tokenizer = train_tokenizer(texts, vocab_size=VOCABULARY)
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|endoftext|>").save_pretrained(folder)
 
 
@@ -92,7 +92,7 @@ def opened(folder: Path) -> Any:
 
 def imported(folder: Path) -> tuple[Family, Decoder]:
     """A checkpoint as we read it."""
-    family = pretrained(weights=str(folder), context_length=None, pretraining_tokens=None)
+    family = family_from_checkpoint(weights=str(folder), context_length=None, pretraining_tokens=None)
     decoder = Decoder(family.decoder_config())
     family.load_weights(decoder)
     return family, decoder

@@ -45,7 +45,7 @@ def main() -> None:
                     tensor.add_(
                         torch.rand(tensor.shape, generator=torch.Generator().manual_seed(1), dtype=tensor.dtype)
                     )
-        router.find(Budget.of_share(0.7))  # imports
+        router.find(Budget.from_share(0.7))  # imports
         for limits in (1, 2):
             budgets = [Budget.parse([share, f"{min(1.0, share + 0.05)}memory"][:limits]) for share in SHARES]
             times = find_times(router, budgets)

@@ -76,7 +76,7 @@ def routed(nested: Nest, variant: Variant, *, share: float) -> tuple[TokenRouter
     text = [tokens(4, LENGTH + 1, seed=seed) for seed in range(2)]
     calibration = CalibrationData(nested.decoder, [Batch(part[:, :-1], part[:, 1:], None) for part in text])
     router.eval().prepare(calibration)
-    bounds = router.planned.bounds(Budget.of_share(share))
+    bounds = router.planned.bounds(Budget.from_share(share))
     start = Plan(share, router.tariffs(bounds))
     plan, _ = router.approach(
         start, router.record(start, calibration), bounds=bounds, calibration=calibration, caution=0.0

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from nestlm.data.prepare import prepare
+from nestlm.data.preparation import prepare_source
 from nestlm.data.sources.base import StreamSource
 from nestlm.data.sources.synthetic import Synthetic
-from nestlm.data.stream import StreamLoader
-from nestlm.data.tokenizer import for_texts, load
+from nestlm.data.stream_loader import StreamLoader
+from nestlm.data.tokenizer import load_tokenizer, make_text_encoder
 from nestlm.distributed.collectives import ALL_ROWS, RowShard
 
 HELD_OUT, LENGTH, BATCH = 60, 32, 6
@@ -49,21 +49,21 @@ def optimise(datasets: dict[str, list], folder: Path, *packed: str) -> Path:
 
 def loader(source: StreamSource, tokenizer: Path, *, num_steps: int, row_shard: RowShard = ALL_ROWS) -> StreamLoader:
     """One rank's rows."""
-    loaded = load(tokenizer)
+    loaded = load_tokenizer(tokenizer)
     return StreamLoader(
-        source, for_texts(loaded), num_steps=num_steps, batch_size=BATCH, sequence_length=LENGTH,
+        source, make_text_encoder(loaded), num_steps=num_steps, batch_size=BATCH, sequence_length=LENGTH,
         document_separator=0, vocab_size=288, separate_documents=False, row_shard=row_shard,
     )  # fmt: skip
 
 
 def check_order_and_resume(source: StreamSource, folder: Path) -> None:
     """One epoch and a half on two ranks, then three, then one: every token once an epoch, in the stream's order."""
-    prepare(source, folder, vocab_size=288, tokenizer_file=None, heldout_share=0.4)
+    prepare_source(source, folder, vocab_size=288, tokenizer_file=None, heldout_share=0.4)
     tokenizer = folder / "tokenizer.json"
-    encoder = for_texts(load(tokenizer))
+    encoder = make_text_encoder(load_tokenizer(tokenizer))
     once = [
         token
-        for _, text in source.numbered(HELD_OUT)
+        for _, text in source.numbered_texts(HELD_OUT)
         for token in [0, *encoder.encode(text, add_special_tokens=False).ids]
     ]
     num_steps = int(1.5 * len(once) / (BATCH * LENGTH))

@@ -1,11 +1,11 @@
 """The entry point of the `nestlm` command, which listens to signals before it imports anything heavy."""
 
-from nestlm.utils.interrupts import listen
+from nestlm.utils.interrupts import exit_on_signals
 
 
 def main() -> None:
     """Run a command line."""
-    listen()
+    exit_on_signals()
     from nestlm.cli.app import main as run
 
     run()

@@ -75,7 +75,7 @@ class SubnetSpec:
         """Pairs of site and width, in the order of the space."""
         return zip(self.sites, self.widths, strict=True)
 
-    def by_axis(self) -> dict[str, list[int]]:
+    def widths_by_axis(self) -> dict[str, list[int]]:
         """Widths as lists over layers, one an axis: the form in which a spec is stored."""
         lists: dict[str, list[int]] = {}
         for site, width in self.items():
@@ -103,7 +103,7 @@ class SearchSpace:
         return groups
 
     @cached_property
-    def skippable(self) -> dict[Site, Site]:
+    def depth_sites(self) -> dict[Site, Site]:
         """By site the depth site of its block, where the block may be skipped."""
         depth = {site.layer: site for site in self.sites if site.axis == DEPTH}
         return {site: depth[site.layer] for site in self.sites if site.axis != DEPTH and site.layer in depth}
@@ -126,7 +126,7 @@ class SearchSpace:
 
     def runs(self, site: Site, indices: Mapping[Site, int]) -> bool:
         """Whether a site's choice matters: its block is not skipped."""
-        depth = self.skippable.get(site)
+        depth = self.depth_sites.get(site)
         return depth is None or indices[depth] != 0
 
     def spec(self, indices: Mapping[Site, int]) -> SubnetSpec:
@@ -145,8 +145,8 @@ class SearchSpace:
         """The narrowest choice everywhere."""
         return self.spec(dict.fromkeys(self.sites, 0))
 
-    def spec_by_axis(self, lists: Mapping[str, list[int]]) -> SubnetSpec:
-        """The spec that `SubnetSpec.by_axis` gave as lists. Raises ValueError where it is none of this space."""
+    def spec_from_axes(self, lists: Mapping[str, list[int]]) -> SubnetSpec:
+        """The spec that `SubnetSpec.widths_by_axis` gave as lists. Raises ValueError where it is none of this space."""
         if set(lists) != set(self.axes):
             raise ValueError(f"got widths of {sorted(lists)}, wanted those of {sorted(self.axes)}")
         widths = {
@@ -223,7 +223,7 @@ class Budget:
     limits: tuple[Limit, ...]
 
     @classmethod
-    def of_share(cls, share: float) -> Budget:
+    def from_share(cls, share: float) -> Budget:
         """A share of the whole model's cost, of the kind that the run counts."""
         return cls((Limit(float(share), None),))
 

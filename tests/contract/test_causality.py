@@ -18,7 +18,7 @@ def wide(calibration: CalibrationData) -> CalibrationData:
 @torch.no_grad()
 @EVERY
 def test_later_tokens_change_nothing_before_them(variant, calibration, deciding):
-    policy = variant.router().find(Budget.of_share(0.9), calibration=calibration).policy
+    policy = variant.router().find(Budget.from_share(0.9), calibration=calibration).policy
     tokens_BL = batches(3)[0].tokens_BL
     changed_BL = tokens_BL.clone()
     changed_BL[:, 10:] = (changed_BL[:, 10:] + 7) % 50
@@ -35,7 +35,7 @@ def test_alone_together_padded_and_token_by_token(variant, calibration, deciding
     """Equal choices in float64, and logits within 1e-4."""
     calibration = wide(calibration)
     router = variant.router().double()
-    policy = router.find(Budget.of_share(0.9), calibration=calibration).policy
+    policy = router.find(Budget.from_share(0.9), calibration=calibration).policy
     tokens_BL = batches(3)[0].tokens_BL
     together = calibration.decoder(tokens_BL, policy)
     logits_BLV, chosen = together.logits_BLV, choices(together)
@@ -65,7 +65,7 @@ def test_in_float32_choices_are_equal_up_to_the_first_tie(variant, calibration, 
     """Alone, together or token by token: choices differ at most after the two best differed by less than 1e-4."""
     router = variant.router()
     router.networks.output_bias.add_(8.0)  # steps of values far from 0, where all choices tie; logits do not mind
-    policy = router.find(Budget.of_share(0.9), calibration=calibration).policy
+    policy = router.find(Budget.from_share(0.9), calibration=calibration).policy
     tokens_BL = batches(3)[0].tokens_BL
     gaps: list[torch.Tensor] = []
     monkeypatch.setattr(torch.Tensor, "argmax", noting_gaps(gaps))
@@ -110,7 +110,7 @@ def noting_gaps(gaps: list[torch.Tensor]):
 def test_a_ragged_batch_is_padded_on_the_left(variant, calibration, deciding):
     """Prompts of different lengths in one batch, then decoding: each row chooses as it would alone."""
     calibration = wide(calibration)
-    policy = variant.router().double().find(Budget.of_share(0.9), calibration=calibration).policy
+    policy = variant.router().double().find(Budget.from_share(0.9), calibration=calibration).policy
     tokens_BL = batches(4)[0].tokens_BL
     lengths, longest, steps = [3, 9, 6, 1], 9, 6
     cache = KVCache(CONFIG, batch_size=4, length=longest + steps, device=torch.device("cpu"), dtype=torch.float64)

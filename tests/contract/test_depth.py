@@ -161,9 +161,9 @@ def test_searches_use_their_budget_up():
             # blocks run last: what was gained by then in those that are skipped would be too dear
             losses = [[-index * random.random() for index in range(len(widths))] for widths in SPACE.choices.values()]
             losses[SPACE.sites.index(Site("depth", 0))] = losses[SPACE.sites.index(Site("depth", 2))] = [0.0, 9.0]
-            bounds = prices.bounds(Budget.of_share(share))
+            bounds = prices.bounds(Budget.from_share(share))
             for spec in (
-                random_spec(prices, Budget.of_share(share), random),
+                random_spec(prices, Budget.from_share(share), random),
                 use_up(SPACE.smallest(), losses, space=SPACE, bounds=bounds),
             ):
                 assert prices.main.share(spec) <= share
@@ -273,7 +273,7 @@ def test_every_router_skips_blocks_within_its_budget(variant: Variant):
     for share in (LOW, 0.8):
         if share == LOW and variant.granularity == "prompt":
             continue  # the prompt runs whole
-        answer = router.find(Budget.of_share(share), calibration=calibration)
+        answer = router.find(Budget.from_share(share), calibration=calibration)
         for batch in batches(5):
             decisions = calibration.decoder(batch.tokens_BL, answer.policy).decisions
             assert float(spent_shares(decisions, table, batch_size=4).max()) <= share
@@ -304,7 +304,7 @@ def test_tokens_that_skip_depend_on_no_later_ones_and_on_no_cache(variant: Varia
     monkeypatch.setattr("nestlm.router.dynamic.plan.fix_sites", lambda plan, heard, *, caution: plan)
     calibration = CalibrationData(random_decoder(CONFIG).double(), batches(0))
     router = variant.router(static=STATIC, tokens=TOKENS).double()
-    policy = router.find(Budget.of_share(0.8), calibration=calibration).policy
+    policy = router.find(Budget.from_share(0.8), calibration=calibration).policy
     tokens_BL = batches(3)[0].tokens_BL
     whole = calibration.decoder(tokens_BL, policy)
     depth = [index for site, index in choices(whole).items() if site.startswith("depth")]

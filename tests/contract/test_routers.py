@@ -33,25 +33,25 @@ def test_specs_never_exceed_a_budget(variant, calibration):
     router.prepare(calibration)
     floor = table.share(SPACE.smallest())
     for share in [floor + 1e-9, *np.linspace(floor + 1e-6, 1.0, 12)]:
-        budget = Budget.of_share(share)
+        budget = Budget.from_share(share)
         spec = router.spec(budget)
         assert table.share(spec) <= share
         assert spec == router.spec(budget), "deterministic"
-    assert router.find(Budget.of_share(1.0), calibration=calibration).spec == SPACE.full()
-    assert table.share(router.spec(Budget.of_share(0.85), calibration=calibration)) <= 0.85
+    assert router.find(Budget.from_share(1.0), calibration=calibration).spec == SPACE.full()
+    assert table.share(router.spec(Budget.from_share(0.85), calibration=calibration)) <= 0.85
     with pytest.raises(BudgetError, match="smallest") as refused:
-        router.spec(Budget.of_share(floor - 1e-3))
+        router.spec(Budget.from_share(floor - 1e-3))
     named = float(str(refused.value).partition("costs ")[2].partition(";")[0])
-    assert router.spec(Budget.of_share(named)), "the budget that the message names can be met"
+    assert router.spec(Budget.from_share(named)), "the budget that the message names can be met"
     for spec in (SPACE.smallest(), *(independent(SPACE, generator(0, step, 0)) for step in range(6))):
-        assert router.spec(Budget.of_share(table.share(spec))), "what was achieved once can be asked for"
+        assert router.spec(Budget.from_share(table.share(spec))), "what was achieved once can be asked for"
 
 
 @STATICS
 def test_specs_keep_several_limits_together(variant):
     router, table, memory = variant.router(), STATIC.main, STATIC.others["memory"]
     allowed = memory.cost(SPACE.smallest()) + (memory.whole - memory.cost(SPACE.smallest())) / 3
-    assert memory.cost(router.spec(Budget.of_share(0.95))) > allowed, "the second limit restricts"
+    assert memory.cost(router.spec(Budget.from_share(0.95))) > allowed, "the second limit restricts"
     both = router.spec(Budget.parse([0.95, f"{allowed}B"]))
     assert table.share(both) <= 0.95
     assert memory.cost(both) <= allowed
@@ -105,7 +105,7 @@ def test_the_plan_is_the_best_of_those_tried(variant, calibration, monkeypatch):
     """Whichever loses least on the calibration's text, also one in which no site decides."""
     router = variant.router()
     router.prepare(calibration)
-    budget = Budget.of_share(0.9)
+    budget = Budget.from_share(0.9)
     monkeypatch.setattr("nestlm.router.dynamic.base.LEAST_USED", 0.0)
     plans: list[Plan] = []
     monkeypatch.setattr(router, "policy", lambda plan, **notes: (plans.append(plan), full)[1])
@@ -135,7 +135,7 @@ def test_where_no_site_decides_the_answer_is_a_sub_network(variant, calibration,
     monkeypatch.setattr("nestlm.router.dynamic.base.LEAST_USED", 0.0)
     router = variant.router()
     router.prepare(calibration)
-    answer = router.find(Budget.of_share(0.9), calibration=calibration)
+    answer = router.find(Budget.from_share(0.9), calibration=calibration)
     assert answer.plan is None
     assert 0.85 < STATIC.main.share(answer.spec) <= 0.9
     output = calibration.decoder(calibration.batches[0].tokens_BL, answer.policy)
@@ -149,7 +149,7 @@ def test_a_trial_runs_in_the_precision_that_it_is_given(calibration):
     mixed = replace(calibration, precision=lambda: torch.autocast("cpu", dtype=torch.bfloat16))
     outputs = [output.logits_BLV.dtype for _, output in mixed.outputs(full)]
     assert outputs == [torch.bfloat16] * len(calibration.batches)
-    plan = Variant("value", "dynamic").router().find(Budget.of_share(0.8), calibration=mixed)
+    plan = Variant("value", "dynamic").router().find(Budget.from_share(0.8), calibration=mixed)
     assert all(output.logits_BLV.dtype == torch.bfloat16 for _, output in mixed.outputs(plan.policy))
 
 
@@ -175,7 +175,7 @@ def test_the_price_that_scores_hold_is_found(variant, calibration):
     """In minus a multiple of what is measured, less a price of cost; without the price, only losses are left."""
     router = variant.router()
     router.prepare(calibration)
-    plan = Plan(1.0, router.tariffs(router.planned.bounds(Budget.of_share(0.8))))
+    plan = Plan(1.0, router.tariffs(router.planned.bounds(Budget.from_share(0.8))))
     losses = [torch.tensor([row]).double().clamp_min(0.0) for row in router.measured_losses()]
     scores = [3.0 - (20.0 * loss_K + 7.0 * price_K) for loss_K, price_K in zip(losses, plan.prices, strict=True)]
     held = router.held(plan, mean_losses(dict(enumerate(scores))))
@@ -205,7 +205,7 @@ def mean_values(router: TokenRouter, calibration: CalibrationData) -> list[torch
 @pytest.mark.parametrize("variant", [v for v in variants("dynamic") if v.granularity == "prompt"], ids=str)
 def test_prompts_are_decided_by_what_they_say(variant, calibration, deciding):
     """Different prompts, different choices for the rest; the same prompt, the same."""
-    policy = variant.router().find(Budget.of_share(0.93), calibration=calibration).policy
+    policy = variant.router().find(Budget.from_share(0.93), calibration=calibration).policy
     tokens_BL = torch.cat([batch.tokens_BL for batch in batches(8, count=8)])
     decided = torch.stack([index[:, -1] for index in choices(calibration.decoder(tokens_BL, policy)).values()])
     assert len(decided.unique(dim=1).T) > 1
@@ -220,10 +220,10 @@ def test_dynamic_budgets_that_cannot_be(variant, calibration):
     with pytest.raises(BudgetError, match="FLOP and latency budgets only"):
         router.find(Budget.parse("4GiB"), calibration=calibration)
     with pytest.raises(BudgetError, match="at least") as refused:
-        router.find(Budget.of_share(0.3), calibration=calibration)
+        router.find(Budget.from_share(0.3), calibration=calibration)
     named = float(str(refused.value).partition("costs ")[2].partition(";")[0])
-    router.check(Budget.of_share(named))
-    assert router.find(Budget.of_share(1.0), calibration=None).policy is full, "the whole model bypasses routing"
+    router.check(Budget.from_share(named))
+    assert router.find(Budget.from_share(1.0), calibration=None).policy is full, "the whole model bypasses routing"
 
 
 @torch.no_grad()
@@ -231,7 +231,7 @@ def test_dynamic_budgets_that_cannot_be(variant, calibration):
 def test_what_is_priced_is_what_runs(variant, calibration, deciding):
     """FLOPs of the narrower matrices and of the router, as torch counts them, for one sequence."""
     router = variant.router()
-    policy = router.find(Budget.of_share(0.9), calibration=calibration).policy
+    policy = router.find(Budget.from_share(0.9), calibration=calibration).policy
     for row in range(3):
         tokens_BL = calibration.batches[0].tokens_BL[row : row + 1]
         with (
@@ -278,7 +278,7 @@ def test_joint_tuning_draws_a_policy(variant, calibration):
     for checkpointing in (False, True):
         calibration.decoder.activation_checkpointing = checkpointing
         calibration.decoder.zero_grad()
-        policy = router.draw(Budget.of_share(0.9), generator=torch_generator("test"))
+        policy = router.draw(Budget.from_share(0.9), generator=torch_generator("test"))
         calibration.decoder(tokens_BL, policy).logits_BLV.square().mean().backward()
         grads.append([parameter.grad.clone() for parameter in calibration.decoder.parameters()])
     torch.testing.assert_close(*grads)
@@ -293,7 +293,7 @@ def test_router_saves_and_loads(variant, calibration):
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5)))
     other.load_state_dict(router.state_dict())
     for share in (0.95, 0.9):
-        one, same = (found.find(Budget.of_share(share), calibration=calibration) for found in (router, other))
+        one, same = (found.find(Budget.from_share(share), calibration=calibration) for found in (router, other))
         assert (one.spec, one.plan) == (same.spec, same.plan)
         assert one.spec is None or isinstance(one.spec, SubnetSpec)
 

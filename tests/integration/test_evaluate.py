@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 import nestlm
 from nestlm.api.nested_model import NestedModel
 from nestlm.cli.app import app
-from nestlm.data.prepare import prepare
+from nestlm.data.preparation import prepare_source
 from nestlm.data.sources.text import TextFolder
 from nestlm.errors import ConfigError, DataError, NestlmError
 from nestlm.report.tables import read_csv
@@ -89,7 +89,7 @@ def test_other_texts_are_scored_in_the_runs_tokens(static_run, tmp_path):
         (text / f"{number}.txt").write_text(f"the old house number {number} sees the river. " * 12)
     model = nestlm.load(static_run)
     tokenizer = static_run / "checkpoints/data/tokenizer.json"
-    prepare(TextFolder(str(text)), shards, vocab_size=288, tokenizer_file=tokenizer, heldout_share=0.1)
+    prepare_source(TextFolder(str(text)), shards, vocab_size=288, tokenizer_file=tokenizer, heldout_share=0.1)
     (row,) = model.evaluate([0.8], data=str(text))
     (part,) = model.evaluate([0.8], data=str(shards))
     split = replace(model.settings.data, source=TextFolder(str(text)), heldout_share=0.1)

@@ -13,7 +13,7 @@ import nestlm
 from nestlm.cli.app import app
 from nestlm.errors import ExportError
 from nestlm.export import gguf, job, llama_cpp, push
-from nestlm.model.checkpoint import check_sums
+from nestlm.model.checkpoint import check_sha256sums
 from nestlm.nn.policy import fixed
 
 transformers = pytest.importorskip("transformers")
@@ -50,7 +50,7 @@ def test_a_folder_opens_with_its_tokenizer_and_tells_what_it_is(static_run, out)
     with torch.no_grad():
         wanted = nested.decoder(ids, nested.at(0.8).policy).logits_BLV
         assert float((model(ids).logits - wanted).abs().max()) < 1e-5
-    check_sums(out)
+    check_sha256sums(out)
     page, spec = (out / "README.md").read_text(), json.loads((static_run / "specs/0.8.json").read_text())
     provenance = json.loads((static_run / "provenance.json").read_text())
     for fact in ("Asked for: 0.8", f"{spec['achieved']:.2%}", provenance["data_fingerprint"], "trained from scratch"):
@@ -70,7 +70,7 @@ def test_equal_widths_are_the_family_itself(static_run, out):
     nested = nestlm.load(static_run)
     best, budget = nested.uniform(0.8), nested.at(0.8).budget
     assert nested.prices.fits(best.spec, budget)
-    widths = best.spec.by_axis()
+    widths = best.spec.widths_by_axis()
     assert all(len(set(each)) == 1 for each in widths.values())
     space = nested.prices.space
     levels = [space.spec(dict.fromkeys(space.sites, level)) for level in range(2)]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from nestlm.data.sources.stdlib import Stdlib
-from nestlm.data.tokenizer import train
+from nestlm.data.tokenizer import train_tokenizer
 from plugins import NANO
 
 transformers = pytest.importorskip("transformers")
@@ -46,7 +46,7 @@ def llama(place) -> None:
         num_key_value_heads=4, max_position_embeddings=128,
     )  # fmt: skip
     transformers.LlamaForCausalLM(config).save_pretrained(place / "llama")
-    tokenizer = train((path.read_text(encoding="utf-8") for path in place.glob("text/*.txt")), vocab_size=512)
+    tokenizer = train_tokenizer((path.read_text(encoding="utf-8") for path in place.glob("text/*.txt")), vocab_size=512)
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(place / "llama")
 
 

@@ -91,7 +91,8 @@ time.sleep(60)
 def test_who_ignores_a_signal_goes_on():
     """As under nohup, or in the background of a shell without job control."""
     script = (
-        "import os, signal; from nestlm.utils.interrupts import listen; listen(); os.kill(os.getpid(), signal.SIGINT)"
+        "import os, signal; from nestlm.utils.interrupts import exit_on_signals; exit_on_signals(); "
+        "os.kill(os.getpid(), signal.SIGINT)"
     )
     ignoring = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)}
     done = subprocess.run([sys.executable, "-c", script], env=os.environ, capture_output=True, text=True, **ignoring)
@@ -101,7 +102,7 @@ def test_who_ignores_a_signal_goes_on():
 def test_a_signal_after_the_work_changes_nothing():
     script = """
 import atexit, os, signal
-from nestlm.utils.interrupts import listen
+from nestlm.utils.interrupts import exit_on_signals
 atexit.register(os.kill, os.getpid(), signal.SIGTERM)  # after what is registered later
 listen()
 """

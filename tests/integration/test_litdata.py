@@ -62,9 +62,9 @@ def test_the_order_is_the_streams_and_a_resume_on_other_ranks_sees_each_token_on
     source = stream(f"{prefix}{optimised}")
     expected = [(number, text) for number, text in enumerate(hundred_texts()) if text.strip()]
     for start in (0, 1, 6, 7, 8, 69, 70, 98, 99, 100):
-        assert list(source.numbered(start)) == expected[start - (start > 70) :]
+        assert list(source.numbered_texts(start)) == expected[start - (start > 70) :]
     check_order_and_resume(source, tmp_path)
-    reading = source.numbered(0)
+    reading = source.numbered_texts(0)
     assert next(reading) == expected[0]
     reading.close()
     assert "PrepareChunksThread" not in {type(thread).__name__ for thread in threading.enumerate()}
@@ -98,20 +98,20 @@ def test_a_compressed_folder_is_not_unpacked_in_place(datasets):
     pytest.importorskip("zstd", reason="needs the package zstd")
     before = sorted((datasets / "packed").iterdir())
     assert before[0].name.endswith(".zstd.bin")
-    assert [text for _, text in stream(datasets / "packed").numbered(2)] == ["one", "two"] * 9
+    assert [text for _, text in stream(datasets / "packed").numbered_texts(2)] == ["one", "two"] * 9
     assert sorted((datasets / "packed").iterdir()) == before
 
 
 def test_what_is_no_text_or_damaged_is_named(optimised, datasets, tmp_path):
     def error(path: Path | str, **changes) -> str:
         with pytest.raises(DataError) as raised:
-            list(stream(path, **changes).numbered(0))
+            list(stream(path, **changes).numbered_texts(0))
         return str(raised.value)
 
     assert "holds no index.json" in error(tmp_path / "absent")
     assert "cannot open local:/nowhere (FileNotFoundError" in error("local:/nowhere")
     folder = datasets / "dictionaries"
-    assert [text for _, text in stream(folder).numbered(0)] == ["one", "two"]
+    assert [text for _, text in stream(folder).numbered_texts(0)] == ["one", "two"]
     assert "item 0 is a dict with 'text', 'number'; wanted text" in error(folder, text_key="content")
     assert "item 0 is a dict" in error(folder, text_key="number")
     damaged = Path(shutil.copytree(optimised, tmp_path / "damaged"))
@@ -125,7 +125,7 @@ def test_what_is_no_text_or_damaged_is_named(optimised, datasets, tmp_path):
 def test_items_that_run_code_and_chunks_elsewhere_are_refused(optimised, tmp_path):
     def error(folder: Path) -> str:
         with pytest.raises(DataError) as raised:
-            list(stream(folder).numbered(0))
+            list(stream(folder).numbered_texts(0))
         return str(raised.value)
 
     def change(**changes) -> Path:

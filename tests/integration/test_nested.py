@@ -9,9 +9,9 @@ import torch
 
 import nestlm
 from nestlm.api import reproduce
-from nestlm.data.prepare import prepare
+from nestlm.data.preparation import prepare_source
 from nestlm.data.sources.synthetic import Synthetic
-from nestlm.data.tokenizer import train
+from nestlm.data.tokenizer import train_tokenizer
 from nestlm.elastic.axes.depth import Depth
 from nestlm.errors import BudgetError, CheckpointError, ConfigError, DataError
 from nestlm.eval.policy_scores import evaluate
@@ -231,8 +231,8 @@ def test_text_that_was_prepared_elsewhere_is_needed_for_training_alone(run, tmp_
     prepared = tmp_path / "prepared"
     prepared.mkdir()
     model = tmp_path / "tokenizer.json"
-    model.write_text(train((document.text for document in SOURCE.documents()), vocab_size=288).to_str())
-    prepare(SOURCE, prepared, vocab_size=288, tokenizer_file=model, heldout_share=0.1)
+    model.write_text(train_tokenizer((document.text for document in SOURCE.documents()), vocab_size=288).to_str())
+    prepare_source(SOURCE, prepared, vocab_size=288, tokenizer_file=model, heldout_share=0.1)
     loaded = nestlm.load(run("budget=0.8", "router=evolution", "data=shards", f"data.path={prepared}"))
     shutil.rmtree(prepared)
     assert loaded.at(0.8).achieved <= 0.8

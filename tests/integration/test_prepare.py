@@ -14,8 +14,8 @@ from random import Random
 import pytest
 
 from nestlm.cli.prepare import prepare_folder
-from nestlm.data.prepare import prepare
-from nestlm.data.shards import JOURNAL, MANIFEST, Manifest
+from nestlm.data.manifest import JOURNAL, MANIFEST, Manifest
+from nestlm.data.preparation import prepare_source
 from nestlm.data.sources.synthetic import Synthetic
 from nestlm.errors import DataError
 from nestlm.report.tables import read_csv
@@ -27,7 +27,7 @@ SHARD = 30_000
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
     source = Synthetic(num_documents=60, num_words=100, seed=0)
-    prepare(source, folder, vocab_size=288, tokenizer_file=None, heldout_share=0.1)
+    prepare_source(source, folder, vocab_size=288, tokenizer_file=None, heldout_share=0.1)
     return folder / "tokenizer.json"
 
 
@@ -92,7 +92,7 @@ def test_a_folder_that_was_begun_from_something_else_is_refused(corpus, tokenize
     assert begin() == manifest
     other = tmp_path / "other"
     other.mkdir()
-    prepare(Synthetic(60, 100, 3), other, vocab_size=280, tokenizer_file=None, heldout_share=0.1)
+    prepare_source(Synthetic(60, 100, 3), other, vocab_size=280, tokenizer_file=None, heldout_share=0.1)
     mistakes = {
         "heldout_share 0.05, now it is 0.1": {"heldout_share": 0.1},
         f"shard_tokens {SHARD}, now it is 99": {"shard_tokens": 99},
@@ -133,7 +133,7 @@ def test_a_text_that_changes_while_it_is_read_is_named(tokenizer, tmp_path):
             self.texts += 1
 
     with pytest.raises(DataError, match="run this again"):
-        prepare(Growing(), tmp_path, vocab_size=None, tokenizer_file=tokenizer, heldout_share=0.1)
+        prepare_source(Growing(), tmp_path, vocab_size=None, tokenizer_file=tokenizer, heldout_share=0.1)
     assert not (tmp_path / MANIFEST).exists()
 
 
@@ -144,7 +144,7 @@ def test_a_prepared_folder_trains_as_its_texts_do(run, tmp_path):
     folder.mkdir()
     source = Synthetic(num_documents=300, num_words=400, seed=0)
     tokenizer = first / "checkpoints/data/tokenizer.json"
-    prepare(source, folder, vocab_size=None, tokenizer_file=tokenizer, heldout_share=0.02)
+    prepare_source(source, folder, vocab_size=None, tokenizer_file=tokenizer, heldout_share=0.02)
     expected = (first / "results.csv").read_bytes()
     for name, data in {
         "auto": ["data=auto", f"data.path={folder}"],

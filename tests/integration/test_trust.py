@@ -17,19 +17,19 @@ import nestlm
 import parity
 from nestlm.cost.latency.table_file import LatencyTable
 from nestlm.data import tokenizer as tokenizers
-from nestlm.data.opened import Prepared
-from nestlm.data.prepare import prepare
+from nestlm.data.preparation import prepare_source
+from nestlm.data.prepared_data import PreparedData
 from nestlm.data.sources.synthetic import Synthetic
 from nestlm.data.sources.text import TextFolder
 from nestlm.distributed import sharded_checkpoint as sharded
 from nestlm.errors import CheckpointError, DataError, NestlmError
-from nestlm.model.parent import Parent
-from nestlm.model.pretrained import pretrained
+from nestlm.model.parent_files import ParentFiles
+from nestlm.model.pretrained import family_from_checkpoint
 from nestlm.nn.decoder import Decoder
 from nestlm.report.record import write_record
 from nestlm.report.runs import Run
 from nestlm.train.callbacks.timed_checkpoint import STATE, last_good_checkpoint
-from nestlm.utils.checksums import CHECKSUMS, XXH128, files_below, hashes, read_sums, write_sums
+from nestlm.utils.checksums import CHECKSUMS, XXH128, hash_files, list_files, read_checksums, write_checksums
 
 BINARY = (".safetensors", ".bin", ".crc", ".distcp")
 
@@ -76,7 +76,7 @@ def walk(
     """
     place, opened = tmp_path / "ran", 0
     door()
-    for name in files_below(folder):
+    for name in list_files(folder):
         path = folder / name
         content = path.read_bytes()
         for kind, payload in payloads(place, name).items():
@@ -97,8 +97,8 @@ def make_sums_right(folder: Path) -> None:
     """Write the hashes of all stages anew, as somebody who wants the files to be read."""
     for sums in sorted(folder.glob(f"checkpoints/*/{CHECKSUMS}")):
         with contextlib.suppress(ValueError):  # a payload
-            listed = [name for name in read_sums(sums) if (sums.parent / name).is_file()]
-            write_sums(sums.parent, hashes(sums.parent, listed))
+            listed = [name for name in read_checksums(sums) if (sums.parent / name).is_file()]
+            write_checksums(sums.parent, hash_files(sums.parent, listed))
 
 
 def test_a_run_is_only_read(static_run, tmp_path):
@@ -125,11 +125,11 @@ def test_a_checkpoint_is_only_read(tmp_path):
         (folder / name).write_bytes(b"")
 
     def door() -> None:
-        family = pretrained(weights=str(folder), context_length=None, pretraining_tokens=None)
+        family = family_from_checkpoint(weights=str(folder), context_length=None, pretraining_tokens=None)
         family.check_weights(dry_run=False)
         family.load_weights(Decoder.empty(family.decoder_config()))
-        Parent.of_checkpoint(folder).write(tmp_path / "copy")
-        tokenizers.load(folder / "tokenizer.json")
+        ParentFiles.from_checkpoint(folder).write(tmp_path / "copy")
+        tokenizers.load_tokenizer(folder / "tokenizer.json")
 
     assert walk(folder, door, tmp_path=tmp_path)
 
@@ -138,10 +138,10 @@ def test_prepared_text_is_only_read(tmp_path):
     folder = tmp_path / "prepared"
     folder.mkdir()
     source = Synthetic(num_documents=100, num_words=60, seed=0)
-    prepare(source, folder, vocab_size=288, tokenizer_file=None, heldout_share=0.1)
+    prepare_source(source, folder, vocab_size=288, tokenizer_file=None, heldout_share=0.1)
 
     def door() -> None:
-        prepared = Prepared.read(folder)
+        prepared = PreparedData.read(folder)
         for split in ("train", "validation"):
             rows = prepared.rows(split, sequence_length=32)
             _ = [rows[number] for number in range(len(rows))]
@@ -166,7 +166,7 @@ def test_a_training_checkpoint_is_only_read(tmp_path):
     for kind, payload in payloads(tmp_path / "ran").items():
         folder.mkdir()
         (folder / STATE).write_bytes(payload)
-        write_sums(folder, hashes(folder, files_below(folder, XXH128), XXH128), XXH128)
+        write_checksums(folder, hash_files(folder, list_files(folder, XXH128), XXH128), XXH128)
         with contextlib.suppress(CheckpointError):
             assert last_good_checkpoint(tmp_path, is_sharded=False) is None, kind
         shutil.rmtree(folder, ignore_errors=True)  # a damaged one is gone
@@ -178,7 +178,7 @@ def test_a_sharded_checkpoint_is_only_read(sharded_checkpoint, tmp_path):
     folder = sharded_checkpoint
 
     def door() -> None:
-        write_sums(folder, hashes(folder, files_below(folder, XXH128), XXH128), XXH128)
+        write_checksums(folder, hash_files(folder, list_files(folder, XXH128), XXH128), XXH128)
         sharded.check(folder)
         sharded.read_model(folder)
 

@@ -58,7 +58,9 @@ def test_baselines_have_the_sizes_and_tokens_that_they_are_held_against():
             single = build(row_of("baseline", f"{kind}_{size}"))
             assert single.budgets == (budget,)
             assert chosen(single, budget) == widths, "the nested model's sub-network has the same size"
-            assert single.space().smallest().by_axis() == widths, "the size that is trained is the size that is scored"
+            assert single.space().smallest().widths_by_axis() == widths, (
+                "the size that is trained is the size that is scored"
+            )
         if size != "100":
             share = nested.prices().main.share(nested.make_router().find(budget, calibration=None).spec)
             assert 0 < float(str(budget)) - share < 0.01, "who may choose freely spends hardly more"
@@ -72,7 +74,7 @@ def chosen(settings: Settings, budget: Budget) -> dict[str, list[int]]:
     """The widths of the sub-network that equal fractions give for a budget."""
     spec = settings.make_router().find(budget, calibration=None).spec
     assert spec is not None
-    return spec.by_axis()
+    return spec.widths_by_axis()
 
 
 # What the rows of a group may differ in from what all rows share, besides what they are called.

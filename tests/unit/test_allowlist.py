@@ -29,7 +29,7 @@ DANGEROUS = [
     "nestlm.pipeline.run.shutil.rmtree", "nestlm.pipeline.run.measure", "nestlm.cli.app.main",
     "nestlm.train.settings.Trainer",
     "nestlm.train.settings.torch.load", "nestlm.config.nodes.build", "nestlm.config.compose.run",
-    "nestlm.model.pretrained.pretrained",
+    "nestlm.model.pretrained.family_from_checkpoint",
     "nestlm.report.page.Path", "nestlm.errors.NestlmError", "nestlm.config.sweep.CheckSweep", "nestlm.cost.table.Cost",
     # no names
     "", ".", "os", "system", "..os.system", ".os.system", "os..system", "os.system ", "os.system\n", "os/system",

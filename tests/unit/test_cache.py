@@ -10,7 +10,7 @@ import torch
 from nestlm.errors import CheckpointError, ConfigError
 from nestlm.model.weights_io import check_weights, save_weights
 from nestlm.pipeline.cache import MARKER, StageFolder
-from nestlm.utils.checksums import CHECKSUMS, is_listed, write_listed
+from nestlm.utils.checksums import CHECKSUMS, matches_checksum, write_with_checksum
 
 RESULT = {"seconds": 1.5, "val_loss": 3.25}
 
@@ -22,7 +22,7 @@ def stage(tmp_path: Path) -> StageFolder:
     (folder.path / "parent").mkdir(parents=True)
     (folder.path / ".lock").touch()
     save_weights({"weight": torch.ones(3)}, folder.path / "model.safetensors")
-    write_listed(folder.path / "score-full.json", lambda path: path.write_text('{"loss": 3.25}'))
+    write_with_checksum(folder.path / "score-full.json", lambda path: path.write_text('{"loss": 3.25}'))
     (folder.path / "parent/config.json").write_text("{}")
     (folder.path / "train-0.bin").write_bytes(b"tokens")
     folder.finish(RESULT)
@@ -77,8 +77,8 @@ def test_weights_of_a_stage_are_checked_when_they_are_read(stage):
 def test_a_score_of_a_killed_stage_is_used_only_as_it_was_written(tmp_path):
     path = tmp_path / "score-full.json"
     path.write_text(json.dumps({"loss": 1.0}))
-    assert not is_listed(path), "killed between the file and its hash"
-    write_listed(path, lambda partial: partial.write_text(json.dumps({"loss": 1.0})))
-    assert is_listed(path)
+    assert not matches_checksum(path), "killed between the file and its hash"
+    write_with_checksum(path, lambda partial: partial.write_text(json.dumps({"loss": 1.0})))
+    assert matches_checksum(path)
     path.write_text(json.dumps({"loss": 2.0}))
-    assert not is_listed(path)
+    assert not matches_checksum(path)

@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from models import decoder_config, random_decoder
-from nestlm.data.packed import PackedRows, StepLoader, collate, step_rows
-from nestlm.data.prepare import prepare
-from nestlm.data.shards import SPLITS, Manifest
+from nestlm.data.document_scan import DocumentScan
+from nestlm.data.manifest import SPLITS, Manifest
+from nestlm.data.packed_rows import PackedRows, StepLoader, collate_rows, rows_of_step
+from nestlm.data.preparation import prepare_source
 from nestlm.data.sources.base import Document
 from nestlm.data.sources.synthetic import Synthetic
 from nestlm.data.sources.text import TextFolder
-from nestlm.data.survey import Survey
-from nestlm.data.tokenizer import load
+from nestlm.data.tokenizer import load_tokenizer
 from nestlm.distributed.collectives import RowShard
 from nestlm.errors import DataError
 
@@ -27,7 +27,7 @@ SOURCE = Synthetic(num_documents=60, num_words=100, seed=0)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("data")
-    prepare(SOURCE, path, vocab_size=288, tokenizer_file=None, heldout_share=0.1)
+    prepare_source(SOURCE, path, vocab_size=288, tokenizer_file=None, heldout_share=0.1)
     return path
 
 
@@ -37,7 +37,7 @@ def tokens_of(folder: Path, split: str) -> np.ndarray:
 
 
 def test_tokens_decode_to_the_documents(folder):
-    manifest, tokenizer = Manifest.read(folder), load(folder / "tokenizer.json")
+    manifest, tokenizer = Manifest.read(folder), load_tokenizer(folder / "tokenizer.json")
     for split in ("train", "calibration", "validation"):
         tokens = tokens_of(folder, split)
         texts = tokenizer.decode(tokens.tolist(), skip_special_tokens=False).split("<|endoftext|>")[1:]
@@ -51,7 +51,7 @@ def test_splits_are_disjoint_and_stable():
     documents = [Document(f"file{number}", "x" * 100) for number in range(50)] + [Document("huge", "x" * 5000)]
 
     def split_of(documents: list[Document]) -> dict[str, str]:
-        codes = Survey.of(documents).splits(heldout_share=0.05)
+        codes = DocumentScan.of(documents).splits(heldout_share=0.05)
         return {name: SPLITS[code] for (name, _), code in zip(documents, codes, strict=True)}
 
     splits = split_of(documents)
@@ -68,7 +68,7 @@ def test_splits_are_disjoint_and_stable():
 )
 def test_large_documents_leave_something_to_train_on(sizes, heldout_share, capsys):
     documents = [Document(f"file{number}", "x" * size) for number, size in enumerate(sizes)]
-    splits = Survey.of(documents).splits(heldout_share=heldout_share)
+    splits = DocumentScan.of(documents).splits(heldout_share=heldout_share)
     held = [sum(size for size, split in zip(sizes, splits, strict=True) if split == code) for code in (0, 1, 2)]
     assert min(held) > 0
     assert splits[np.argmax(sizes)] == 0 or sizes == [10, 10, 10]
@@ -80,12 +80,12 @@ def test_too_few_documents_to_split():
     for number in range(3):
         documents = [Document(str(each), "text") for each in range(number)]
         with pytest.raises(DataError, match=rf"got {number} documents, wanted at least 3: .*cut the text"):
-            Survey.of(documents).splits(heldout_share=0.1)
-    assert set(Survey.of([Document("one", "text")]).splits(heldout_share=None)) == {SPLITS.index("validation")}
+            DocumentScan.of(documents).splits(heldout_share=0.1)
+    assert set(DocumentScan.of([Document("one", "text")]).splits(heldout_share=None)) == {SPLITS.index("validation")}
 
 
 def test_preparing_twice_gives_the_same_bytes(folder, tmp_path):
-    prepare(SOURCE, tmp_path, vocab_size=288, tokenizer_file=None, heldout_share=0.1)
+    prepare_source(SOURCE, tmp_path, vocab_size=288, tokenizer_file=None, heldout_share=0.1)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {p.name: p.read_bytes() for p in folder.iterdir()}
 
 
@@ -98,12 +98,12 @@ def test_rows_overlap_by_one_token(folder):
 def test_an_epoch_visits_each_row_once_and_the_next_differs(folder):
     rows = PackedRows(folder, "calibration", sequence_length=16)
     rows.row_ends = np.array([12])
-    order = [step_rows(step, rows=rows, batch_size=4, seed=0, stream="x") for step in range(6)]
+    order = [rows_of_step(step, rows=rows, batch_size=4, seed=0, stream="x") for step in range(6)]
     for epoch in (order[:3], order[3:]):
         assert sorted(row for rows in epoch for row in rows) == list(range(12))
     assert order[:3] != order[3:]
-    assert step_rows(0, rows=rows, batch_size=4, seed=1, stream="x") != order[0]
-    assert step_rows(0, rows=rows, batch_size=4, seed=0, stream="y") != order[0]
+    assert rows_of_step(0, rows=rows, batch_size=4, seed=1, stream="x") != order[0]
+    assert rows_of_step(0, rows=rows, batch_size=4, seed=0, stream="y") != order[0]
 
 
 def loader(folder: Path, **changes) -> StepLoader:
@@ -135,15 +135,15 @@ def test_documents_in_a_row_do_not_see_each_other():
     separator = 0
     row = np.array([5, 6, 7, separator, 8, 9, 10, 11, 12], dtype=np.uint16)
     other = np.array([20, 21, 22, separator, 8, 9, 10, 11, 12], dtype=np.uint16)
-    batch = collate([row, other], separator=separator)
+    batch = collate_rows([row, other], separator=separator)
     assert batch.documents_BL is not None
     decoder = random_decoder(decoder_config(num_kv_groups=4))
     apart = decoder(batch.tokens_BL, documents_BL=batch.documents_BL).logits_BLV
     torch.testing.assert_close(apart[0, 3:], apart[1, 3:])
     together = decoder(batch.tokens_BL).logits_BLV
     assert not torch.allclose(together[0, 3:], together[1, 3:], atol=1e-3)
-    assert collate([row], separator=None).documents_BL is None
-    assert collate([np.roll(row, -3)], separator=separator).documents_BL is None, "one document needs no mask"
+    assert collate_rows([row], separator=None).documents_BL is None
+    assert collate_rows([np.roll(row, -3)], separator=separator).documents_BL is None, "one document needs no mask"
 
 
 def test_one_document_with_a_mask_equals_none():
@@ -167,17 +167,17 @@ def test_bad_data_is_named(tmp_path):
         list(TextFolder(str(tmp_path)).documents())
     (tmp_path / "binary.txt").write_text("one document")
     with pytest.raises(DataError, match="got 1 documents, wanted at least 3"):
-        prepare(TextFolder(str(tmp_path)), tmp_path, vocab_size=288, tokenizer_file=None, heldout_share=0.1)
+        prepare_source(TextFolder(str(tmp_path)), tmp_path, vocab_size=288, tokenizer_file=None, heldout_share=0.1)
     with pytest.raises(DataError, match=r"tokens, wanted 4000"):
-        prepare(SOURCE, tmp_path, vocab_size=4000, tokenizer_file=None, heldout_share=0.1)
+        prepare_source(SOURCE, tmp_path, vocab_size=4000, tokenizer_file=None, heldout_share=0.1)
 
 
 def test_a_tokenizer_that_is_not_the_models_is_refused(folder, tmp_path):
     with pytest.raises(DataError, match=r"288 tokens, model\.vocab_size is 200"):
-        prepare(SOURCE, tmp_path, vocab_size=200, tokenizer_file=folder / "tokenizer.json", heldout_share=0.1)
+        prepare_source(SOURCE, tmp_path, vocab_size=200, tokenizer_file=folder / "tokenizer.json", heldout_share=0.1)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(DataError, match=r"no tokenizer\.json"):
-        load(tmp_path / "tokenizer.json")
+        load_tokenizer(tmp_path / "tokenizer.json")
 
 
 def test_rows_longer_than_the_split_are_refused(folder):
@@ -200,11 +200,11 @@ def test_a_separators_name_in_a_text_is_text(tmp_path):
     source.mkdir()
     for number in range(40):
         (source / f"{number}.txt").write_text(f"{number} holds <|endoftext|> in words, and some more words " * 4)
-    manifest = prepare(TextFolder(str(source)), tmp_path, vocab_size=300, tokenizer_file=None, heldout_share=0.1)
+    manifest = prepare_source(TextFolder(str(source)), tmp_path, vocab_size=300, tokenizer_file=None, heldout_share=0.1)
     train = manifest.splits["train"]
     tokens = tokens_of(tmp_path, "train")
     assert (tokens == manifest.begin).sum() == train.documents
-    assert "holds <|endoftext|> in words" in load(tmp_path / "tokenizer.json").decode(tokens.tolist())
+    assert "holds <|endoftext|> in words" in load_tokenizer(tmp_path / "tokenizer.json").decode(tokens.tolist())
 
 
 def test_json_lines_keep_odd_line_breaks_and_refuse_what_is_no_text(tmp_path):

@@ -13,7 +13,7 @@ import parity
 from exports import FAMILIES, continued, nest, routed, tokens
 from models import AXES, random_decoder
 from nestlm.data.special_tokens import SpecialTokens
-from nestlm.data.tokenizer import load, train
+from nestlm.data.tokenizer import load_tokenizer, train_tokenizer
 from nestlm.elastic.axes.base import search_space
 from nestlm.elastic.surgery import extract
 from nestlm.errors import ExportError
@@ -21,7 +21,7 @@ from nestlm.export import hf, job, remote
 from nestlm.export.card import Facts
 from nestlm.export.hf import export
 from nestlm.export.routing import Routing, kind
-from nestlm.model.pretrained import families
+from nestlm.model.pretrained import find_families
 from nestlm.nn.config import BlockConfig
 from nestlm.nn.policy import fixed
 from routers import Variant
@@ -44,7 +44,7 @@ def generated(model, prompt, *, count):
 
 
 def test_every_family_is_exported():
-    assert set(FAMILIES) == set(families())
+    assert set(FAMILIES) == set(find_families())
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -199,11 +199,11 @@ def test_another_tokenizer_than_the_parents_replaces_its_files(tmp_path):
     nested = of_weights("Llama 2", tmp_path / "in")
     (tmp_path / "in/special_tokens_map.json").write_text("{}")
     own = tmp_path / "tokenizer.json"
-    train(["another text " * 9], vocab_size=257 + 8).save(str(own))
+    train_tokenizer(["another text " * 9], vocab_size=257 + 8).save(str(own))
     spec = search_space(AXES, nested.decoder.config).full()
     nested = replace(nested, tokenizer=own)
     job.run(nested, job.Chosen(spec), tmp_path / "out", form="hf", precision="f16", facts=FACTS)
     found = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert found("another").input_ids == [0, *load(own).encode("another").ids]
+    assert found("another").input_ids == [0, *load_tokenizer(own).encode("another").ids]
     assert not (tmp_path / "out/special_tokens_map.json").exists()
     assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "float16"

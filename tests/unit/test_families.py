@@ -17,8 +17,8 @@ from nestlm.elastic.surgery import extract
 from nestlm.errors import CheckpointError, ConfigError, ExportError
 from nestlm.export.hf import export
 from nestlm.model import hub
-from nestlm.model.checkpoint import CHECKSUMS, check_sums
-from nestlm.model.pretrained import families, pretrained
+from nestlm.model.checkpoint import CHECKSUMS, check_sha256sums
+from nestlm.model.pretrained import family_from_checkpoint, find_families
 from nestlm.nn.config import BlockConfig
 from nestlm.nn.decoder import Decoder
 
@@ -34,7 +34,9 @@ def folder(tmp_path) -> Path:
 
 
 def load(folder, **changes):
-    return pretrained(weights=str(folder), **({"context_length": None, "pretraining_tokens": None} | changes))
+    return family_from_checkpoint(
+        weights=str(folder), **({"context_length": None, "pretraining_tokens": None} | changes)
+    )
 
 
 def edit(folder: Path, **changes) -> None:
@@ -60,7 +62,7 @@ def test_logits_equal_transformers_and_the_round_trip_is_bit_equal(case, tmp_pat
 
 
 def test_every_family_is_compared():
-    assert {kind.model_type for kind, _ in parity.CASES.values()} == set(families())
+    assert {kind.model_type for kind, _ in parity.CASES.values()} == set(find_families())
 
 
 @pytest.mark.parametrize("case", ["Qwen3, biases", "GPT-3 (Nemotron), biases", "Llama 3.1 (scaled positions)"])
@@ -324,7 +326,7 @@ def test_an_export_of_equal_widths_is_of_the_family_and_overwrites_nothing(folde
     with pytest.raises(ExportError, match="is there already"):
         export(small, family, tmp_path / "small")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["small", "weights"]
-    check_sums(tmp_path / "small")
+    check_sha256sums(tmp_path / "small")
 
 
 def test_an_export_of_fewer_layers_says_how_many(folder, tmp_path):
@@ -338,7 +340,7 @@ def test_an_export_of_fewer_layers_says_how_many(folder, tmp_path):
     assert written["num_hidden_layers"] == 2
     assert "layer_types" not in written
     assert parity.largest_difference(small, parity.opened(tmp_path / "small"))[0] < 1e-5
-    check_sums(tmp_path / "small")
+    check_sha256sums(tmp_path / "small")
 
 
 def test_a_name_on_a_hub_is_found_in_its_cache(folder, tmp_path, monkeypatch):
@@ -348,7 +350,7 @@ def test_a_name_on_a_hub_is_found_in_its_cache(folder, tmp_path, monkeypatch):
     (cached / "refs").mkdir()
     (cached / "refs/main").write_text(commit)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    hub.fetched.cache_clear()
+    hub.fetch_files.cache_clear()
     family = load("someone/model")
     assert family.folder == cached / "snapshots" / commit
     family.load_weights(Decoder(family.decoder_config()))
@@ -357,4 +359,4 @@ def test_a_name_on_a_hub_is_found_in_its_cache(folder, tmp_path, monkeypatch):
         load("someone/other")
     with pytest.raises(CheckpointError, match="is no folder; wanted"):
         load(tmp_path / "absent")
-    hub.fetched.cache_clear()
+    hub.fetch_files.cache_clear()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nestlm.data.sources.auto import by_path
+from nestlm.data.sources.auto import source_from_path
 from nestlm.data.sources.hub import HubDataset
 from nestlm.data.sources.shards import Shards
 from nestlm.data.sources.stdlib import Stdlib
@@ -115,8 +115,8 @@ def test_a_local_folder_of_the_hubs_library(tmp_path, monkeypatch):
 
 
 def test_the_source_is_what_the_path_is(tmp_path):
-    assert by_path(None) == Stdlib()
-    assert by_path("hf:owner/name:en") == HubDataset("owner/name:en")
-    assert by_path(str(tmp_path)) == TextFolder(str(tmp_path))
+    assert source_from_path(None) == Stdlib()
+    assert source_from_path("hf:owner/name:en") == HubDataset("owner/name:en")
+    assert source_from_path(str(tmp_path)) == TextFolder(str(tmp_path))
     (tmp_path / "journal.json").write_text("{}")
-    assert by_path(str(tmp_path)) == Shards(str(tmp_path)), "one that is not finished is no text"
+    assert source_from_path(str(tmp_path)) == Shards(str(tmp_path)), "one that is not finished is no text"

@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from models import random_decoder
-from nestlm.data.tokenizer import encode_prompt, for_texts, train
+from nestlm.data.tokenizer import encode_prompt, make_text_encoder, train_tokenizer
 from nestlm.errors import ConfigError, DataError
 from nestlm.generation import generate as generation
 from nestlm.generation.generate import generate
@@ -41,7 +41,7 @@ def sub_network(seed: int) -> Answer:
 def dynamic(variant: Variant, share: float) -> Answer:
     """A policy under which tokens differ: of the plans that a router tries for a budget, the first."""
     router, calibration = variant.router(), CalibrationData(DECODER, batches(1, count=1))
-    bounds = router.planned.bounds(Budget.of_share(share))
+    bounds = router.planned.bounds(Budget.from_share(share))
     start = Plan(router.told(bounds), router.tariffs(bounds))
     scores = router.record(start, calibration)
     plan, _ = router.approach(start, scores, bounds=bounds, calibration=calibration, caution=0.0)
@@ -145,7 +145,7 @@ def test_a_prompt_may_fill_the_context_and_no_more():
 
 @pytest.fixture(scope="module")
 def byte_level() -> Tokenizer:
-    return for_texts(train(["the cat and the hat"] * 9, vocab_size=264))
+    return make_text_encoder(train_tokenizer(["the cat and the hat"] * 9, vocab_size=264))
 
 
 def test_prompts_that_a_tokenizer_cannot_say(byte_level):

@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from exports import FAMILIES, Nest, nest, tokens
 from nestlm.data.sources.stdlib import Stdlib
-from nestlm.data.tokenizer import load
-from nestlm.data.tokenizer import train as train_tokenizer
+from nestlm.data.tokenizer import load_tokenizer
+from nestlm.data.tokenizer import train_tokenizer as train_tokenizer
 from nestlm.elastic.surgery import extract
 from nestlm.errors import ExportError
 from nestlm.export import gguf, llama_cpp
@@ -127,7 +127,7 @@ def sentence_pieces(path: Path) -> Tokenizer:
     pieces = [piece for piece in data["model"]["vocab"] if piece not in special]
     data["model"]["vocab"] = {piece: index for index, piece in enumerate([*special, *pieces])}
     path.write_text(json.dumps(data))
-    return load(path)
+    return load_tokenizer(path)
 
 
 def byte_pairs(path: Path, *, pattern: str | None) -> Tokenizer:

@@ -88,7 +88,7 @@ def test_two_limits_are_stricter_than_each_alone():
 def test_the_losses_scale_does_not_matter(scale):
     losses = [(3.0, 1.0, 0.0), (4.0, 2.5, 0.0), (1.0, 0.9, 0.5), (2.0, 0.0, 0.0)]
     prices = PriceList(table_of([1.0, 1.3, 0.7] * 3 + [1.0, 1.0], constant=1.0), {})
-    budget = Budget.of_share(0.7)
+    budget = Budget.from_share(0.7)
     scaled = [tuple(scale * loss for loss in row) for row in losses]
     assert cheapest_loss(scaled, prices=prices, budget=budget) == cheapest_loss(losses, prices=prices, budget=budget)
 
@@ -98,7 +98,7 @@ def test_a_spec_over_the_budget_by_less_than_a_solvers_tolerance_is_refused():
     table = CostTable("flops", "units", space, constant=0.0, prices=((1.0, 2.0, 10.0),) * 2, whole=20.0)
     prices = PriceList(table, {})
     losses = [(3.0, 1.0, 0.0)] * 2
-    assert cheapest_loss(losses, prices=prices, budget=Budget.of_share(4 / 20)).widths == (2, 2)
+    assert cheapest_loss(losses, prices=prices, budget=Budget.from_share(4 / 20)).widths == (2, 2)
     for below in (1e-9, 1e-12):
-        found = cheapest_loss(losses, prices=prices, budget=Budget.of_share(4 / 20 * (1 - below)))
+        found = cheapest_loss(losses, prices=prices, budget=Budget.from_share(4 / 20 * (1 - below)))
         assert table.cost(found) == 3.0

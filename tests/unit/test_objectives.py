@@ -142,7 +142,7 @@ def test_gates_carry_the_worth_of_a_wider_choice(batch):
     router = static.Router(prices=PriceList(TABLE, {}), hidden_width=8, init_std=0.1, seed=0)
     gradient = torch.zeros_like(router.networks.output_bias)
     for sample in range(60):
-        draw = router.draw(Budget.of_share(0.8), generator=torch.Generator().manual_seed(sample))
+        draw = router.draw(Budget.from_share(0.8), generator=torch.Generator().manual_seed(sample))
         cross_entropy(decoder(batch.tokens_BL, draw).logits_BLV, targets_BL).mean().backward()
     gradient = router.networks.output_bias.grad
     assert gradient is not None

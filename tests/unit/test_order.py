@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nestlm.data.mixed import BLOCK_SAMPLES, MixedRows, block_counts
-from nestlm.data.opened import Prepared
-from nestlm.data.packed import StepLoader
-from nestlm.data.prepare import prepare
+from nestlm.data.mixed_rows import BLOCK_SAMPLES, MixedRows, block_counts
+from nestlm.data.packed_rows import StepLoader
+from nestlm.data.preparation import prepare_source
+from nestlm.data.prepared_data import PreparedData
 from nestlm.data.sources.base import Portion
 from nestlm.data.sources.synthetic import Synthetic
 from nestlm.distributed.collectives import RowShard
@@ -24,23 +24,23 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     for number, documents in enumerate((90, 120)):
         source, folder = Synthetic(num_documents=documents, num_words=100, seed=number), root / str(number)
         folder.mkdir()
-        prepare(source, folder, vocab_size=288, tokenizer_file=tokenizer, heldout_share=0.1, shard_tokens=4000)
+        prepare_source(source, folder, vocab_size=288, tokenizer_file=tokenizer, heldout_share=0.1, shard_tokens=4000)
         tokenizer = folder / "tokenizer.json"
     return [root / "0", root / "1"]
 
 
 @pytest.fixture(params=["shards", "mixture"])
-def prepared(request, folders) -> Prepared:
+def prepared(request, folders) -> PreparedData:
     weights = {"shards": [1.0], "mixture": [0.7, 0.3]}[request.param]
-    return Prepared.open([Portion(path, weight) for path, weight in zip(folders, weights, strict=False)])
+    return PreparedData.open([Portion(path, weight) for path, weight in zip(folders, weights, strict=False)])
 
 
-def loader(prepared: Prepared, **changes) -> StepLoader:
+def loader(prepared: PreparedData, **changes) -> StepLoader:
     arguments = {"batch_size": BATCH, "seed": 5, "stream": "t", "separator": None} | changes
     return StepLoader(prepared.rows("train", sequence_length=LENGTH), **arguments)
 
 
-def ids(prepared: Prepared, loaders: list[StepLoader], *, num_steps: int) -> list[list[int]]:
+def ids(prepared: PreparedData, loaders: list[StepLoader], *, num_steps: int) -> list[list[int]]:
     """Numbers of the rows that all ranks see in each step, recognised by their tokens."""
     rows = prepared.rows("train", sequence_length=LENGTH)
     number_of = {rows[index][:-1].astype(np.int64).tobytes(): index for index in range(len(rows))}
@@ -83,7 +83,7 @@ def test_a_resume_on_other_ranks_and_workers_sees_each_sample_once(prepared):
 
 def test_a_mixture_keeps_its_weights_and_each_parts_epochs(folders):
     portions = [Portion(folders[0], 2.0), Portion(folders[1], 1.0)]
-    rows = Prepared.open(portions).rows("train", sequence_length=LENGTH)
+    rows = PreparedData.open(portions).rows("train", sequence_length=LENGTH)
     assert isinstance(rows, MixedRows)
     order = [rows.sample(position, seed=0, stream="s") for position in range(2 * BLOCK_SAMPLES)]
     ends = [len(part) for part in rows.parts]
@@ -95,7 +95,7 @@ def test_a_mixture_keeps_its_weights_and_each_parts_epochs(folders):
     drawn = Counter(row < ends[0] for row in order[:600])
     assert 330 < drawn[True] < 470, "mixed from the start"
     far = [5 * BLOCK_SAMPLES + 17, 3, 5 * BLOCK_SAMPLES + 18]  # in any order, without what lies between
-    fresh = Prepared.open(portions).rows("train", sequence_length=LENGTH)
+    fresh = PreparedData.open(portions).rows("train", sequence_length=LENGTH)
     assert [fresh.sample(p, seed=0, stream="s") for p in far][1] == order[3]
     assert fresh.sample(3, seed=1, stream="s") != order[3] or fresh.sample(4, seed=1, stream="s") != order[4]
     before = sum(rows.sample(p, seed=0, stream="s") < ends[0] for p in range(BLOCK_SAMPLES, 2 * BLOCK_SAMPLES))
@@ -103,7 +103,7 @@ def test_a_mixture_keeps_its_weights_and_each_parts_epochs(folders):
 
 
 def test_held_out_rows_of_a_mixture_are_all_of_them(folders):
-    prepared = Prepared.open([Portion(folders[0], 9.0), Portion(folders[1], 1.0)])
+    prepared = PreparedData.open([Portion(folders[0], 9.0), Portion(folders[1], 1.0)])
     rows = prepared.rows("validation", sequence_length=LENGTH)
     assert isinstance(rows, MixedRows)
     parts = [rows.parts[0][index] for index in range(len(rows.parts[0]))]

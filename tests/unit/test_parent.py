@@ -20,8 +20,8 @@ from nestlm.elastic.axes.base import search_space
 from nestlm.errors import CheckpointError, ExportError
 from nestlm.export import gguf, hf, job, place
 from nestlm.export.card import Facts
-from nestlm.model.checkpoint import CHECKSUMS, check_sums, read_config
-from nestlm.model.parent import Parent
+from nestlm.model.checkpoint import CHECKSUMS, check_sha256sums, read_config
+from nestlm.model.parent_files import ParentFiles
 from nestlm.pipeline.cache import contents_identity
 
 transformers = pytest.importorskip("transformers")
@@ -48,7 +48,7 @@ def export(folder: Path, out: Path, *, uneven: bool = True, **options) -> job.Ne
     kept = folder.with_name("kept")
     family.parent().write(kept)
     tokenizer, special = kept / "tokenizer.json", SpecialTokens(0, (0,))
-    nested = job.Nested(decoder.eval(), family, Parent.read(kept), AXES, tokenizer, special, tokens(2, 40))
+    nested = job.Nested(decoder.eval(), family, ParentFiles.read(kept), AXES, tokenizer, special, tokens(2, 40))
     space = search_space(AXES, decoder.config)
     level = {site: (site.layer + 1) % len(row) for site, row in space.choices.items()}
     chosen = job.Chosen(space.spec(level) if uneven else space.full())
@@ -136,7 +136,7 @@ def test_what_belongs_to_a_parent_travels_and_nothing_else(folder, tmp_path):
     }
     theirs = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == ours | theirs | {"chat_template.jinja"}
-    check_sums(tmp_path / "out")
+    check_sha256sums(tmp_path / "out")
     assert "tool_use.jinja" in (tmp_path / "out" / CHECKSUMS).read_text()
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.chat_template == {"default": CHAT, "tool_use": TOOLS}
@@ -163,7 +163,7 @@ def test_a_gguf_file_has_the_parents_templates_and_ends(folder, tmp_path):
     )}  # fmt: skip
     assert list(said.values()) == [CHAT, TOOLS, 0, 5, 7]
     (folder / "chat_template.jinja").write_text("of the file")
-    parent = Parent.of_checkpoint(folder)
+    parent = ParentFiles.from_checkpoint(folder)
     assert parent.chat_templates() == {"default": "of the file"}, "as transformers chooses"
 
 
@@ -172,7 +172,7 @@ def test_links_lead_out_of_no_folder_but_a_hubs_snapshot(folder, tmp_path):
     secret.write_text("a secret")
     (folder / "chat_template.jinja").symlink_to(secret)
     with pytest.raises(CheckpointError, match=r"chat_template\.jinja is a link out of its folder; put a copy"):
-        Parent.of_checkpoint(folder)
+        ParentFiles.from_checkpoint(folder)
     (folder / "chat_template.jinja").unlink()
     snapshot, blobs = tmp_path / "cached/snapshots/abc", tmp_path / "cached/blobs"
     snapshot.mkdir(parents=True)
@@ -205,7 +205,7 @@ def test_an_index_names_files_beside_it(folder, name):
 def test_checksums_name_files_of_the_same_folder(folder, name):
     (folder / CHECKSUMS).write_text("".join(f"{'0' * 64}  {each}\n" for each in ("model.safetensors", name)))
     with pytest.raises(CheckpointError, match=r"names .*wanted a file of the same folder"):
-        check_sums(folder)
+        check_sha256sums(folder)
 
 
 def test_one_file_comes_before_the_index_of_older_shards(folder):
@@ -280,7 +280,7 @@ def test_json_that_is_none_is_named_in_a_short_line(folder, content, said):
     (folder / "config.json").write_text("{}")
     (folder / "tokenizer_config.json").write_text(content)
     with pytest.raises(CheckpointError, match=said):
-        Parent.of_checkpoint(folder)
+        ParentFiles.from_checkpoint(folder)
 
 
 def test_weights_are_the_same_by_their_content(tmp_path):
@@ -376,14 +376,14 @@ def test_places_are_checked_before_anything_is_computed(tmp_path, monkeypatch):
 
 
 def test_a_record_of_the_parent_is_read_as_it_was_written(folder, tmp_path):
-    parent = Parent.of_checkpoint(folder, repository="owner/name")
+    parent = ParentFiles.from_checkpoint(folder, repository="owner/name")
     parent.write(tmp_path / "kept")
-    assert Parent.read(tmp_path / "kept") == parent
+    assert ParentFiles.read(tmp_path / "kept") == parent
     assert hf.parent_dtypes(parent)["lm_head.weight"] == torch.float32
     edit(tmp_path / "kept/parent.json", dtypes={"lm_head.weight": "I8"})
     with pytest.raises(ExportError, match="'I8'; copy the run again"):
-        hf.parent_dtypes(Parent.read(tmp_path / "kept"))
+        hf.parent_dtypes(ParentFiles.read(tmp_path / "kept"))
     for damage in ({"dtypes": []}, {"repository": "a](http://b)"}):
         edit(tmp_path / "kept/parent.json", **damage)
         with pytest.raises(CheckpointError, match=r"parent\.json is damaged"):
-            Parent.read(tmp_path / "kept")
+            ParentFiles.read(tmp_path / "kept")

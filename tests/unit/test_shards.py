@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from nestlm.data.datamodule import DataSettings, PackedTokens
-from nestlm.data.opened import Prepared
-from nestlm.data.prepare import BY_FILES, prepare
-from nestlm.data.shards import BLOCK, SPLITS, Manifest
+from nestlm.data.manifest import BLOCK_BYTES, SPLITS, Manifest
+from nestlm.data.preparation import NO_SETTINGS, prepare_source
+from nestlm.data.prepared_data import PreparedData
 from nestlm.data.sources.base import Portion
-from nestlm.data.sources.shards import Mixture
+from nestlm.data.sources.shards import ShardMixture
 from nestlm.data.sources.synthetic import Synthetic
-from nestlm.data.tokenizer import load
+from nestlm.data.tokenizer import load_tokenizer
 from nestlm.errors import DataError
 
 NUM_DAMAGES = 200
@@ -24,7 +24,9 @@ NUM_DAMAGES = 200
 def make(folder: Path, *, seed: int = 0, tokenizer: Path | None = None, vocab_size: int = 288) -> Path:
     folder.mkdir()
     source = Synthetic(num_documents=150, num_words=400, seed=seed)
-    prepare(source, folder, vocab_size=vocab_size, tokenizer_file=tokenizer, heldout_share=0.1, shard_tokens=3 * BLOCK)
+    prepare_source(
+        source, folder, vocab_size=vocab_size, tokenizer_file=tokenizer, heldout_share=0.1, shard_tokens=3 * BLOCK_BYTES
+    )
     return folder
 
 
@@ -42,7 +44,7 @@ def others(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]
 
 def read_all(folder: Path) -> int:
     """Open a folder as a run does, and read every row."""
-    prepared = Prepared.read(folder)
+    prepared = PreparedData.read(folder)
     prepared.check(sequence_length=64)
     rows = [prepared.rows(split, sequence_length=64) for split in SPLITS]
     return sum(len(each[index]) for each in rows for index in range(len(each)))
@@ -82,7 +84,7 @@ def damage(folder: Path, others: list[Path], generator: random.Random) -> str:
 
 def test_every_damage_is_named(folder, others, tmp_path):
     assert read_all(folder) > 10**5
-    assert (folder / "train-00002.bin").stat().st_size > BLOCK, "several shards of several blocks"
+    assert (folder / "train-00002.bin").stat().st_size > BLOCK_BYTES, "several shards of several blocks"
     undetected, unnamed = [], []
     for seed in range(NUM_DAMAGES):
         copy = tmp_path / str(seed)
@@ -102,14 +104,14 @@ def test_every_damage_is_named(folder, others, tmp_path):
 def test_a_damage_after_the_opening_is_found_at_the_read(folder, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
-    rows = Prepared.read(copy).rows("train", sequence_length=64)
+    rows = PreparedData.read(copy).rows("train", sequence_length=64)
     good = rows[3].copy()
     with (copy / "train-00000.bin").open("r+b") as file:
-        file.seek(2 * BLOCK + 5)
+        file.seek(2 * BLOCK_BYTES + 5)
         file.write(b"\xff")
     np.testing.assert_array_equal(rows[3], good, "another block")
-    with pytest.raises(DataError, match=rf"train-00000.bin is damaged in bytes {2 * BLOCK} to {3 * BLOCK}"):
-        rows[BLOCK // 64]
+    with pytest.raises(DataError, match=rf"train-00000.bin is damaged in bytes {2 * BLOCK_BYTES} to {3 * BLOCK_BYTES}"):
+        rows[BLOCK_BYTES // 64]
 
 
 def test_a_token_beyond_the_vocabulary_is_named(folder, tmp_path):
@@ -122,19 +124,19 @@ def test_a_token_beyond_the_vocabulary_is_named(folder, tmp_path):
 
 
 def test_a_tokenizer_that_is_not_the_models_is_refused(folder, others, tmp_path):
-    prepared = Prepared.read(folder)
-    prepared.of_model(special=BY_FILES, vocab_size=300, tokenizer_file=folder / "tokenizer.json")
+    prepared = PreparedData.read(folder)
+    prepared.with_model_tokens(special=NO_SETTINGS, vocab_size=300, tokenizer_file=folder / "tokenizer.json")
     laid_out = tmp_path / "tokenizer.json"
-    load(folder / "tokenizer.json").save(str(laid_out), pretty=True)
+    load_tokenizer(folder / "tokenizer.json").save(str(laid_out), pretty=True)
     assert laid_out.read_bytes() != (folder / "tokenizer.json").read_bytes()
-    prepared.of_model(special=BY_FILES, vocab_size=288, tokenizer_file=laid_out)
+    prepared.with_model_tokens(special=NO_SETTINGS, vocab_size=288, tokenizer_file=laid_out)
     with pytest.raises(DataError, match=r"holds '.*', token 287, but the model has only 287 tokens"):
-        prepared.of_model(special=BY_FILES, vocab_size=287, tokenizer_file=None)
+        prepared.with_model_tokens(special=NO_SETTINGS, vocab_size=287, tokenizer_file=None)
     with pytest.raises(DataError, match="another tokenizer than"):
-        prepared.of_model(special=BY_FILES, vocab_size=288, tokenizer_file=others[1] / "tokenizer.json")
-    Prepared.open([Portion(folder, 1.0), Portion(others[0], 1.0)])
+        prepared.with_model_tokens(special=NO_SETTINGS, vocab_size=288, tokenizer_file=others[1] / "tokenizer.json")
+    PreparedData.open([Portion(folder, 1.0), Portion(others[0], 1.0)])
     with pytest.raises(DataError, match="another tokenizer than"):
-        Prepared.open([Portion(folder, 1.0), Portion(others[1], 1.0)])
+        PreparedData.open([Portion(folder, 1.0), Portion(others[1], 1.0)])
 
 
 @pytest.fixture
@@ -144,20 +146,22 @@ def kept(folder, others, tmp_path) -> tuple[Path, list[Path]]:
     stage.mkdir()
     for source, copy in zip((folder, others[0]), copies, strict=True):
         shutil.copytree(source, copy)
-    Prepared.open([Portion(path, weight) for path, weight in zip(copies, (1.0, 3.0), strict=True)]).keep(stage)
+    PreparedData.open([Portion(path, weight) for path, weight in zip(copies, (1.0, 3.0), strict=True)]).keep(stage)
     for copy in copies:
         shutil.rmtree(copy)
     return stage.rename(tmp_path / "moved"), copies
 
 
 def loader_of(stage: Path, copies: list[Path]) -> PackedTokens:
-    source = Mixture([{"path": str(path), "weight": weight} for path, weight in zip(copies, (1.0, 3.0), strict=True)])
-    return PackedTokens(settings_of(source), Prepared.read(stage), seed=0, stream="t", num_steps=1)
+    source = ShardMixture(
+        [{"path": str(path), "weight": weight} for path, weight in zip(copies, (1.0, 3.0), strict=True)]
+    )
+    return PackedTokens(settings_of(source), PreparedData.read(stage), seed=0, stream="t", num_steps=1)
 
 
 def test_held_out_tokens_are_kept_and_training_tokens_are_read_in_place(folder, others, kept):
     stage, copies = kept
-    whole = Prepared.open([Portion(folder, 1.0), Portion(others[0], 3.0)])
+    whole = PreparedData.open([Portion(folder, 1.0), Portion(others[0], 3.0)])
     loader = loader_of(stage, copies)
     for split in SPLITS[1:]:
         rows, wanted = loader.rows(split), whole.rows(split, sequence_length=64)
@@ -189,7 +193,7 @@ def test_held_out_tokens_are_kept_and_training_tokens_are_read_in_place(folder, 
 def test_a_damaged_list_of_portions_is_named(kept, content, message):
     (kept[0] / "portions.json").write_text(content)
     with pytest.raises(DataError, match=message):
-        Prepared.read(kept[0])
+        PreparedData.read(kept[0])
 
 
 def test_nothing_outside_a_prepared_folder_is_read(folder, tmp_path):
@@ -233,7 +237,7 @@ def test_a_folder_of_an_earlier_version_is_to_be_prepared_again(folder, tmp_path
         Manifest.read(tmp_path)
 
 
-def settings_of(source: Mixture) -> DataSettings:
+def settings_of(source: ShardMixture) -> DataSettings:
     return DataSettings(
         source, None, None, None, special_tokens=False, sequence_length=64, batch_size=2, eval_batch_size=2,
         heldout_share=0.1, separate_documents=True, num_workers=0,

@@ -30,7 +30,7 @@ def test_a_width_that_is_no_choice_is_refused():
 
 def test_spec_by_axis_and_by_site():
     spec = SPACE.full()
-    assert spec.by_axis() == {"mlp_width": [8, 8], "attn_heads": [2]}
+    assert spec.widths_by_axis() == {"mlp_width": [8, 8], "attn_heads": [2]}
     assert spec.get(Site("depth", 0)) is None
 
 
@@ -86,7 +86,7 @@ def test_several_limits_are_one_budget():
     several, single = Budget.parse_all([[0.6, "4GiB"], 0.5])[::-1]
     assert str(several) == "0.6+4GiB"
     assert several == Budget.parse((0.6, "4GiB"))
-    assert single == Budget.of_share(0.5)
+    assert single == Budget.from_share(0.5)
 
 
 def test_budgets_are_sorted_without_repeats():

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from nestlm.data.opened import Prepared
-from nestlm.data.prepare import BY_FILES, prepare
-from nestlm.data.shards import Manifest
+from nestlm.data.manifest import Manifest
+from nestlm.data.preparation import NO_SETTINGS, prepare_source
+from nestlm.data.prepared_data import PreparedData
 from nestlm.data.sources.base import Document
 from nestlm.data.sources.synthetic import Synthetic
 from nestlm.data.special_tokens import SpecialTokens, SpecialTokenSettings, read_special_tokens
-from nestlm.data.tokenizer import train
+from nestlm.data.tokenizer import train_tokenizer
 from nestlm.errors import DataError
 
 NAMES = ("<one>", "<two>", "<|endoftext|>", "<|im_end|>")  # tokens 3 to 6
@@ -141,7 +141,7 @@ def test_damaged_files_are_named(content, tmp_path):
 def test_documents_begin_with_what_the_files_or_the_user_say(tmp_path):
     source, model = Synthetic(num_documents=60, num_words=60, seed=0), tmp_path / "model"
     model.mkdir()
-    tokenizer = train((text for _, text in source.documents()), vocab_size=288)
+    tokenizer = train_tokenizer((text for _, text in source.documents()), vocab_size=288)
     tokenizer.add_special_tokens(["<start>", "<end>"])
     tokenizer.save(str(model / "tokenizer.json"))
     write(model, tokenizer_config={"bos_token": "<start>"}, generation_config={"eos_token_id": [289, 0]})
@@ -151,7 +151,7 @@ def test_documents_begin_with_what_the_files_or_the_user_say(tmp_path):
     ):
         out = tmp_path / name
         out.mkdir()
-        prepare(
+        prepare_source(
             source, out, vocab_size=None, tokenizer_file=model / "tokenizer.json", heldout_share=0.1, special=special
         )
         manifest = Manifest.read(out)
@@ -165,7 +165,7 @@ def chat(tmp_path) -> Path:
     """A tokenizer.json of 290 tokens, the last two of which are special; the first of these begins texts."""
     folder = tmp_path / "chat"
     folder.mkdir()
-    tokenizer = train((text for _, text in CHATS.documents()), vocab_size=288)
+    tokenizer = train_tokenizer((text for _, text in CHATS.documents()), vocab_size=288)
     tokenizer.add_special_tokens(["<start>", "<end>"])
     tokenizer.save(str(folder / "tokenizer.json"))
     write(folder, tokenizer_config={"bos_token": "<start>", "eos_token": "<end>"})
@@ -186,7 +186,7 @@ CHATS = Chats()
 def prepared(folder: Path, tokenizer: Path, **options) -> tuple[Manifest, np.ndarray]:
     folder.mkdir(exist_ok=True)
     settings = {"vocab_size": None, "tokenizer_file": tokenizer, "heldout_share": 0.1}
-    manifest = prepare(CHATS, folder, **settings | options)
+    manifest = prepare_source(CHATS, folder, **settings | options)
     return manifest, np.fromfile(folder / "train-00000.bin", manifest.dtype)
 
 
@@ -212,18 +212,20 @@ def test_names_of_special_tokens_in_plain_texts_are_named_once(chat, tmp_path, c
 def test_a_prepared_folder_is_used_with_the_special_tokens_that_it_was_made_with(chat, tmp_path):
     plain = tmp_path / "plain"
     prepared(plain, chat)
-    opened = Prepared.read(plain)
+    opened = PreparedData.read(plain)
     options = {"vocab_size": 290, "tokenizer_file": chat}
-    assert opened.of_model(special=SpecialTokenSettings(), **options).special_tokens == SpecialTokens(288, (289,))
-    named = opened.of_model(special=SpecialTokenSettings(ends=["<start>"]), **options)
+    assert opened.with_model_tokens(special=SpecialTokenSettings(), **options).special_tokens == SpecialTokens(
+        288, (289,)
+    )
+    named = opened.with_model_tokens(special=SpecialTokenSettings(ends=["<start>"]), **options)
     assert named.special_tokens == SpecialTokens(288, (288,)), "end tokens change no token of a text"
     with pytest.raises(DataError, match=r"begin with '<start>', wanted '<end>'; prepare it with --begin-token"):
-        opened.of_model(special=SpecialTokenSettings("<end>"), **options)
+        opened.with_model_tokens(special=SpecialTokenSettings("<end>"), **options)
     with pytest.raises(DataError, match=r"data.special_tokens: got true, but .*plain was prepared without"):
-        opened.of_model(special=SpecialTokenSettings(in_text=True), **options)
+        opened.with_model_tokens(special=SpecialTokenSettings(in_text=True), **options)
     write(chat.parent, tokenizer_config={"bos_token": "<end>"})
     with pytest.raises(DataError, match=r"begin with '<start>', wanted '<end>'"):
-        opened.of_model(special=SpecialTokenSettings(), **options)
+        opened.with_model_tokens(special=SpecialTokenSettings(), **options)
 
 
 def test_a_token_above_the_embedding_matters_where_a_text_holds_it(chat, tmp_path):
@@ -235,9 +237,9 @@ def test_a_token_above_the_embedding_matters_where_a_text_holds_it(chat, tmp_pat
     with pytest.raises(DataError, match=r"data: synthetic-00\d+ " + message):
         prepared(tmp_path / "used", chat, vocab_size=289, special=marked)
     prepared(tmp_path / "whole", chat, special=marked)
-    opened = Prepared.read(tmp_path / "whole")
-    opened.of_model(vocab_size=290, tokenizer_file=None, special=BY_FILES)
+    opened = PreparedData.read(tmp_path / "whole")
+    opened.with_model_tokens(vocab_size=290, tokenizer_file=None, special=NO_SETTINGS)
     with pytest.raises(DataError, match=r"data.path: .*whole " + message):
-        opened.of_model(vocab_size=289, tokenizer_file=None, special=BY_FILES)
+        opened.with_model_tokens(vocab_size=289, tokenizer_file=None, special=NO_SETTINGS)
     with pytest.raises(DataError, match=r"data.tokenizer: has 288 tokens, model.vocab_size is 287; wanted the"):
         prepared(tmp_path / "small", chat, vocab_size=287)

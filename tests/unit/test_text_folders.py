@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from nestlm.data.prepare import prepare
-from nestlm.data.sources.auto import by_path
+from nestlm.data.preparation import prepare_source
+from nestlm.data.sources.auto import source_from_path
 from nestlm.data.sources.base import Document
 from nestlm.data.sources.text import TextFolder
 from nestlm.errors import DataError
@@ -125,7 +125,7 @@ def test_names_that_are_no_utf8(tmp_path):
     assert sorted(documents) == [f"\\xff\\xfe{number}.txt" for number in range(6)]
     (tmp_path / "out").mkdir()
     source = TextFolder(str(tmp_path / "texts"))
-    manifest = prepare(source, tmp_path / "out", vocab_size=270, tokenizer_file=None, heldout_share=0.2)
+    manifest = prepare_source(source, tmp_path / "out", vocab_size=270, tokenizer_file=None, heldout_share=0.2)
     assert sum(split.documents for split in manifest.splits.values()) == 6
     (folder / "\udcff.txt").write_bytes(b"\xff")
     with pytest.raises(DataError, match=r"cannot read \\xff\.txt \('utf-8' codec") as found:
@@ -182,7 +182,7 @@ def test_damaged_and_odd_parquet_is_named(tmp_path):
 
 def as_named(path: str) -> list[Document]:
     """The documents of what `data.path=PATH` names."""
-    source = by_path(path)
+    source = source_from_path(path)
     assert isinstance(source, TextFolder)
     return list(source.documents())
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from nestlm.cost.table import PriceList
-from nestlm.data.opened import Prepared
-from nestlm.data.shards import TOKENIZER
+from nestlm.data.manifest import TOKENIZER
+from nestlm.data.prepared_data import PreparedData
 from nestlm.errors import CheckpointError, ExportError
 from nestlm.eval.policy_scores import spent_shares
 from nestlm.export import job
@@ -19,7 +19,7 @@ from nestlm.export.card import Facts
 from nestlm.export.check import Check
 from nestlm.export.gguf import Precision
 from nestlm.model.family import Family
-from nestlm.model.parent import Parent
+from nestlm.model.parent_files import ParentFiles
 from nestlm.model.weights_io import CURE
 from nestlm.nn.decoder import Decoder
 from nestlm.pipeline.context import Context
@@ -110,7 +110,7 @@ def export(run: Run, answer: Answer, request: Request, *, budget: Budget, router
         parent=kept,
         axes=run.context.settings.axis_list,
         tokenizer=run.context.inputs["data"] / TOKENIZER,
-        special_tokens=Prepared.read(run.context.inputs["data"]).special_tokens,
+        special_tokens=PreparedData.read(run.context.inputs["data"]).special_tokens,
         text_BL=text_BL,
     )
     facts = Facts(
@@ -143,17 +143,17 @@ def chosen(run: Run, budget: Budget, answer: Answer) -> job.Chosen:
     return job.Chosen(routed=(run.router, Plan.from_json(answer.plan, tariffs=tariffs)))
 
 
-def kept_parent(run: Run) -> Parent | None:
+def kept_parent(run: Run) -> ParentFiles | None:
     """What the run keeps of the weights that it was made from. Raises CheckpointError where that is lost."""
     if run.family.weights is None:
         return None
     folder = run.context.folder / "checkpoints" / PARENT
     if not folder.is_dir():
         raise CheckpointError(f"{folder} does not exist; {CURE}")
-    return Parent.read(folder)
+    return ParentFiles.read(folder)
 
 
-def parent_name(family: Family, kept: Parent | None) -> str:
+def parent_name(family: Family, kept: ParentFiles | None) -> str:
     """The name of what was nested: that on the hub, or a folder's without the path to it."""
     if kept is None:
         return f"a {family.architecture} trained from scratch"

@@ -17,10 +17,10 @@ from nestlm.api.reproduce import own_table
 from nestlm.cost.table import PriceList
 from nestlm.data import tokenizer as tokenizers
 from nestlm.data.datamodule import DataSettings
-from nestlm.data.opened import Prepared
-from nestlm.data.shards import TOKENIZER
-from nestlm.data.sources.auto import by_path
-from nestlm.data.special_tokens import PlainNames, SpecialTokens
+from nestlm.data.manifest import TOKENIZER
+from nestlm.data.prepared_data import PreparedData
+from nestlm.data.sources.auto import source_from_path
+from nestlm.data.special_tokens import SpecialTokens, SpecialTokenWarner
 from nestlm.elastic.axes.base import Axis
 from nestlm.errors import CheckpointError, ConfigError
 from nestlm.eval.heldout import HeldOut, RunTasks, held_out, task_runner
@@ -47,7 +47,7 @@ from nestlm.spec import Budget
 from nestlm.train.settings import Settings, View
 from nestlm.train.trainer import make_trainer
 from nestlm.utils.console import track
-from nestlm.utils.json_files import expecting, read_json
+from nestlm.utils.json_files import damaged_file_errors, read_json
 
 READS = ("model", "axes", "cost", "costs", "router", "trainer", "data", "seed")
 POLICIES = ("static", "dynamic")
@@ -88,7 +88,7 @@ class NestedModel:
             NestlmError: something is missing or damaged, or the device is not there.
         """
         settings = own_table(settings, folder)
-        with expecting(folder / "metrics.json", cure=CURE):
+        with damaged_file_errors(folder / "metrics.json", cure=CURE):
             skippable = read_json(folder / "metrics.json", cure=CURE)["rank"].get(SKIPPABLE)
             if skippable is not None:
                 settings = settings.with_skippable(skippable)
@@ -117,12 +117,12 @@ class NestedModel:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """As prompts and texts are encoded."""
-        return tokenizers.for_texts(tokenizers.load(self.tokenizer_folder / TOKENIZER))
+        return tokenizers.make_text_encoder(tokenizers.load_tokenizer(self.tokenizer_folder / TOKENIZER))
 
     @cached_property
     def special_tokens(self) -> SpecialTokens:
         """Ids of the tokens that begin and end a text."""
-        return Prepared.read(self.tokenizer_folder).special_tokens
+        return PreparedData.read(self.tokenizer_folder).special_tokens
 
     @cached_property
     def metrics(self) -> dict[str, dict[str, Any]]:
@@ -213,11 +213,13 @@ class NestedModel:
         Raises:
             DataError: the tokenizer cannot say it, or the model has no such token.
         """
-        encoder = tokenizers.for_texts(self.tokenizer, special_tokens=True) if special_tokens else self.tokenizer
+        encoder = (
+            tokenizers.make_text_encoder(self.tokenizer, special_tokens=True) if special_tokens else self.tokenizer
+        )
         cure = "special_tokens=True (--special-tokens)"
-        PlainNames(encoder, where="prompt: holds", cure=cure).look(prompt)
+        SpecialTokenWarner(encoder, where="prompt: holds", cure=cure).look(prompt)
         ids = tokenizers.encode_prompt(encoder, prompt, begin=self.special_tokens.begin)
-        tokenizers.check_ids(encoder, ids, vocab_size=self.decoder.config.vocab_size, where="prompt:")
+        tokenizers.check_token_ids(encoder, ids, vocab_size=self.decoder.config.vocab_size, where="prompt:")
         return ids
 
     def tokens(
@@ -281,7 +283,7 @@ class NestedModel:
                 batch_size=self.settings.data.eval_batch_size if batch_size is None else batch_size,
             )
         if isinstance(data, str):
-            data = replace(self.settings.data, source=by_path(data), path=data, heldout_share=None)
+            data = replace(self.settings.data, source=source_from_path(data), path=data, heldout_share=None)
         with held_out(data, settings=self.settings, own=self.context.data(stream="validation")) as text:
             rows = [self.row(each, text, run) for each in track(found, "evaluate", total=len(found))]
         return rows

@@ -20,7 +20,7 @@ from nestlm.export import hf
 from nestlm.export.place import new_folder
 from nestlm.model import hub
 from nestlm.model.family import Family
-from nestlm.model.parent import Parent
+from nestlm.model.parent_files import ParentFiles
 from nestlm.model.weights_io import load_weights
 from nestlm.nn.decoder import Decoder
 from nestlm.pipeline.context import LATENCY_TABLE, MODEL
@@ -98,7 +98,7 @@ def with_kept_weights(config: dict[str, Any], family: Family, *, folder: Path, p
         decoder = Decoder.empty(family.decoder_config())
         load_weights(decoder, parent.with_name(MODEL))
         with new_folder(copied) as new:
-            hf.write(decoder, family, new, parent=Parent.read(parent))
+            hf.write(decoder, family, new, parent=ParentFiles.read(parent))
     console.print(f"model.weights: {weights} is gone; the run's own copy of them serves", highlight=False, markup=False)
     return config | {"model": config["model"] | {"weights": str(copied)}}
 
@@ -106,7 +106,7 @@ def with_kept_weights(config: dict[str, Any], family: Family, *, folder: Path, p
 def is_there(weights: str) -> bool:
     """Whether a checkpoint's folder, or its repository, can be read."""
     try:
-        return hub.small_files(weights).is_dir()
+        return hub.fetch_small_files(weights).is_dir()
     except CheckpointError:
         return False
 

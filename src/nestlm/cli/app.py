@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from nestlm.errors import EXIT_USER_ERROR, ConfigError, NestlmError
-from nestlm.utils.interrupts import listen
+from nestlm.utils.interrupts import exit_on_signals
 from nestlm.utils.resources import check_writable, resource_error
 
 EXIT_DIFFERENT = 1
@@ -312,7 +312,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # of a terminal that cannot show every character
             stream.reconfigure(errors="backslashreplace")
-    listen()
+    exit_on_signals()
     try:
         app()
     except Exception as error:

@@ -7,15 +7,15 @@ from itertools import chain, islice
 from pathlib import Path
 
 from nestlm.data import tokenizer as tokenizers
-from nestlm.data.prepare import BATCH_BYTES, BY_FILES, batched, prepare
-from nestlm.data.shards import JOURNAL, MANIFEST, TOKENIZER, Manifest
+from nestlm.data.manifest import JOURNAL, MANIFEST, TOKENIZER, Manifest
+from nestlm.data.preparation import BATCH_BYTES, NO_SETTINGS, batch_documents, prepare_source
 from nestlm.data.sources.base import Source
 from nestlm.data.sources.hub import PREFIX, HubDataset
 from nestlm.data.sources.text import TextFolder
 from nestlm.data.special_tokens import SpecialTokenSettings
 from nestlm.errors import DataError
 from nestlm.utils.console import output
-from nestlm.utils.locks import locked
+from nestlm.utils.locks import lock_folder
 
 SAMPLED = 4 * BATCH_BYTES  # of text, on which the tokenizer is timed alone
 
@@ -28,7 +28,7 @@ def prepare_folder(
     text_key: str,
     heldout_share: float,
     shard_tokens: int,
-    special: SpecialTokenSettings = BY_FILES,
+    special: SpecialTokenSettings = NO_SETTINGS,
 ) -> Manifest:
     """Prepare what a path names, and print what was made.
 
@@ -48,14 +48,14 @@ def prepare_folder(
     except OSError as error:
         raise DataError(f"--out: cannot make {folder} ({error.strerror}); wanted a folder to write to") from error
     file = tokenizer / TOKENIZER if tokenizer.is_dir() else tokenizer
-    with locked(folder, str(folder)):
+    with lock_folder(folder, str(folder)):
         begun = any((folder / name).is_file() for name in (JOURNAL, MANIFEST))
         others = [each.name for each in folder.iterdir() if not each.name.startswith(".") and not ours(each.name)]
         if others and not begun:
             raise DataError(f"--out: {folder} holds {sorted(others)[0]}; wanted a new folder, or one to go on with")
         finished = (folder / MANIFEST).is_file()
         timings: dict[str, float] = {}
-        manifest = prepare(
+        manifest = prepare_source(
             source,
             folder,
             vocab_size=None,
@@ -94,8 +94,8 @@ def ours(name: str) -> bool:
 
 def raw_speed(source: Source, file: Path) -> float:
     """Tokens a second of the tokenizer's own threads, on the first texts, with nothing around it."""
-    tokenizer = tokenizers.for_texts(tokenizers.load(file))
-    documents = chain.from_iterable(islice(batched(source.documents(), skip=0), SAMPLED // BATCH_BYTES))
+    tokenizer = tokenizers.make_text_encoder(tokenizers.load_tokenizer(file))
+    documents = chain.from_iterable(islice(batch_documents(source.documents(), skip=0), SAMPLED // BATCH_BYTES))
     texts = [text for _, text in documents]
     started = time.perf_counter()
     encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from nestlm.errors import ConfigError, NotAllowedError
-from nestlm.utils.text import nearest, shown
+from nestlm.utils.messages import quote_value, suggest_name
 
 PLUGINS = "NESTLM_PLUGINS"  # packages, separated by commas
 NAME = re.compile(r"[A-Za-z_]\w{0,80}(\.[A-Za-z_]\w{0,80}){0,12}", flags=re.ASCII)
@@ -42,7 +42,7 @@ FOREIGN = {
     ),
 }
 # Functions that make one of several classes.
-FUNCTIONS = {"nestlm.data.sources.auto.by_path": "nestlm.data.sources.base.Source"}
+FUNCTIONS = {"nestlm.data.sources.auto.source_from_path": "nestlm.data.sources.base.Source"}
 
 
 def allowed_plugins(named: Iterable[str] = ()) -> tuple[str, ...]:
@@ -70,7 +70,7 @@ def check_plugins(named: Any, *, allowed: Sequence[str]) -> None:
 def check_name(name: Any, *, where: str) -> str:
     """The dotted name. Raises NotAllowedError where it is none."""
     if not isinstance(name, str) or NAME.fullmatch(name) is None:
-        raise NotAllowedError(f"{where}: got {shown(name)}, wanted a dotted name, such as package.module.Class")
+        raise NotAllowedError(f"{where}: got {quote_value(name)}, wanted a dotted name, such as package.module.Class")
     return name
 
 
@@ -96,8 +96,8 @@ def locate(path: Any, kinds: Sequence[type], *, where: str, plugins: Sequence[st
     if name not in foreign and package != "nestlm" and plugin is None:
         few = sorted(foreign, key=lambda each: not each.endswith(("AdamW", "CSVLogger")))[:3]
         raise NotAllowedError(
-            f"{key}: {shown(name)} is not allowed; wanted {', or '.join([f'a {wanted} of nestlm', *few])}; classes of "
-            f"your own package need plugins=[{package}] on the command line of train.py; a run of them "
+            f"{key}: {quote_value(name)} is not allowed; wanted {', or '.join([f'a {wanted} of nestlm', *few])}; "
+            f"classes of your own package need plugins=[{package}] on the command line of train.py; a run of them "
             f"{PLUGINS}={package}"
         )
     found = import_object(name, where=where)
@@ -108,7 +108,7 @@ def locate(path: Any, kinds: Sequence[type], *, where: str, plugins: Sequence[st
     )
     if not inspect.isclass(found) or not own or not any(suits(found, kind) for kind in kinds):
         raise NotAllowedError(
-            f"{key}: {shown(name)} is no {wanted} that its module defines; wanted the name of such a class"
+            f"{key}: {quote_value(name)} is no {wanted} that its module defines; wanted the name of such a class"
         )
     return found
 
@@ -145,8 +145,8 @@ def import_object(path: str, *, where: str) -> Any:
             cure = f"pip install 'nestlm[{error.name}]'" if error.name in extras else "is its package installed?"
             raise ConfigError(f"{where}._target_: cannot import {module_path!r} ({error}); {cure}") from None
         siblings = [info.name for info in pkgutil.iter_modules(folders)]
-        raise ConfigError(f"{where}: {package_path} has no {missing!r}{nearest(missing, siblings)}") from None
+        raise ConfigError(f"{where}: {package_path} has no {missing!r}{suggest_name(missing, siblings)}") from None
     if not hasattr(module, name):
         classes = [each for each, value in vars(module).items() if inspect.isclass(value)]
-        raise ConfigError(f"{where}._target_: {module_path} has no {name!r}{nearest(name, classes)}")
+        raise ConfigError(f"{where}._target_: {module_path} has no {name!r}{suggest_name(name, classes)}")
     return getattr(module, name)

@@ -41,7 +41,7 @@ if TYPE_CHECKING:  # heavy to import
     from nestlm.train.settings import Settings
 
 T = TypeVar("T")
-PRETRAINED = "nestlm.model.pretrained.pretrained"
+PRETRAINED = "nestlm.model.pretrained.family_from_checkpoint"
 RUNS_OWN_SIZES = ("sequence_length", "eval_batch_size", "separate_documents")
 PATHS = {"path", "weights", "tokenizer", "table", "run_dir", "cache_dir"}  # fields that name files
 USER_ERRORS = (NestlmError, HydraException, OmegaConfBaseException)
@@ -253,12 +253,14 @@ def with_sizes(plain: dict[str, Any]) -> dict[str, Any]:
     node = plain.get("model")
     if not isinstance(node, dict) or node.get(nodes.TARGET) != PRETRAINED:
         return plain
-    from nestlm.model.pretrained import as_node, pretrained
+    from nestlm.model.pretrained import family_from_checkpoint, to_config_node
 
     smaller = OmegaConf.create((CONF / "debug/smoke.yaml").read_text(encoding="utf-8")).model.items()
     # a checkpoint's sizes stay its own
     arguments = {name: value for name, value in node.items() if name != nodes.TARGET and (name, value) not in smaller}
-    return plain | {"model": as_node(nodes.make(nodes.parse_call(pretrained, arguments, where="model")))}
+    return plain | {
+        "model": to_config_node(nodes.make(nodes.parse_call(family_from_checkpoint, arguments, where="model")))
+    }
 
 
 def build(plain: dict[str, Any], *, plugins: Sequence[str] = ()) -> Settings:

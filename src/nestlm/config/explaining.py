@@ -11,8 +11,8 @@ from omegaconf import OmegaConf
 
 from nestlm.config.groups import CONF, groups
 from nestlm.errors import NestlmError
+from nestlm.utils.messages import suggest_name
 from nestlm.utils.nested_dict import flat_items
-from nestlm.utils.text import nearest
 
 PLUGGED_IN = ("joblib", "submitit_local", "submitit_slurm")  # launchers that are not Hydra's own
 LONGEST = 120  # characters of what a message repeats
@@ -50,7 +50,7 @@ def explain_option(missing: str, options: list[str]) -> str:
     group, _, got = missing.removesuffix(".yaml").rpartition("/")
     if group == "hydra/launcher" and got in PLUGGED_IN:
         return f"launcher: {got} needs a package that is not installed; pip install 'nestlm[launchers]'"
-    near = nearest(got, options)
+    near = suggest_name(got, options)
     return f"{group}: got {got!r}, wanted one of {', '.join(options)}{near if 'did you' in near else ''}"
 
 
@@ -78,4 +78,4 @@ def nearest_key(name: str) -> str:
         config = OmegaConf.to_container(compose("train"), resolve=False)
     parent = name.rpartition(".")[0]
     keys = list(dict.fromkeys([*(key for key, _ in flat_items(config)), *groups()]))
-    return nearest(name, [key for key in keys if key.rpartition(".")[0] == parent] or keys)
+    return suggest_name(name, [key for key in keys if key.rpartition(".")[0] == parent] or keys)

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, ListConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from nestlm.errors import ConfigError, NotAllowedError
-from nestlm.utils.text import shown
+from nestlm.utils.messages import quote_value
 
 LAUNCHERS = "hydra_plugins.hydra_submitit_launcher.submitit_launcher"
 SAMPLERS = ("CmaEsSampler", "GridSampler", "MOTPESampler", "NSGAIISampler", "RandomSampler", "TPESampler")
@@ -112,7 +112,7 @@ def check_target(value: Any, where: str, *, plugins: tuple[Any, ...]) -> None:
     own = isinstance(value, str) and any(value.startswith(f"{name}.") for name in plugins)
     if value not in TARGETS and not own:
         raise NotAllowedError(
-            f"{where}: {shown(value)} is not allowed; wanted a launcher or a sweeper by its name, such as "
+            f"{where}: {quote_value(value)} is not allowed; wanted a launcher or a sweeper by its name, such as "
             "launcher=joblib, or a class of a package that plugins=[PACKAGE] names"
         )
 
@@ -121,4 +121,6 @@ def check_logging(key: Any, value: Any, where: str) -> None:
     """Raise NotAllowedError where settings of logging name code."""
     imported = isinstance(value, str) and value.startswith("ext://") and value not in STREAMS
     if (key in LOGGING and value not in LOGGING[key]) or imported:
-        raise NotAllowedError(f"{where}: {shown(value)} is not allowed; wanted logging.StreamHandler or FileHandler")
+        raise NotAllowedError(
+            f"{where}: {quote_value(value)} is not allowed; wanted logging.StreamHandler or FileHandler"
+        )

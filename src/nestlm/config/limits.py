@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from nestlm.errors import ConfigError
-from nestlm.utils.text import check_text, shown
+from nestlm.utils.messages import check_text, quote_value
 
 DEEPEST, MOST = 16, 100_000  # levels and values of a config
 LARGEST_INT = 2**63
@@ -79,7 +79,7 @@ def check_values(value: Any, where: str = "", *, depth: int = 0) -> int:
     if isinstance(value, dict | list):
         for key, item in value.items() if isinstance(value, dict) else enumerate(value):
             if isinstance(value, dict) and not isinstance(key, str):
-                raise ConfigError(f"{where or 'config'}: got the key {shown(key)}, wanted a text")
+                raise ConfigError(f"{where or 'config'}: got the key {quote_value(key)}, wanted a text")
             below = f"{where}[{key}]" if isinstance(key, int) else f"{where}.{key}".lstrip(".")
             count += check_values(item, below, depth=depth + 1)
             if count > MOST:
@@ -93,7 +93,7 @@ def check_value(value: Any, where: str) -> None:
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{where}: got {value}, wanted a finite number")
     if isinstance(value, int) and abs(value) >= LARGEST_INT:
-        raise ConfigError(f"{where}: got {shown(value, longest=30)}, wanted a number below 2**63")
+        raise ConfigError(f"{where}: got {quote_value(value, longest=30)}, wanted a number below 2**63")
     if isinstance(value, int) and value > LARGEST.get(name, LARGEST_INT):
         raise ConfigError(f"{where}: got {value}, wanted at most {LARGEST[name]}")
     if isinstance(value, int | float) and not isinstance(value, bool):
@@ -103,7 +103,7 @@ def check_value(value: Any, where: str) -> None:
     if isinstance(value, str):
         check_text(value, where)
     elif not isinstance(value, int | float | list | dict | None):
-        raise ConfigError(f"{where}: got {shown(value)}, wanted plain values: numbers, texts, lists and mappings")
+        raise ConfigError(f"{where}: got {quote_value(value)}, wanted plain values: numbers, texts, lists and mappings")
 
 
 def check_sign(value: float, name: str, where: str) -> None:

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from nestlm.config.allowlist import FOREIGN, full_name, locate
 from nestlm.errors import ConfigError, NestlmError, NotAllowedError
 from nestlm.utils.deferred import Deferred
-from nestlm.utils.text import nearest, shown
+from nestlm.utils.messages import quote_value, suggest_name
 
 TARGET, PARTIAL = "_target_", "_partial_"
 _NONE = type(None)
@@ -128,7 +128,7 @@ def parse_node(node: dict[str, Any], hint: Any, *, where: str, plugins: Sequence
         )
     is_partial = node.get(PARTIAL, False)
     if not isinstance(is_partial, bool):
-        raise NotAllowedError(f"{_below(where, PARTIAL)}: got {shown(is_partial)}, wanted true or false")
+        raise NotAllowedError(f"{_below(where, PARTIAL)}: got {quote_value(is_partial)}, wanted true or false")
     target = locate(node[TARGET], wanted.kinds, where=where, plugins=plugins)
     if not (wanted.later if is_partial else wanted.now):
         cure = "true, since the run makes it later" if wanted.later else "it removed"
@@ -172,7 +172,7 @@ def parameters_of(
                 "STAGE.steps and STAGE.lr)"
             )
         if name not in known and not takes_any:
-            raise ConfigError(f"{_below(where, name)}: {_name(target)} takes no {name!r}{nearest(name, known)}")
+            raise ConfigError(f"{_below(where, name)}: {_name(target)} takes no {name!r}{suggest_name(name, known)}")
     for name in names:
         if name not in arguments and name not in how.given and parameters[name].default is inspect.Parameter.empty:
             raise ConfigError(f"{_below(where, name)}: has no value; {_name(target)} wants one")
@@ -228,16 +228,16 @@ def check_type(where: str, value: Any, hint: Any) -> None:
     if wanted.plain is None or (wanted.kinds and wanted.plain is types.NoneType and value is not None):
         names = " or ".join(kind.__name__ for kind in wanted.kinds)
         cure = f"a node whose {TARGET} names one" if "." in where else f"{where}=NAME"
-        raise ConfigError(f"{where}: got {shown(value)}, wanted a {names}: {cure}")
+        raise ConfigError(f"{where}: got {quote_value(value)}, wanted a {names}: {cure}")
     held = [kind.__name__ for part in get_args(wanted.plain) for kind in wanted_by(part).kinds]
     if held:
-        raise ConfigError(f"{where}: got {shown(value)}, wanted a mapping or a list of {' or '.join(held)}")
+        raise ConfigError(f"{where}: got {quote_value(value)}, wanted a mapping or a list of {' or '.join(held)}")
     adapter = TypeAdapter(wanted.plain, config=ConfigDict(arbitrary_types_allowed=True))
     try:
         adapter.validate_python(value, strict=not isinstance(value, list | dict))
     except ValidationError as error:
         reason = error.errors()[0]["msg"]
-        raise ConfigError(f"{where}: got {shown(value)}, wanted {spelled(wanted.plain)}; {reason}") from None
+        raise ConfigError(f"{where}: got {quote_value(value)}, wanted {spelled(wanted.plain)}; {reason}") from None
 
 
 def spelled(hint: Any) -> str:

@@ -248,7 +248,7 @@ def joint_choices(space: SearchSpace) -> list[Choices]:
     rows = {site: row for row, site in enumerate(space.sites)}
     inside: dict[Site, list[Site]] = {}
     for site in space.sites:
-        inside.setdefault(space.skippable.get(site, site), []).append(site)
+        inside.setdefault(space.depth_sites.get(site, site), []).append(site)
     items = []
     for first, sites in inside.items():
         skips = first.axis == DEPTH

@@ -212,6 +212,6 @@ def price_rows(price: Price, of_block: BlockPrice, *, space: SearchSpace, axes: 
         if site.axis in by_name
     }
     for depth in space.axes.get(DEPTH, ()):
-        inside = sum(rows[site][-1] for site, block in space.skippable.items() if block == depth)
+        inside = sum(rows[site][-1] for site, block in space.depth_sites.items() if block == depth)
         rows[depth] = (0, of_block(depth.layer) - inside)
     return beside_depth(rows, space)

@@ -231,7 +231,7 @@ def beside_depth(rows: Mapping[Site, tuple[float, ...]], space: SearchSpace) -> 
         space: the choices.
     """
     added = dict(rows)
-    for site, depth in space.skippable.items():
+    for site, depth in space.depth_sites.items():
         smallest = rows[site][0]
         added[site] = tuple(price - smallest for price in rows[site])
         skipped, runs = added[depth]

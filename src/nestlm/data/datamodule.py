@@ -10,12 +10,12 @@ import lightning as L
 from torch.utils.data import DataLoader
 
 from nestlm.data import tokenizer as tokenizers
-from nestlm.data.mixed import MixedRows
-from nestlm.data.opened import Prepared
-from nestlm.data.packed import HeldOut, PackedRows, StepLoader
-from nestlm.data.sources.base import PreparedSource, Source, StreamSource, fingerprint
+from nestlm.data.mixed_rows import MixedRows
+from nestlm.data.packed_rows import HeldOutBatches, PackedRows, StepLoader
+from nestlm.data.prepared_data import PreparedData
+from nestlm.data.sources.base import PreparedSource, Source, StreamSource, fingerprint_documents
 from nestlm.data.special_tokens import SpecialTokenSettings
-from nestlm.data.stream import StreamLoader
+from nestlm.data.stream_loader import StreamLoader
 from nestlm.distributed import collectives
 from nestlm.distributed.collectives import RowShard
 from nestlm.errors import ConfigError
@@ -74,9 +74,9 @@ class DataSettings:
         return SpecialTokenSettings(self.begin_token, self.end_tokens, self.special_tokens)
 
     @property
-    def prepared(self) -> Prepared | None:
+    def prepared(self) -> PreparedData | None:
         """The folders of a source that is prepared already; None where there is something to tokenize."""
-        return Prepared.open(self.source.portions()) if isinstance(self.source, PreparedSource) else None
+        return PreparedData.open(self.source.portions()) if isinstance(self.source, PreparedSource) else None
 
     @property
     def identity(self) -> str:
@@ -88,10 +88,10 @@ class DataSettings:
     def fingerprint(self) -> str:
         """Of all texts, also of those that are tokens by now."""
         if isinstance(self.source, PreparedSource):
-            return Prepared.open(self.source.portions()).fingerprint
+            return PreparedData.open(self.source.portions()).fingerprint
         if isinstance(self.source, StreamSource):
             return self.source.identity()
-        return fingerprint(self.source.documents())
+        return fingerprint_documents(self.source.documents())
 
     def check_ranks(self, num_ranks: int) -> None:
         """Raise ConfigError unless a step's rows divide over the ranks."""
@@ -103,7 +103,7 @@ class PackedTokens(L.LightningDataModule):
     """Packed rows of a prepared folder, for one stage of a run."""
 
     def __init__(
-        self, settings: DataSettings, prepared: Prepared, *, seed: int, stream: str, num_steps: int = 0
+        self, settings: DataSettings, prepared: PreparedData, *, seed: int, stream: str, num_steps: int = 0
     ) -> None:
         """Take the folder.
 
@@ -130,7 +130,9 @@ class PackedTokens(L.LightningDataModule):
         """
         prepared = self.prepared
         if split == "train" and isinstance(self.settings.source, PreparedSource):
-            prepared = Prepared.open(self.settings.source.portions())  # the data stage copied the held-out parts alone
+            prepared = PreparedData.open(
+                self.settings.source.portions()
+            )  # the data stage copied the held-out parts alone
             self.prepared.check_same(prepared)
         return prepared.rows(split, sequence_length=self.settings.sequence_length)
 
@@ -145,8 +147,8 @@ class PackedTokens(L.LightningDataModule):
         if isinstance(self.settings.source, StreamSource):
             return StreamLoader(
                 self.settings.source,
-                tokenizers.for_texts(
-                    tokenizers.load(self.prepared.tokenizer_file),
+                tokenizers.make_text_encoder(
+                    tokenizers.load_tokenizer(self.prepared.tokenizer_file),
                     special_tokens=self.settings.special_tokens,
                 ),
                 num_steps=self.num_steps,
@@ -185,4 +187,4 @@ class PackedTokens(L.LightningDataModule):
         fillers = -len(batches) % row_shard.num_ranks
         own = [*batches, *[batches[-1]] * fillers][row_shard.rank :: row_shard.num_ranks]
         last_counts = row_shard.rank < row_shard.num_ranks - fillers
-        return DataLoader(HeldOut(rows, own, separator=self.separator, last_counts=last_counts), batch_size=None)
+        return DataLoader(HeldOutBatches(rows, own, separator=self.separator, last_counts=last_counts), batch_size=None)

@@ -12,7 +12,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from nestlm.data.tokenizer import SEPARATOR, for_texts
+from nestlm.data.tokenizer import SEPARATOR, make_text_encoder
 from nestlm.errors import DataError
 from nestlm.utils.console import console
 
@@ -21,7 +21,7 @@ KNOWN_ENDS = ("</s>", "<|end_of_text|>", "<|eot_id|>", "<|im_end|>")
 PREPARED = ("portions.json", "manifest.json")  # files of ours, which hold what was read when they were written
 TOKENIZER_CONFIG, SPECIAL_MAP = "tokenizer_config.json", "special_tokens_map.json"
 CONFIG, GENERATION = "config.json", "generation_config.json"
-SHOWN = 8  # special tokens that a message names
+MAX_NAMED = 8  # special tokens that a message names
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,9 @@ class SpecialTokenSettings:
     ends: Sequence[str] | None = None
     in_text: bool = False
 
-    def plain_names(self, tokenizer: Tokenizer) -> PlainNames:
+    def plain_name_warner(self, tokenizer: Tokenizer) -> SpecialTokenWarner:
         """What warns of texts that the encoder of texts does not take as the user may have meant them."""
-        return PlainNames(
+        return SpecialTokenWarner(
             tokenizer, where="data: texts hold", cure="data.special_tokens=true (nestlm prepare --special-tokens)"
         )
 
@@ -86,7 +86,7 @@ def read_special_tokens(
         DataError: a named token that the tokenizer lacks, a damaged file, files that disagree on what begins a text,
             or a tokenizer without any such token.
     """
-    files = ConfigFiles(tokenizer, folder)
+    files = TokenizerConfigs(tokenizer, folder)
     end_ids = (
         files.ends() if ends is None else tuple(dict.fromkeys(files.named(end, "data.end_tokens") for end in ends))
     )
@@ -95,7 +95,7 @@ def read_special_tokens(
 
 
 @dataclass(frozen=True)
-class ConfigFiles:
+class TokenizerConfigs:
     """The JSON files beside a tokenizer.json, read as transformers reads them.
 
     Attributes:
@@ -155,7 +155,7 @@ class ConfigFiles:
     def put_before(self) -> list[int]:
         """Ids that the tokenizer itself puts before a text."""
         is_plain = self.tokenizer.padding is None and self.tokenizer.truncation is None
-        encoding = (self.tokenizer if is_plain else for_texts(self.tokenizer)).encode("a")
+        encoding = (self.tokenizer if is_plain else make_text_encoder(self.tokenizer)).encode("a")
         mask = encoding.special_tokens_mask
         return encoding.ids[: mask.index(0)] if 0 in mask else []
 
@@ -203,7 +203,7 @@ class ConfigFiles:
         """A file's content; empty where there is no such file. Raises DataError for a damaged one."""
         if name not in self.read:
             path = None if self.folder is None else self.folder / name
-            self.read[name] = read_object(path) if path is not None and path.is_file() else {}
+            self.read[name] = read_json_object(path) if path is not None and path.is_file() else {}
         return self.read[name]
 
     def has(self, index: int) -> bool:
@@ -219,7 +219,7 @@ class ConfigFiles:
 
     def suggestion(self) -> str:
         """The end of a message: special tokens that could be named."""
-        names = list(special_names(self.tokenizer))[:SHOWN]
+        names = list(special_token_names(self.tokenizer))[:MAX_NAMED]
         return f"; it has {', '.join(names)}" if names else ""
 
     def show(self, index: int) -> str:
@@ -227,7 +227,7 @@ class ConfigFiles:
         return repr(self.tokenizer.id_to_token(index))
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path) -> dict[str, Any]:
     """An object of a JSON file. Raises DataError for anything else."""
     try:
         content = json.loads(path.read_bytes())
@@ -240,14 +240,14 @@ def read_object(path: Path) -> dict[str, Any]:
     return content
 
 
-def special_names(tokenizer: Tokenizer) -> Iterator[str]:
+def special_token_names(tokenizer: Tokenizer) -> Iterator[str]:
     """Contents of a tokenizer's special tokens, by id."""
     for _, token in sorted(tokenizer.get_added_tokens_decoder().items()):
         if token.special:
             yield token.content
 
 
-class PlainNames:
+class SpecialTokenWarner:
     """Warns, once, of texts that hold names of special tokens which are taken as plain text."""
 
     def __init__(self, tokenizer: Tokenizer, *, where: str, cure: str) -> None:
@@ -258,14 +258,16 @@ class PlainNames:
             where: what holds them, as the message begins.
             cure: the setting that makes special tokens of them.
         """
-        names = [] if not tokenizer.encode_special_tokens else sorted(special_names(tokenizer), key=len, reverse=True)
+        names = (
+            [] if not tokenizer.encode_special_tokens else sorted(special_token_names(tokenizer), key=len, reverse=True)
+        )
         self.pattern = re.compile("|".join(map(re.escape, names))) if names else None
         self.where, self.cure = where, cure
 
     def look(self, text: str) -> None:
         """Look at a text; the first that holds a name is the last that is looked at."""
         if self.pattern is not None and self.pattern.search(text):
-            found = ", ".join(list(dict.fromkeys(self.pattern.findall(text)))[:SHOWN])
+            found = ", ".join(list(dict.fromkeys(self.pattern.findall(text)))[:MAX_NAMED])
             console.print(
                 f"{self.where} {found}: names of special tokens, taken as plain text; {self.cure} makes special tokens "
                 "of them",

@@ -7,14 +7,14 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nestlm.data.formats import COMPRESSED, is_read
+from nestlm.data.file_readers import COMPRESSED, has_reader
 from nestlm.errors import DataError
 
-SHOWN = 12  # left-out files and suffixes that a message names
+MAX_NAMED = 12  # left-out files and suffixes that a message names
 
 
 @dataclass(frozen=True)
-class Found:
+class TextFiles:
     """What a folder holds.
 
     Attributes:
@@ -26,7 +26,7 @@ class Found:
     left_out: list[tuple[str, str]] = field(default_factory=list)
 
     @classmethod
-    def below(cls, root: Path) -> Found:
+    def below(cls, root: Path) -> TextFiles:
         """Go through a folder, then through what links in it lead to; no folder and no file is met twice.
 
         Raises:
@@ -36,10 +36,10 @@ class Found:
         walked, linked = set[Path](), set[Path]()  # real paths of folders, and of files that links lead to
 
         def take(path: Path) -> None:
-            if is_read(path):
+            if has_reader(path):
                 found.files.append(path)
             else:
-                found.left_out.append((shown(path.relative_to(root).as_posix()), ""))
+                found.left_out.append((printable_path(path.relative_to(root).as_posix()), ""))
 
         while folders or links:
             if not folders:
@@ -47,7 +47,7 @@ class Found:
                 if link.is_dir():
                     folders.append((link, link.resolve()))
                 elif not link.is_file():
-                    found.left_out.append((shown(link.relative_to(root).as_posix()), "a link to nowhere"))
+                    found.left_out.append((printable_path(link.relative_to(root).as_posix()), "a link to nowhere"))
                 elif (real := link.resolve()) not in linked and (real.parent not in walked or is_hidden(real.name)):
                     linked.add(real)
                     take(link)
@@ -56,14 +56,14 @@ class Found:
             if real in walked:
                 continue
             walked.add(real)
-            for entry in entries(folder):
+            for entry in list_entries(folder):
                 path = folder / entry.name
                 if entry.is_symlink():
                     links.append(path)
                 elif entry.is_dir():
                     folders.append((path, real / entry.name))
                 elif not entry.is_file():
-                    found.left_out.append((shown(path.relative_to(root).as_posix()), "no file"))
+                    found.left_out.append((printable_path(path.relative_to(root).as_posix()), "no file"))
                 elif real / entry.name not in linked:
                     take(path)
         found.files.sort()
@@ -71,21 +71,22 @@ class Found:
 
     def summary(self) -> str:
         """The left-out files: how many of which suffix, and the names of those with a reason of their own."""
-        counts = Counter(suffix(name) for name, reason in self.left_out if not reason)
+        counts = Counter(describe_suffix(name) for name, reason in self.left_out if not reason)
         parts = [f"{number} {kind}" for kind, number in sorted(counts.items())]
         parts += [f"{name} ({reason})" for name, reason in sorted(self.left_out) if reason]
-        more = f", and {len(parts) - SHOWN} more" if len(parts) > SHOWN else ""
-        return f"{', '.join(parts[:SHOWN])}{more}"
+        more = f", and {len(parts) - MAX_NAMED} more" if len(parts) > MAX_NAMED else ""
+        return f"{', '.join(parts[:MAX_NAMED])}{more}"
 
 
-def entries(folder: Path) -> list[os.DirEntry[str]]:
+def list_entries(folder: Path) -> list[os.DirEntry[str]]:
     """What a folder holds, by name, but hidden entries. Raises DataError where it cannot be read."""
     try:
         with os.scandir(folder) as found:
             return sorted((entry for entry in found if not is_hidden(entry.name)), key=lambda entry: entry.name)
     except OSError as error:
         raise DataError(
-            f"data.path: cannot read the folder {shown(folder)} ({error.strerror}); make it readable, or take it away"
+            f"data.path: cannot read the folder {printable_path(folder)} ({error.strerror}); make it readable, or "
+            "take it away"
         ) from error
 
 
@@ -94,13 +95,13 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".")
 
 
-def suffix(name: str) -> str:
+def describe_suffix(name: str) -> str:
     """How a message calls files of a kind."""
     path = Path(name)
     kinds = path.suffixes[-2:] if path.suffix.lower() in COMPRESSED[1:] else path.suffixes[-1:]
     return "".join(kinds) or "without a suffix"
 
 
-def shown(path: Path | str) -> str:
+def printable_path(path: Path | str) -> str:
     """A name that can be printed and encoded, also of a file whose name is no UTF-8."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")

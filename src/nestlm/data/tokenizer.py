@@ -12,10 +12,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from nestlm.errors import DataError
 
 SEPARATOR = "<|endoftext|>"
-SHOWN = 80  # characters of a text or an error that a message quotes
+QUOTED_LENGTH = 80  # characters of a text or an error that a message quotes
 
 
-def train(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
+def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
     """A byte-level BPE whose token 0 separates documents.
 
     Raises:
@@ -39,7 +39,7 @@ def train(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def load(path: Path) -> Tokenizer:
+def load_tokenizer(path: Path) -> Tokenizer:
     """Read a tokenizer.json. Raises DataError when there is none, or it is damaged."""
     if not path.is_file():
         raise DataError(
@@ -47,22 +47,22 @@ def load(path: Path) -> Tokenizer:
             "transformers writes it"
         )
     try:
-        return parse(path.read_bytes())
+        return parse_tokenizer(path.read_bytes())
     except Exception as error:  # the library raises bare Exception
-        raise DataError(f"data.tokenizer: {path} is no tokenizer.json ({str(error)[:SHOWN]})") from error
+        raise DataError(f"data.tokenizer: {path} is no tokenizer.json ({str(error)[:QUOTED_LENGTH]})") from error
 
 
-def parse(content: bytes) -> Tokenizer:
+def parse_tokenizer(content: bytes) -> Tokenizer:
     """The tokenizer of a tokenizer.json's content. Raises an exception of the library where it is none."""
     return Tokenizer.from_str(content.decode())
 
 
-def tokenizer_hash(tokenizer: Tokenizer) -> str:
+def hash_tokenizer(tokenizer: Tokenizer) -> str:
     """SHA-256 of the tokenizer as the library writes it: equal for equal ones, however their files are laid out."""
     return hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
 
 
-def content_hash(file: Path) -> str:
+def hash_tokenizer_file(file: Path) -> str:
     """SHA-256 of a tokenizer.json that the library wrote."""
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
@@ -84,7 +84,7 @@ def check_vocabulary(tokenizer: Tokenizer, *, vocab_size: int) -> None:
         )
 
 
-def check_ids(tokenizer: Tokenizer, ids: Sequence[int] | np.ndarray, *, vocab_size: int, where: str) -> None:
+def check_token_ids(tokenizer: Tokenizer, ids: Sequence[int] | np.ndarray, *, vocab_size: int, where: str) -> None:
     """Raise DataError, naming the token, where ids hold one that a model's embedding has no row for."""
     largest = max(ids) if len(ids) else 0
     if largest >= vocab_size:
@@ -94,7 +94,7 @@ def check_ids(tokenizer: Tokenizer, ids: Sequence[int] | np.ndarray, *, vocab_si
         )
 
 
-def for_texts(tokenizer: Tokenizer, *, special_tokens: bool = False) -> Tokenizer:
+def make_text_encoder(tokenizer: Tokenizer, *, special_tokens: bool = False) -> Tokenizer:
     """A copy that takes texts as they are: none is cut or filled up.
 
     Args:
@@ -122,7 +122,9 @@ def encode_prompt(tokenizer: Tokenizer, text: str, *, begin: int) -> list[int]:
     try:
         encoding = tokenizer.encode(text, add_special_tokens=False)
     except (TypeError, UnicodeEncodeError) as error:
-        raise DataError(f"prompt: {text[:SHOWN]!r} is no Unicode text ({str(error)[:SHOWN]}); wanted UTF-8") from error
+        raise DataError(
+            f"prompt: {text[:QUOTED_LENGTH]!r} is no Unicode text ({str(error)[:QUOTED_LENGTH]}); wanted UTF-8"
+        ) from error
     unknown = getattr(tokenizer.model, "unk_token", None)
     covered = {
         place
@@ -133,11 +135,11 @@ def encode_prompt(tokenizer: Tokenizer, text: str, *, begin: int) -> list[int]:
     lost = "".join(" " if place in covered else sign for place, sign in enumerate(text)).split()
     if lost:
         shown = ", ".join(map(repr, dict.fromkeys(lost)))
-        raise DataError(f"prompt: the tokenizer has no token for {shown:.{SHOWN}}; leave it out")
-    return with_begin(tokenizer, encoding.ids, begin=begin)
+        raise DataError(f"prompt: the tokenizer has no token for {shown:.{QUOTED_LENGTH}}; leave it out")
+    return prepend_begin(tokenizer, encoding.ids, begin=begin)
 
 
-def with_begin(tokenizer: Tokenizer, ids: list[int], *, begin: int) -> list[int]:
+def prepend_begin(tokenizer: Tokenizer, ids: list[int], *, begin: int) -> list[int]:
     """Token ids of a document after the token that begins it, unless the text named that token itself.
 
     Chat templates write it. Where names are plain text, no text can name it.

@@ -15,7 +15,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from nestlm import errors
 from nestlm.errors import NestlmError, Preempted
-from nestlm.utils.interrupts import SIGNALS, end_by, listen
+from nestlm.utils.interrupts import SIGNALS, exit_by_signal, exit_on_signals
 from nestlm.utils.resources import resource_errors
 
 T = TypeVar("T")
@@ -52,13 +52,13 @@ def launch(work: Callable[[Any], T], argument: Any, *, num_ranks: int) -> T:
             raise translated(rank, failure) from None
         except SignalException as error:
             if error.sigval == signal.SIGINT:
-                end_by(signal.SIGINT)
+                exit_by_signal(signal.SIGINT)
             raise Preempted("the ranks were told to end; the same command goes on from their last checkpoint") from None
 
 
 def as_rank(work: Callable[[Any], T], argument: Any) -> T:
     """Do a rank's work. What the machine lacks is told as such: of other errors only text reaches the parent."""
-    listen(is_silent=True)
+    exit_on_signals(is_silent=True)
     with resource_errors():
         return work(argument)
 

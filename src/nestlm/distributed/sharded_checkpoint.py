@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.optim import Optimizer
 
 from nestlm.errors import CheckpointError
-from nestlm.utils.checksums import XXH128, check_folder
+from nestlm.utils.checksums import XXH128, check_checksums
 
 INDEX = ".metadata"  # as torch calls it: which tensor lies where
 LOOPS = "loops.pt"  # what is not in shards: steps, schedules, the loader's place
@@ -153,7 +153,7 @@ def read_model(folder: Path) -> dict[str, torch.Tensor]:
         CheckpointError: the folder holds no checkpoint, or more than tensors and plain values.
     """
     try:
-        check_folder(folder, XXH128)
+        check_checksums(folder, XXH128)
         index = read_index(folder)
     except CheckpointError:
         raise

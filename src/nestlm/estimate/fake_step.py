@@ -195,7 +195,7 @@ class Repeated:
         if isinstance(drawn, MixedSpecs):
             rows = dict(zip(self.space.sites, drawn.indices, strict=True))
             return MixedSpecs(torch.stack([rows.get(site, torch.zeros_like(drawn.indices[0])) for site in space.sites]))
-        widths = drawn.by_axis()
+        widths = drawn.widths_by_axis()
         chosen = {}
         for site, known in space.choices.items():
             chosen[site] = nearest(known, mean(widths.get(site.axis, known[-1:])))

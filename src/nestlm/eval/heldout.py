@@ -14,9 +14,9 @@ from tokenizers import Tokenizer
 
 from nestlm.data.batch import Batch
 from nestlm.data.datamodule import DataSettings, PackedTokens
-from nestlm.data.opened import Prepared
-from nestlm.data.prepare import prepare
-from nestlm.data.shards import Split
+from nestlm.data.manifest import Split
+from nestlm.data.preparation import prepare_source
+from nestlm.data.prepared_data import PreparedData
 from nestlm.data.sources.base import PreparedSource
 from nestlm.data.special_tokens import SpecialTokens
 from nestlm.errors import ConfigError
@@ -68,13 +68,13 @@ def held_out(data: DataSettings | None, *, settings: Settings, own: PackedTokens
     special = replace(data.special, in_text=own.prepared.manifests[0].special_tokens)
     with TemporaryDirectory(prefix="nestlm-evaluate-") as place:
         if isinstance(data.source, PreparedSource):
-            prepared = Prepared.open(data.source.portions()).of_model(**like_run, special=data.special)
+            prepared = PreparedData.open(data.source.portions()).with_model_tokens(**like_run, special=data.special)
         elif data.heldout_share is None and data.fingerprint == own.prepared.fingerprint:
             console.print("the text is the run's own: its validation split is scored", highlight=False)
             prepared = own.prepared
         else:
-            prepare(data.source, Path(place), **like_run, heldout_share=data.heldout_share, special=special)
-            prepared = Prepared.read(Path(place))
+            prepare_source(data.source, Path(place), **like_run, heldout_share=data.heldout_share, special=special)
+            prepared = PreparedData.read(Path(place))
         yield HeldOut.of(tokens(prepared))
 
 

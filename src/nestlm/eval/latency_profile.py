@@ -269,7 +269,7 @@ def running(indices: Indices, space: SearchSpace) -> NDArray[np.bool_]:
     """Which tokens run the block of a site, (sites, tokens)."""
     rows = {site: row for row, site in enumerate(space.sites)}
     runs = np.ones(indices.shape, dtype=bool)
-    for site, depth in space.skippable.items():
+    for site, depth in space.depth_sites.items():
         runs[rows[site]] = indices[rows[depth]] != 0
     return runs
 

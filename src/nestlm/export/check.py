@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from nestlm.data.tokenizer import for_texts
+from nestlm.data.tokenizer import make_text_encoder
 from nestlm.errors import ExportError
 from nestlm.export import gguf, hf, llama_cpp
 from nestlm.model.family import Family
@@ -152,7 +152,7 @@ def tokenizer_notes(folder: Path, text_BL: Tensor, *, tokenizer: Tokenizer, open
     """
     import transformers
 
-    plain = for_texts(tokenizer)
+    plain = make_text_encoder(tokenizer)
     try:
         theirs = transformers.AutoTokenizer.from_pretrained(folder, **opening)
     except Exception as error:  # noqa: BLE001 (bare ones of tokenizers, and whatever a class of transformers raises)

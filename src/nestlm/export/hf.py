@@ -17,15 +17,15 @@ from nestlm.export import remote
 from nestlm.export.place import new_folder, writing
 from nestlm.export.ranges import check_range
 from nestlm.export.routing import Routing
-from nestlm.model.checkpoint import CONFIG, read_config, read_object
+from nestlm.model.checkpoint import CONFIG, read_config, read_json_object
 from nestlm.model.family import Family
-from nestlm.model.parent import (
+from nestlm.model.parent_files import (
     GENERATION,
     TOKENIZER_CONFIG,
     TOKENIZER_OBJECTS,
-    Parent,
+    ParentFiles,
+    drop_code_keys,
     to_json,
-    without_code,
     write_files,
 )
 from nestlm.nn.config import BlockConfig
@@ -62,7 +62,7 @@ def write(
     family: Family,
     folder: Path,
     *,
-    parent: Parent | None = None,
+    parent: ParentFiles | None = None,
     routing: Routing | None = None,
     dtype: torch.dtype | None = None,
     tokenizer: bool = True,
@@ -127,7 +127,7 @@ def fields(block: BlockConfig) -> dict[str, int]:
     return {"num_heads": block.num_heads, "num_kv_groups": block.num_kv_groups, "mlp_width": block.mlp_width}
 
 
-def write_config(size: Family, folder: Path, parent: Parent | None) -> None:
+def write_config(size: Family, folder: Path, parent: ParentFiles | None) -> None:
     """The config.json: the parent's, as it is where no width changed and all of its keys are used."""
     path, own = folder / CONFIG, size.write()
     if parent is None:
@@ -209,10 +209,10 @@ def check_code(folder: Path, family: Family, kind: str | None) -> None:
             raise ExportError(f"export: {name} is not a file of nestlm; nothing was run, and nothing is left of it")
     for path in folder.glob("*.json"):
         if path.name in OBJECTS:
-            content = read_object(folder, path.name)
+            content = read_json_object(folder, path.name)
             if path.name == CONFIG and kind is not None and content.get("auto_map") == auto_map(kind, family):
                 del content["auto_map"]
-            if without_code(content) != content:
+            if drop_code_keys(content) != content:
                 raise ExportError(f"export: {path.name} leads to code that is not nestlm's; nothing was run")
 
 
@@ -231,7 +231,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def state(
-    decoder: Decoder, family: Family, *, parent: Parent | None = None, dtype: torch.dtype | None = None
+    decoder: Decoder, family: Family, *, parent: ParentFiles | None = None, dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
     """The weights under their Hugging Face names, in one dtype, or the parent's, or their own where it has none.
 
@@ -249,7 +249,7 @@ def state(
     return weights
 
 
-def parent_dtypes(parent: Parent) -> dict[str, torch.dtype]:
+def parent_dtypes(parent: ParentFiles) -> dict[str, torch.dtype]:
     """The dtype of every tensor of a checkpoint. Raises ExportError for one that is not read."""
     try:
         return {name: DTYPES[kind] for name, kind in parent.dtypes.items()}

@@ -12,7 +12,7 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
 from nestlm.data.special_tokens import SpecialTokens
-from nestlm.data.tokenizer import load, parse, tokenizer_hash
+from nestlm.data.tokenizer import hash_tokenizer, load_tokenizer, parse_tokenizer
 from nestlm.elastic.axes.base import Axis
 from nestlm.elastic.surgery import extract
 from nestlm.errors import ExportError
@@ -24,7 +24,7 @@ from nestlm.export.push import check_token, push
 from nestlm.export.routing import Routing
 from nestlm.model.checkpoint import read_config
 from nestlm.model.family import Family
-from nestlm.model.parent import TOKENIZER_JSON, Parent
+from nestlm.model.parent_files import TOKENIZER_JSON, ParentFiles
 from nestlm.nn.decoder import Decoder
 from nestlm.nn.policy import Policy, fixed
 from nestlm.router.dynamic.base import TokenRouter
@@ -51,7 +51,7 @@ class Nested:
 
     decoder: Decoder
     family: Family
-    parent: Parent | None
+    parent: ParentFiles | None
     axes: tuple[Axis, ...]
     tokenizer: Path
     special_tokens: SpecialTokens
@@ -129,7 +129,7 @@ def run(
                     write_tokenizer(nested, folder)
             kind = hf.modelling(small, nested.family, routing)
             hf.check_code(folder, nested.family, kind)
-            check = check_hf(folder, question, runs_code=kind is not None, tokenizer=load(nested.tokenizer))
+            check = check_hf(folder, question, runs_code=kind is not None, tokenizer=load_tokenizer(nested.tokenizer))
         text = card(facts, small.config, check, routing=routing, form=form, precision=precision, name=out.name)
         with writing(out):
             (folder / "README.md").write_text(text, encoding="utf-8")
@@ -160,7 +160,7 @@ def check_form(chosen: Chosen, *, form: str, precision: str | None) -> None:
         raise ExportError(f"export: --dtype {precision} is of GGUF; wanted one of {', '.join(DTYPES)} with --format hf")
 
 
-def parent_precision(parent: Parent | None) -> gguf.Precision:
+def parent_precision(parent: ParentFiles | None) -> gguf.Precision:
     """That of the parent's matrices; float32 of what was trained from scratch."""
     if parent is None:
         return "f32"
@@ -173,8 +173,8 @@ def brings_tokenizer(nested: Nested) -> bool:
     """Whether the parent's own tokenizer was used, so that its files serve, however they are laid out."""
     if nested.parent is None or TOKENIZER_JSON not in nested.parent.files:
         return False
-    theirs = parse(nested.parent.files[TOKENIZER_JSON])
-    return tokenizer_hash(theirs) == tokenizer_hash(load(nested.tokenizer))
+    theirs = parse_tokenizer(nested.parent.files[TOKENIZER_JSON])
+    return hash_tokenizer(theirs) == hash_tokenizer(load_tokenizer(nested.tokenizer))
 
 
 def text_format(nested: Nested) -> gguf.TextFormat:
@@ -183,7 +183,7 @@ def text_format(nested: Nested) -> gguf.TextFormat:
     turn_end = others[0] if others else None
     if nested.parent is None or not brings_tokenizer(nested):
         return gguf.TextFormat(begin, end, turn_end)
-    tokenizer = load(nested.tokenizer)
+    tokenizer = load_tokenizer(nested.tokenizer)
     pad = nested.parent.token("pad_token")
     pad_id = None if pad is None else tokenizer.token_to_id(pad)
     return gguf.TextFormat(
@@ -198,7 +198,7 @@ def text_format(nested: Nested) -> gguf.TextFormat:
 
 def write_tokenizer(nested: Nested, folder: Path) -> None:
     """The run's own tokenizer as transformers opens it. A text starts as documents did in training."""
-    tokenizer = load(nested.tokenizer)
+    tokenizer = load_tokenizer(nested.tokenizer)
     start, (main, *others) = nested.special_tokens.begin, nested.special_tokens.ends
     token = str(tokenizer.id_to_token(start))
     with_start(tokenizer, token, start).save(str(folder / "tokenizer.json"), pretty=False)

@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from nestlm.errors import ExportError
-from nestlm.utils.checksums import files_below, hashes, write_sums
+from nestlm.utils.checksums import hash_files, list_files, write_checksums
 
 LOCK = ".nestlm-export"  # in a folder that an export fills; the lock of a killed one is free
 
@@ -38,7 +38,7 @@ def new_folder(out: Path) -> Iterator[Path]:
             folder.mkdir()
         yield folder
         with writing(out):
-            write_sums(folder, hashes(folder, files_below(folder)))
+            write_checksums(folder, hash_files(folder, list_files(folder)))
             if place.exists():
                 place.rmdir()
             folder.rename(place)

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from nestlm.distributed.fsdp import fill
 from nestlm.errors import CheckpointError
-from nestlm.model.keys import show
-from nestlm.utils.checksums import CHECKSUMS, file_hash
+from nestlm.model.config_json import quote
+from nestlm.utils.checksums import CHECKSUMS, hash_file
 from nestlm.utils.console import track
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -27,7 +27,7 @@ BUFFERS = ".rotary_emb.inv_freq"  # old checkpoints hold what follows from confi
 
 
 @dataclass(frozen=True)
-class Stored:
+class TensorHeader:
     """A tensor as a file's header describes it; `dtype` as safetensors names it."""
 
     file: Path
@@ -35,7 +35,7 @@ class Stored:
     dtype: str
 
 
-def own_file(folder: Path, name: str) -> Path:
+def path_in_checkpoint(folder: Path, name: str) -> Path:
     """The path of a small file of a folder, which need not be there.
 
     Raises:
@@ -49,9 +49,9 @@ def own_file(folder: Path, name: str) -> Path:
     return path
 
 
-def read_object(folder: Path, name: str) -> dict[str, Any]:
+def read_json_object(folder: Path, name: str) -> dict[str, Any]:
     """An object of a folder's JSON file. Raises CheckpointError where it is damaged, or a link out of the folder."""
-    path = own_file(folder, name)
+    path = path_in_checkpoint(folder, name)
     try:
         content = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse_constant)
     except (OSError, ValueError, RecursionError) as error:
@@ -73,7 +73,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """A folder's config.json. Raises CheckpointError where there is none, or it is damaged."""
     if not (folder / CONFIG).is_file():
         raise CheckpointError(f"model.weights: {folder} holds no config.json; wanted a Hugging Face checkpoint folder")
-    config = read_object(folder, CONFIG)
+    config = read_json_object(folder, CONFIG)
     if config.get("transformers_weights") is not None:
         raise CheckpointError(
             f"model.weights: {folder / CONFIG} names its weights by transformers_weights, which is not read; name the "
@@ -82,36 +82,36 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def survey(folder: Path) -> dict[str, Stored]:
+def read_headers(folder: Path) -> dict[str, TensorHeader]:
     """Every tensor of a checkpoint, from the headers of its files: no weight is read.
 
     Raises:
         CheckpointError: there are no safetensors, a file is absent or cut off, or a tensor is in two files.
     """
-    found: dict[str, Stored] = {}
+    found: dict[str, TensorHeader] = {}
     for shard in shard_files(folder):
-        with opened(shard) as tensors:
+        with open_shard(shard) as tensors:
             for name in tensors.keys():  # noqa: SIM118 (not a dict)
                 if name in found and not name.endswith(BUFFERS):
                     raise CheckpointError(f"model.weights: {name} is in {found[name].file.name} and in {shard.name}")
                 part = tensors.get_slice(name)
-                found[name] = Stored(shard, tuple(part.get_shape()), part.get_dtype())
+                found[name] = TensorHeader(shard, tuple(part.get_shape()), part.get_dtype())
     return found
 
 
-def is_equal(stored: Mapping[str, Stored], one: str, other: str) -> bool:
+def tensors_equal(stored: Mapping[str, TensorHeader], one: str, other: str) -> bool:
     """Whether two tensors of a checkpoint hold the same numbers."""
     if (stored[one].shape, stored[one].dtype) != (stored[other].shape, stored[other].dtype):
         return False
     values = []
     for name in (one, other):
-        with opened(stored[name].file) as tensors:
+        with open_shard(stored[name].file) as tensors:
             values.append(tensors.get_tensor(name))
     return torch.equal(*values)
 
 
 def check_tensors(
-    stored: Mapping[str, Stored], shapes: Mapping[str, torch.Size], *, names: Mapping[str, str], ignored: Set[str]
+    stored: Mapping[str, TensorHeader], shapes: Mapping[str, torch.Size], *, names: Mapping[str, str], ignored: Set[str]
 ) -> None:
     """Compare a checkpoint's headers with a model's parameters.
 
@@ -166,14 +166,14 @@ def read_tensors(
         CheckpointError: a damaged or absent file, or a tensor that is absent, left over, of another shape, no float, or
             not finite.
     """
-    stored = survey(folder)
+    stored = read_headers(folder)
     check_tensors(stored, {name: value.shape for name, value in parameters.items()}, names=names, ignored=ignored)
-    check_sums(folder)
+    check_sha256sums(folder)
     shards = list(dict.fromkeys(tensor.file for tensor in stored.values()))
-    with workers() as pool:
+    with reader_threads() as pool:
         for shard in track(shards, "read weights", total=len(shards)):
             jobs = []
-            with opened(shard) as tensors:
+            with open_shard(shard) as tensors:
                 for theirs in tensors.keys():  # noqa: SIM118 (not a dict)
                     if not is_ignored(theirs, ignored):
                         value = tensors.get_tensor(theirs)
@@ -183,7 +183,7 @@ def read_tensors(
 
 
 @contextmanager
-def workers() -> Iterator[Executor]:
+def reader_threads() -> Iterator[Executor]:
     """As many threads as torch uses for one operation, each of which uses one.
 
     Most of the time goes into the pages of new memory. Threads within one operation wait for each other by spinning: on
@@ -213,26 +213,26 @@ def shard_files(folder: Path) -> list[Path]:
             f"model.weights: {folder} holds no {SINGLE} and no index of several{found}; wanted safetensors, as "
             "transformers' save_pretrained writes them"
         )
-    names = read_object(folder, INDEX).get("weight_map")
+    names = read_json_object(folder, INDEX).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
         raise CheckpointError(f"model.weights: {folder / INDEX} is no index of shards; fetch it again")
     shards = []
     for name in sorted(set(names.values())):
-        check_plain(name, INDEX)
+        check_plain_name(name, INDEX)
         if not (folder / name).is_file():
             raise CheckpointError(f"model.weights: {INDEX} names {name}, which is not in {folder}; fetch the shard")
         shards.append(folder / name)
     return shards
 
 
-def check_plain(name: str, where: str) -> None:
+def check_plain_name(name: str, where: str) -> None:
     """Raise CheckpointError unless a name that a checkpoint's file holds is that of a file in the same folder."""
     if name in ("", ".", "..") or any(sign in name for sign in ("/", "\\", "\0")):
-        raise CheckpointError(f"model.weights: {where} names {show(name)}, wanted the plain name of a file beside it")
+        raise CheckpointError(f"model.weights: {where} names {quote(name)}, wanted the plain name of a file beside it")
 
 
 @contextmanager
-def opened(shard: Path) -> Iterator[Any]:
+def open_shard(shard: Path) -> Iterator[Any]:
     """A safetensors file. Raises CheckpointError when it is absent or damaged, also while it is read."""
     try:
         with safe_open(shard, framework="pt") as tensors:
@@ -251,13 +251,13 @@ def fill_checked(parameter: Tensor, value: Tensor, *, name: str) -> None:
         raise CheckpointError(f"model.weights: {name} holds numbers that are not finite; fetch it again")
 
 
-def check_sums(folder: Path) -> None:
+def check_sha256sums(folder: Path) -> None:
     """Compare files with the folder's SHA256SUMS, where it has one: it alone shows a flipped bit in a weight.
 
     Raises:
         CheckpointError: a file is absent or another, or a shard is not listed.
     """
-    sums = own_file(folder, CHECKSUMS)
+    sums = path_in_checkpoint(folder, CHECKSUMS)
     if not sums.is_file():
         return
     lines = [line.split(maxsplit=1) for line in sums.read_text(encoding="utf-8", errors="replace").splitlines()]
@@ -265,18 +265,18 @@ def check_sums(folder: Path) -> None:
         raise CheckpointError(f"model.weights: {sums} is damaged; wanted lines of a hash and a name; fetch it again")
     known = {name.removeprefix("*").removeprefix("./"): digest for digest, name in lines}
     for name in known:
-        check_relative(name)
+        check_relative_name(name)
     for shard in shard_files(folder):
         if shard.name not in known:
             raise CheckpointError(f"model.weights: {sums} does not list {shard.name}; fetch it again")
     for name, digest in track(known.items(), "check weights", total=len(known)):
         path = folder / name
-        if not path.is_file() or file_hash(path) != digest:
+        if not path.is_file() or hash_file(path) != digest:
             raise CheckpointError(f"model.weights: {path} is not the file that {CHECKSUMS} lists; fetch it again")
 
 
-def check_relative(name: str) -> None:
+def check_relative_name(name: str) -> None:
     """Raise CheckpointError for a name in SHA256SUMS that leads out of its folder."""
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\0" in name:
-        raise CheckpointError(f"model.weights: {CHECKSUMS} names {show(name)}, wanted a file of the same folder")
+        raise CheckpointError(f"model.weights: {CHECKSUMS} names {quote(name)}, wanted a file of the same folder")

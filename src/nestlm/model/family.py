@@ -9,9 +9,17 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 from nestlm.errors import CheckpointError, ConfigError
-from nestlm.model import hub, keys
-from nestlm.model.checkpoint import Stored, check_tensors, is_equal, own_file, read_config, read_tensors, survey
-from nestlm.model.parent import TOKENIZER_JSON, Parent
+from nestlm.model import config_json, hub
+from nestlm.model.checkpoint import (
+    TensorHeader,
+    check_tensors,
+    path_in_checkpoint,
+    read_config,
+    read_headers,
+    read_tensors,
+    tensors_equal,
+)
+from nestlm.model.parent_files import TOKENIZER_JSON, ParentFiles
 from nestlm.model.rope_config import read_rotary, write_rotary
 from nestlm.nn.config import BlockConfig, DecoderConfig
 from nestlm.nn.decoder import Decoder
@@ -85,7 +93,7 @@ class Family(ABC):
 
     @classmethod
     @abstractmethod
-    def read_own(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+    def parse_own_keys(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         """The fields that only this family has, from a config.json.
 
         Raises:
@@ -93,7 +101,7 @@ class Family(ABC):
         """
 
     @abstractmethod
-    def write_own(self) -> dict[str, Any]:
+    def make_own_keys(self) -> dict[str, Any]:
         """The keys of a config.json that `read_own` reads."""
 
     @abstractmethod
@@ -121,23 +129,26 @@ class Family(ABC):
         Raises:
             CheckpointError: it lacks a size, or has what the family's decoder does not compute.
         """
-        keys.check_value(config, "hidden_act", cls.activation)
+        config_json.check_value(config, "hidden_act", cls.activation)
         theta, scaling = read_rotary(config)
-        hidden_size, heads = keys.size(config, "hidden_size"), keys.size(config, "num_attention_heads")
+        hidden_size, heads = (
+            config_json.read_size(config, "hidden_size"),
+            config_json.read_size(config, "num_attention_heads"),
+        )
         return {
-            "vocab_size": keys.size(config, "vocab_size"),
+            "vocab_size": config_json.read_size(config, "vocab_size"),
             "hidden_size": hidden_size,
-            "num_layers": keys.size(config, "num_hidden_layers", most=MOST_LAYERS),
+            "num_layers": config_json.read_size(config, "num_hidden_layers", most=MOST_LAYERS),
             "num_heads": heads,
-            "num_kv_groups": keys.size(config, "num_key_value_heads", default=heads),
-            "head_dim": keys.size(config, "head_dim", default=hidden_size // heads),
-            "mlp_width": keys.size(config, "intermediate_size"),
-            "context_length": keys.size(config, "max_position_embeddings"),
+            "num_kv_groups": config_json.read_size(config, "num_key_value_heads", default=heads),
+            "head_dim": config_json.read_size(config, "head_dim", default=hidden_size // heads),
+            "mlp_width": config_json.read_size(config, "intermediate_size"),
+            "context_length": config_json.read_size(config, "max_position_embeddings"),
             "rope_theta": theta,
             "rope_scaling": scaling,
-            "norm_eps": keys.number(config, cls.norm_eps_key, default=cls.default_norm_eps),
-            "tie_embeddings": keys.flag(config, "tie_word_embeddings"),
-            **cls.read_own(config),
+            "norm_eps": config_json.read_number(config, cls.norm_eps_key, default=cls.default_norm_eps),
+            "tie_embeddings": config_json.read_flag(config, "tie_word_embeddings"),
+            **cls.parse_own_keys(config),
         }
 
     def write(self) -> dict[str, Any]:
@@ -158,7 +169,7 @@ class Family(ABC):
             self.norm_eps_key: self.norm_eps,
             "tie_word_embeddings": self.tie_embeddings,
         }
-        return sizes | self.write_own()
+        return sizes | self.make_own_keys()
 
     def decoder_config(self) -> DecoderConfig:
         """Sizes of the decoder."""
@@ -189,12 +200,12 @@ class Family(ABC):
     def folder(self) -> Path:
         """The folder of the weights, all files in it."""
         assert self.weights is not None, "there is no folder"
-        return hub.all_files(self.weights)
+        return hub.fetch_all_files(self.weights)
 
     @property
     def tokenizer_file(self) -> Path | None:
         """The tokenizer that belongs to the weights."""
-        return None if self.weights is None else own_file(hub.small_files(self.weights), TOKENIZER_JSON)
+        return None if self.weights is None else path_in_checkpoint(hub.fetch_small_files(self.weights), TOKENIZER_JSON)
 
     def check_weights(self, *, dry_run: bool) -> None:
         """Raise when weights don't suit, or there are neither weights nor leave to train from scratch.
@@ -203,7 +214,7 @@ class Family(ABC):
         small, since the others are fetched by the run.
         """
         if self.weights is not None:
-            folder = hub.small_files(self.weights)
+            folder = hub.fetch_small_files(self.weights)
             self.check_config(read_config(folder))
             if Path(self.weights).is_dir():
                 self.check_headers()
@@ -218,25 +229,27 @@ class Family(ABC):
 
         A tied head that the files hold besides is compared with the embedding, number by number.
         """
-        stored, decoder = survey(self.folder), Decoder.on_meta(self.decoder_config())
+        stored, decoder = read_headers(self.folder), Decoder.on_meta(self.decoder_config())
         shapes = {name: value.shape for name, value in decoder.named_parameters()}
-        check_tensors(stored, shapes, **self.names_in(stored, decoder))
-        if self.tie_embeddings and {HEAD, EMBEDDING} <= set(stored) and not is_equal(stored, HEAD, EMBEDDING):
+        check_tensors(stored, shapes, **self.match_names(stored, decoder))
+        if self.tie_embeddings and {HEAD, EMBEDDING} <= set(stored) and not tensors_equal(stored, HEAD, EMBEDDING):
             raise CheckpointError(
                 f"model.weights: {HEAD} differs from {EMBEDDING}, though tie_word_embeddings is true in config.json; "
                 "transformers keeps both: set tie_word_embeddings to false there"
             )
 
-    def parent(self) -> Parent | None:
+    def parent(self) -> ParentFiles | None:
         """What exports take from the folder of `weights`; None where there is none."""
         if self.weights is None:
             return None
-        return Parent.of_checkpoint(self.folder, repository=None if Path(self.weights).is_dir() else self.weights)
+        return ParentFiles.from_checkpoint(
+            self.folder, repository=None if Path(self.weights).is_dir() else self.weights
+        )
 
     def check_config(self, config: Mapping[str, Any]) -> None:
         """Raise CheckpointError when the config.json of `weights` is another size, or computes something else."""
         if config.get("model_type") != self.model_type:
-            kind = keys.show(config.get("model_type"))
+            kind = config_json.quote(config.get("model_type"))
             raise CheckpointError(
                 f"model.weights: model_type is {kind} in config.json, the chosen size is of {self.model_type!r}; "
                 "try model=pretrained"
@@ -259,10 +272,10 @@ class Family(ABC):
         Raises:
             CheckpointError: missing, damaged, left-over or wrongly shaped tensors.
         """
-        names = self.names_in(survey(self.folder), decoder)
+        names = self.match_names(read_headers(self.folder), decoder)
         read_tensors(self.folder, dict(decoder.named_parameters()), **names)
 
-    def names_in(self, stored: Mapping[str, Stored], decoder: Decoder) -> dict[str, Any]:
+    def match_names(self, stored: Mapping[str, TensorHeader], decoder: Decoder) -> dict[str, Any]:
         """How a checkpoint names a decoder's parameters, and what it may hold besides: `names` and `ignored`.
 
         Of a tied head and embedding, either is enough.
@@ -288,7 +301,7 @@ class Family(ABC):
         return names
 
     @classmethod
-    def of_folder(cls, weights: str, config: Mapping[str, Any], **changes: Any) -> Self:
+    def from_config(cls, weights: str, config: Mapping[str, Any], **changes: Any) -> Self:
         """The size that a config.json names. Raises CheckpointError where it names none."""
         known = cls.read(config) | {name: value for name, value in changes.items() if value is not None}
         cls.check_features(config, context_length=known["context_length"])
@@ -301,11 +314,11 @@ class Family(ABC):
         """Raise CheckpointError, naming it, where a config.json has a feature that no family computes."""
         for name, what in UNSUPPORTED.items():
             if config.get(name):
-                shown = keys.show(config[name])
+                shown = config_json.quote(config[name])
                 raise CheckpointError(f"model.weights: {name} is {shown} in config.json: {what} is not supported")
         kinds = config.get("layer_types") or []
         if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds):
-            raise keys.refuse("layer_types", kinds, "a list of names")
+            raise config_json.wrong_value_error("layer_types", kinds, "a list of names")
         window = cls.window(config)
         if window is not None and window < context_length:
             raise CheckpointError(
@@ -314,4 +327,4 @@ class Family(ABC):
             )
         others = sorted(set(kinds) - {"full_attention", "sliding_attention"})
         if others:
-            raise CheckpointError(f"model.weights: layers of type {keys.show(others[0])} are not supported")
+            raise CheckpointError(f"model.weights: layers of type {config_json.quote(others[0])} are not supported")

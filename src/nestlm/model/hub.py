@@ -13,18 +13,18 @@ SMALL = ["*.json", "*.model", "*.txt", "*.jinja"]  # sizes, tokenizer, generatio
 LARGE = ["*.safetensors", "SHA256SUMS"]
 
 
-def small_files(weights: str) -> Path:
+def fetch_small_files(weights: str) -> Path:
     """The folder with a checkpoint's config.json and tokenizer; of a hub's repository, nothing larger is fetched."""
-    return fetched(weights, tuple(SMALL))
+    return fetch_files(weights, tuple(SMALL))
 
 
-def all_files(weights: str) -> Path:
+def fetch_all_files(weights: str) -> Path:
     """The folder with all of a checkpoint."""
-    return fetched(weights, (*SMALL, *LARGE))
+    return fetch_files(weights, (*SMALL, *LARGE))
 
 
 @lru_cache(maxsize=8)
-def fetched(weights: str, patterns: tuple[str, ...]) -> Path:
+def fetch_files(weights: str, patterns: tuple[str, ...]) -> Path:
     """A folder as it is, or the local copy of OWNER/NAME or OWNER/NAME@REVISION, as the hub's library caches it.
 
     Raises:

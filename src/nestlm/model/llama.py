@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from nestlm.model.config_json import check_value, read_flag
 from nestlm.model.family import Family
-from nestlm.model.keys import check_value, flag
 from nestlm.model.rope_config import PARTIAL, read_rotary_share
 
 
@@ -35,17 +35,17 @@ class Llama(Family):
     mlp_bias: bool
 
     @classmethod
-    def read_own(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+    def parse_own_keys(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         check_value({PARTIAL: read_rotary_share(config, 1.0)}, PARTIAL, 1.0)
-        attention_bias = flag(config, "attention_bias")
+        attention_bias = read_flag(config, "attention_bias")
         return {
             "qk_norm": False,
             "qkv_bias": attention_bias,
             "output_bias": attention_bias,
-            "mlp_bias": flag(config, "mlp_bias"),
+            "mlp_bias": read_flag(config, "mlp_bias"),
         }
 
-    def write_own(self) -> dict[str, Any]:
+    def make_own_keys(self) -> dict[str, Any]:
         return {"attention_bias": self.qkv_bias, "mlp_bias": self.mlp_bias}
 
     def features(self) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from nestlm.model.keys import size
+from nestlm.model.config_json import read_size
 from nestlm.model.llama import Llama
 
 
@@ -23,12 +23,14 @@ class Mistral(Llama):
     def window(cls, config: Mapping[str, Any]) -> int | None:
         if "sliding_window" in config and config["sliding_window"] is None:
             return None
-        return size(config, "sliding_window", default=4096)  # transformers' own default: no other key switches it off
+        return read_size(
+            config, "sliding_window", default=4096
+        )  # transformers' own default: no other key switches it off
 
     @classmethod
-    def read_own(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        size(config, "num_key_value_heads")  # absent, it would mean 8 here
-        return super().read_own({})
+    def parse_own_keys(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        read_size(config, "num_key_value_heads")  # absent, it would mean 8 here
+        return super().parse_own_keys({})
 
-    def write_own(self) -> dict[str, Any]:
+    def make_own_keys(self) -> dict[str, Any]:
         return {"sliding_window": None}

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from nestlm.model.config_json import read_flag
 from nestlm.model.family import Family
-from nestlm.model.keys import flag
 from nestlm.model.rope_config import PARTIAL, read_rotary_share, write_rotary
 
 
@@ -32,14 +32,14 @@ class Nemotron(Family):
     mlp_bias: bool
 
     @classmethod
-    def read_own(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+    def parse_own_keys(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         return {
             "rotary_share": read_rotary_share(config, 0.5),
-            "attention_bias": flag(config, "attention_bias"),
-            "mlp_bias": flag(config, "mlp_bias"),
+            "attention_bias": read_flag(config, "attention_bias"),
+            "mlp_bias": read_flag(config, "mlp_bias"),
         }
 
-    def write_own(self) -> dict[str, Any]:
+    def make_own_keys(self) -> dict[str, Any]:
         return {
             "rope_parameters": write_rotary(self.rope_theta, self.rope_scaling) | {PARTIAL: self.rotary_share},
             "attention_bias": self.attention_bias,

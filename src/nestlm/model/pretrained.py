@@ -11,11 +11,11 @@ from nestlm import model
 from nestlm.errors import CheckpointError
 from nestlm.model import hub
 from nestlm.model.checkpoint import read_config
+from nestlm.model.config_json import quote
 from nestlm.model.family import Family
-from nestlm.model.keys import show
 
 
-def pretrained(*, weights: str, context_length: int | None, pretraining_tokens: float | None) -> Family:
+def family_from_checkpoint(*, weights: str, context_length: int | None, pretraining_tokens: float | None) -> Family:
     """The model that a checkpoint holds.
 
     Args:
@@ -26,17 +26,19 @@ def pretrained(*, weights: str, context_length: int | None, pretraining_tokens: 
     Raises:
         CheckpointError: no checkpoint, or none of a family that we have.
     """
-    config = read_config(hub.small_files(weights))
-    known = families()
+    config = read_config(hub.fetch_small_files(weights))
+    known = find_families()
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in known:
         raise CheckpointError(
-            f"model.weights: model_type is {show(kind)} in config.json, wanted one of {', '.join(sorted(known))}"
+            f"model.weights: model_type is {quote(kind)} in config.json, wanted one of {', '.join(sorted(known))}"
         )
-    return known[kind].of_folder(weights, config, context_length=context_length, pretraining_tokens=pretraining_tokens)
+    return known[kind].from_config(
+        weights, config, context_length=context_length, pretraining_tokens=pretraining_tokens
+    )
 
 
-def families() -> dict[str, type[Family]]:
+def find_families() -> dict[str, type[Family]]:
     """Every family, by the `model_type` of its config.json: files beside this one hold them."""
     found: dict[str, type[Family]] = {}
     for info in pkgutil.iter_modules(model.__path__):
@@ -48,12 +50,12 @@ def families() -> dict[str, type[Family]]:
     return found
 
 
-def as_node(value: Any) -> Any:
+def to_config_node(value: Any) -> Any:
     """A dataclass as a config names it: its class and its fields."""
     if not is_dataclass(value) or isinstance(value, type):
         return value
     kind = type(value)
     return {
         "_target_": f"{kind.__module__}.{kind.__qualname__}",
-        **{field.name: as_node(getattr(value, field.name)) for field in fields(value)},
+        **{field.name: to_config_node(getattr(value, field.name)) for field in fields(value)},
     }

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from nestlm.model.keys import flag, size
+from nestlm.model.config_json import read_flag, read_size
 from nestlm.model.llama import Llama
 
 
@@ -24,21 +24,21 @@ class Qwen2(Llama):
         return switched_window(config)
 
     @classmethod
-    def read_own(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        size(config, "num_key_value_heads")  # absent, it would mean 32 here
-        return super().read_own({}) | {"qkv_bias": True}
+    def parse_own_keys(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        read_size(config, "num_key_value_heads")  # absent, it would mean 32 here
+        return super().parse_own_keys({}) | {"qkv_bias": True}
 
-    def write_own(self) -> dict[str, Any]:
+    def make_own_keys(self) -> dict[str, Any]:
         return {"use_sliding_window": False}
 
 
 def switched_window(config: Mapping[str, Any]) -> int | None:
     """Tokens of the window that Qwen's layers use, with transformers' defaults; None where none uses one."""
-    if not flag(config, "use_sliding_window") or ("sliding_window" in config and config["sliding_window"] is None):
+    if not read_flag(config, "use_sliding_window") or ("sliding_window" in config and config["sliding_window"] is None):
         return None
     kinds = config.get("layer_types")
     if kinds is not None:
         used = "sliding_attention" in kinds
     else:
-        used = size(config, "num_hidden_layers") > (config.get("max_window_layers", 28) or 0)
-    return size(config, "sliding_window", default=4096) if used else None
+        used = read_size(config, "num_hidden_layers") > (config.get("max_window_layers", 28) or 0)
+    return read_size(config, "sliding_window", default=4096) if used else None

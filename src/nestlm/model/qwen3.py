@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from nestlm.model.keys import size
+from nestlm.model.config_json import read_size
 from nestlm.model.llama import Llama
 from nestlm.model.qwen2 import switched_window
 
@@ -25,10 +25,10 @@ class Qwen3(Llama):
         return switched_window(config)
 
     @classmethod
-    def read_own(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+    def parse_own_keys(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         for name in ("num_key_value_heads", "head_dim"):  # absent, they would mean 32 and 128 here
-            size(config, name)
-        return super().read_own(config) | {"qk_norm": True, "mlp_bias": False}
+            read_size(config, name)
+        return super().parse_own_keys(config) | {"qk_norm": True, "mlp_bias": False}
 
-    def write_own(self) -> dict[str, Any]:
+    def make_own_keys(self) -> dict[str, Any]:
         return {"attention_bias": self.qkv_bias, "use_sliding_window": False}

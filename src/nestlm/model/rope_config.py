@@ -7,7 +7,7 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from nestlm.errors import CheckpointError
-from nestlm.model.keys import number, section, show
+from nestlm.model.config_json import quote, read_number, read_section
 from nestlm.nn.rope import LinearScaling, Llama3Scaling, RopeScaling, YarnScaling
 
 SCALINGS: dict[str, type[LinearScaling | Llama3Scaling | YarnScaling]] = {
@@ -21,7 +21,7 @@ PARTIAL = "partial_rotary_factor"
 
 def read_rotary_share(config: Mapping[str, Any], default: float) -> float:
     """The share of a head's entries that is turned."""
-    return number({**config, **section(config, "rope_parameters")}, PARTIAL, default=default)
+    return read_number({**config, **read_section(config, "rope_parameters")}, PARTIAL, default=default)
 
 
 def read_rotary(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
@@ -30,8 +30,8 @@ def read_rotary(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     Raises:
         CheckpointError: a scaling that is not computed, or one with settings that are not.
     """
-    keys = {**section(config, "rope_scaling"), **section(config, "rope_parameters")}
-    theta = number({"rope_theta": config.get("rope_theta", 10_000.0)} | keys, "rope_theta", default=10_000.0)
+    keys = {**read_section(config, "rope_scaling"), **read_section(config, "rope_parameters")}
+    theta = read_number({"rope_theta": config.get("rope_theta", 10_000.0)} | keys, "rope_theta", default=10_000.0)
     keys.pop("rope_theta", None)
     keys.pop(PARTIAL, None)
     old_kind = keys.pop("type", "default")
@@ -40,7 +40,7 @@ def read_rotary(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
         return theta, None
     if not isinstance(kind, str) or kind not in SCALINGS:
         raise CheckpointError(
-            f"model.weights: scales rotary positions by {show(kind)}, which is not supported; wanted one of "
+            f"model.weights: scales rotary positions by {quote(kind)}, which is not supported; wanted one of "
             f"{', '.join(SCALINGS)}, or none"
         )
     known = {field.name for field in fields(SCALINGS[kind])}
@@ -49,10 +49,10 @@ def read_rotary(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     unknown = sorted(set(keys) - known)
     if unknown:
         raise CheckpointError(
-            f"model.weights: the {kind} scaling of rotary positions has {show(unknown[0])}, not supported"
+            f"model.weights: the {kind} scaling of rotary positions has {quote(unknown[0])}, not supported"
         )
     for name in keys:
-        number(keys, name, default=1.0)
+        read_number(keys, name, default=1.0)
     try:
         return theta, SCALINGS[kind](**keys)
     except TypeError as error:

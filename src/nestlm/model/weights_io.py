@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nestlm.distributed import collectives
 from nestlm.distributed.fsdp import read_state
 from nestlm.errors import CheckpointError, ResourceError
-from nestlm.utils.checksums import CHECKSUMS, is_listed, write_listed
+from nestlm.utils.checksums import CHECKSUMS, matches_checksum, write_with_checksum
 from nestlm.utils.resources import resource_errors
 
 CURE = "copy its folder again, or remove it and do the run again"
@@ -19,7 +19,7 @@ CURE = "copy its folder again, or remove it and do the run again"
 
 def save_weights(tensors: dict[str, Tensor], path: Path) -> None:
     """Write tensors, and their file's hash to the folder's SHA256SUMS."""
-    write_listed(path, lambda partial: save_file(tensors, partial))
+    write_with_checksum(path, lambda partial: save_file(tensors, partial))
 
 
 def load_weights(module: nn.Module, path: Path) -> None:
@@ -46,5 +46,5 @@ def check_weights(path: Path) -> None:
     for file in (path, sums):
         if not file.is_file():
             raise CheckpointError(f"{file} does not exist; {CURE}")
-    if not is_listed(path):
+    if not matches_checksum(path):
         raise CheckpointError(f"{path} is damaged: it is not the file that {CHECKSUMS} lists; {CURE}")

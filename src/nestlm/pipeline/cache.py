@@ -13,10 +13,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from nestlm.utils.checksums import CHECKSUMS, file_hash, files_below, hashes, known_sums, write_sums
+from nestlm.utils.checksums import CHECKSUMS, hash_file, hash_files, list_files, read_valid_checksums, write_checksums
 from nestlm.utils.console import console, track
 from nestlm.utils.json_files import read_json, to_json, write_json
-from nestlm.utils.locks import LOCK, locked
+from nestlm.utils.locks import LOCK, lock_folder
 
 MARKER = "stage.json"
 # Packages whose version decides numbers.
@@ -70,7 +70,7 @@ def contents_identity(files: list[Path], *, known: Path) -> str:
         state = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
         entry = remembered.get(str(path.resolve()))
         if not (isinstance(entry, dict) and entry.get("state") == state and isinstance(entry.get("sha256"), str)):
-            entry = remembered[str(path.resolve())] = {"state": state, "sha256": file_hash(path)}
+            entry = remembered[str(path.resolve())] = {"state": state, "sha256": hash_file(path)}
         digests.append(entry["sha256"])
     if remembered != before:
         known.parent.mkdir(parents=True, exist_ok=True)
@@ -92,7 +92,7 @@ class StageFolder:
     def locked(self) -> Iterator[None]:
         """One process at a time."""
         self.path.mkdir(parents=True, exist_ok=True)
-        with locked(self.path, f"{self.name:>9}"):
+        with lock_folder(self.path, f"{self.name:>9}"):
             yield
 
     def result(self) -> dict[str, Any] | None:
@@ -120,13 +120,13 @@ class StageFolder:
         Raises:
             ValueError: a file is absent, or not the one that the stage wrote.
         """
-        wanted = known_sums(self.path)
+        wanted = read_valid_checksums(self.path)
         if MARKER not in wanted:
             raise ValueError(f"{self.path / CHECKSUMS} is absent or damaged")
         for name in wanted:
             if not (self.path / name).is_file():
                 raise ValueError(f"{self.path / name} does not exist")
-        for name, digest in hashes(self.path, wanted).items():
+        for name, digest in hash_files(self.path, wanted).items():
             if digest != wanted[name]:
                 raise ValueError(f"{self.path / name} is not the file that the stage wrote")
 
@@ -143,13 +143,13 @@ class StageFolder:
         content = to_json({"key": self.key, "result": result})
         names = [
             name
-            for name in files_below(self.path)
+            for name in list_files(self.path)
             if not name.startswith((".", "checkpoints/")) and not name.endswith(".bin")
         ]
-        known = known_sums(self.path)
-        sums = known | hashes(self.path, [name for name in names if name not in known])
+        known = read_valid_checksums(self.path)
+        sums = known | hash_files(self.path, [name for name in names if name not in known])
         sums = {name: digest for name, digest in sums.items() if name in names}
-        write_sums(self.path, sums | {MARKER: hashlib.sha256(content.encode()).hexdigest()})
+        write_checksums(self.path, sums | {MARKER: hashlib.sha256(content.encode()).hexdigest()})
         partial = self.path / f".{MARKER}.partial"
         partial.write_text(content, encoding="utf-8")
         partial.replace(self.path / MARKER)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from nestlm.cost.table import PriceList
 from nestlm.data.datamodule import PackedTokens
-from nestlm.data.opened import Prepared
+from nestlm.data.prepared_data import PreparedData
 from nestlm.distributed import collectives
 from nestlm.distributed.device_layout import Precision
 from nestlm.distributed.fsdp import Placement, whole_state
@@ -33,7 +33,7 @@ from nestlm.train.lightning_module import NestedLM
 from nestlm.train.settings import View
 from nestlm.train.tasks import Task
 from nestlm.train.trainer import fit, make_trainer, trainer_device
-from nestlm.utils.checksums import is_listed, write_listed
+from nestlm.utils.checksums import matches_checksum, write_with_checksum
 from nestlm.utils.console import track
 from nestlm.utils.json_files import read_json, write_json
 from nestlm.utils.malloc import keep_freed_blocks
@@ -138,7 +138,7 @@ class Context:
         """The token loaders."""
         return PackedTokens(
             self.settings.data,
-            Prepared.read(self.inputs["data"]),
+            PreparedData.read(self.inputs["data"]),
             seed=self.settings.seed,
             stream=stream,
             num_steps=num_steps,
@@ -200,11 +200,11 @@ class Context:
         scores: dict[str, Scores] = {}
         for name, policy in track(policies.items(), "evaluate", total=len(policies)):
             path = self.folder / f"score-{name}.json"
-            if not collectives.broadcast_from_rank_zero(is_listed(path)):
+            if not collectives.broadcast_from_rank_zero(matches_checksum(path)):
                 list_ = prices[name] if prices is not None else None
                 found = evaluate(decoder, policy, loader=loader, trainer=trainer, prices=list_)
                 if collectives.rank() == 0:
-                    write_listed(path, lambda partial, found=found: write_json(partial, asdict(found)))
+                    write_with_checksum(path, lambda partial, found=found: write_json(partial, asdict(found)))
                 collectives.barrier()
             scores[name] = Scores.from_json(read_json(path, cure="start the run again"))
         return scores

@@ -22,7 +22,7 @@ from nestlm.errors import ConfigError
 from nestlm.estimate.dry_run import describe
 from nestlm.eval.latency_profile import profile as measure
 from nestlm.model.checkpoint import shard_files
-from nestlm.model.parent import Parent
+from nestlm.model.parent_files import ParentFiles
 from nestlm.pipeline import stages
 from nestlm.pipeline.cache import StageFolder, contents_identity, file_identity, stage_key
 from nestlm.pipeline.context import LATENCY_TABLE, SKIPPABLE, Context
@@ -34,7 +34,7 @@ from nestlm.train.trainer import make_trainer, trainer_device
 from nestlm.utils.console import console, output
 from nestlm.utils.devices import device_name
 from nestlm.utils.json_files import write_json
-from nestlm.utils.locks import locked
+from nestlm.utils.locks import lock_folder
 from nestlm.utils.resources import check_writable, resource_errors
 
 HASHES = "weights.json"  # in the cache: hashes of weights that were read before
@@ -127,7 +127,7 @@ def fill_run_folder(settings: Settings, *, config: dict[str, Any], shown: bool =
     run_dir = run_folder(settings, config=config)
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
     # the same command twice at the same time
-    with locked(run_dir, str(run_dir)) if collectives.rank() == 0 else nullcontext():
+    with lock_folder(run_dir, str(run_dir)) if collectives.rank() == 0 else nullcontext():
         return work_in(run_dir, settings, config=config, shown=shown)
 
 
@@ -152,7 +152,7 @@ def write(
     config: dict[str, Any],
     logger: Logger,
     shown: bool,
-    parent: Parent | None,
+    parent: ParentFiles | None,
 ) -> float:
     """Write a run's folder, and tell the logger; returns the pareto gap."""
     label = settings.router.label

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from nestlm.cost.table import PriceList
 from nestlm.data.batch import Batch
 from nestlm.data.datamodule import PackedTokens
-from nestlm.data.opened import Prepared
-from nestlm.data.prepare import prepare
-from nestlm.data.shards import SPLITS
+from nestlm.data.manifest import SPLITS
+from nestlm.data.preparation import prepare_source
+from nestlm.data.prepared_data import PreparedData
 from nestlm.distributed import collectives
 from nestlm.elastic.axes.base import search_space
 from nestlm.elastic.axes.depth import with_layers
@@ -63,11 +63,13 @@ def prepare_data(context: Context) -> Result:
     vocab_size, tokenizer_file = context.settings.model.decoder_config().vocab_size, context.settings.tokenizer_file
     prepared = settings.prepared
     if prepared is not None:
-        prepared = prepared.of_model(vocab_size=vocab_size, tokenizer_file=tokenizer_file, special=settings.special)
+        prepared = prepared.with_model_tokens(
+            vocab_size=vocab_size, tokenizer_file=tokenizer_file, special=settings.special
+        )
         prepared.check(sequence_length=settings.sequence_length)
         prepared.keep(context.folder)
     else:
-        prepare(
+        prepare_source(
             settings.source,
             context.folder,
             vocab_size=vocab_size,
@@ -75,7 +77,7 @@ def prepare_data(context: Context) -> Result:
             heldout_share=settings.heldout_share,
             special=settings.special,
         )
-        prepared = Prepared.read(context.folder)
+        prepared = PreparedData.read(context.folder)
         prepared.check(sequence_length=settings.sequence_length)
     return {"fingerprint": prepared.fingerprint, "tokenizer": prepared.manifests[0].tokenizer_hash} | {
         f"{name}_tokens": prepared.split(name).tokens for name in SPLITS
@@ -230,7 +232,7 @@ def evaluate(context: Context) -> Result:
     return {
         "rows": [row(context, item, scores[item.name], whole=scores["full"], prices=prices) for item in found],
         "specs": [choice(item, scores[item.name]) for item in found],
-        "full_spec": prices.space.full().by_axis(),
+        "full_spec": prices.space.full().widths_by_axis(),
         "layers": {axis: [site.layer for site in sites] for axis, sites in prices.space.axes.items()},
         "find_seconds": [item.seconds for item in found],
         "full_seconds": seconds[0],
@@ -280,13 +282,13 @@ def row(context: Context, item: Found, scores: Scores, *, whole: Scores, prices:
 def choice(item: Found, scores: Scores) -> dict[str, Any]:
     """What is kept of an answer: widths (of a dynamic router their means), and the plan by which a budget is kept."""
     if item.answer.spec is not None:
-        return {"widths": item.answer.spec.by_axis()}
+        return {"widths": item.answer.spec.widths_by_axis()}
     return {"widths": dict(scores.widths), "plan": item.answer.plan}
 
 
 def readings(context: Context, scores: Scores) -> dict[str, float]:
     """A score in all the units that people read it in."""
-    split = Prepared.read(context.inputs["data"]).split("validation")
+    split = PreparedData.read(context.inputs["data"]).split("validation")
     return {
         "val_loss": scores.loss,
         "perplexity": scores.perplexity,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from nestlm.errors import DataError
-from nestlm.utils.checksums import CHECKSUMS, hashes, read_sums, write_sums
+from nestlm.utils.checksums import CHECKSUMS, hash_files, read_checksums, write_checksums
 
 PROVENANCE = "provenance.json"
 FILES = ("config.yaml", "metrics.json", "results.csv", "timings.csv", "latency_table.json", PROVENANCE)
@@ -28,7 +28,7 @@ def begin(folder: Path) -> None:
 
 def write_record(folder: Path) -> None:
     """Mark a run's folder finished: write the hashes of its files."""
-    write_sums(folder, hashes(folder, recorded_names(folder)))
+    write_checksums(folder, hash_files(folder, recorded_names(folder)))
 
 
 def recorded_names(folder: Path) -> list[str]:
@@ -51,7 +51,7 @@ def check_record(folder: Path) -> None:
         lacks = f", for it lacks {CHECKSUMS}" if (folder / PROVENANCE).is_file() else ""
         raise DataError(f"{folder} is no finished run{lacks}; wanted the folder that a run printed at its end")
     try:
-        wanted = read_sums(folder / CHECKSUMS)
+        wanted = read_checksums(folder / CHECKSUMS)
     except ValueError as error:
         raise DataError(f"{error}; {CURE}") from error
     check_places(folder, wanted)
@@ -59,7 +59,7 @@ def check_record(folder: Path) -> None:
     for name in sorted(set(wanted) ^ set(found)):
         what = "does not exist" if name in wanted else f"is not listed in the run's {CHECKSUMS}"
         raise DataError(f"{folder / name} {what}; {CURE}")
-    for name, digest in hashes(folder, found).items():
+    for name, digest in hash_files(folder, found).items():
         if digest != wanted[name]:
             raise DataError(f"{folder / name} is not the file that the run wrote; {CURE}")
 

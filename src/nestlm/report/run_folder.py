@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from nestlm.model.parent import Parent
+from nestlm.model.parent_files import ParentFiles
 from nestlm.report.provenance import provenance
 from nestlm.report.record import PROVENANCE, begin, write_record
 from nestlm.report.tables import write_csv
@@ -54,7 +54,7 @@ class FinishedStage:
 
 
 def write_run_folder(
-    run_dir: Path, *, config: dict[str, Any], finished: list[FinishedStage], router: str, parent: Parent | None
+    run_dir: Path, *, config: dict[str, Any], finished: list[FinishedStage], router: str, parent: ParentFiles | None
 ) -> dict[str, dict[str, Any]]:
     """Write config, provenance, metrics, results, timings, specs and weights of a run; returns the metrics.
 

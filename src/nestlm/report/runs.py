@@ -12,7 +12,7 @@ import yaml
 from nestlm.errors import DataError
 from nestlm.report.record import CURE, PROVENANCE, check_record, is_finished
 from nestlm.report.tables import Row, read_csv
-from nestlm.utils.json_files import expecting, read_json
+from nestlm.utils.json_files import damaged_file_errors, read_json
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:
@@ -69,7 +69,7 @@ class Run:
             DataError: the folder is no finished run, its files are not those that the run wrote, or hold other values.
         """
         check_record(folder)
-        with expecting(folder, cure=CURE):
+        with damaged_file_errors(folder, cure=CURE):
             return cls.of_files(folder)
 
     @classmethod

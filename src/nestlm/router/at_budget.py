@@ -64,7 +64,7 @@ def recall(path: Path, budget: Budget, *, router: Router, prices: PriceList) -> 
         if "plan" in kept:
             answer = router.recall(budget, kept["plan"])
         else:
-            spec = router.prices.space.spec_by_axis(kept["widths"])
+            spec = router.prices.space.spec_from_axes(kept["widths"])
             answer = Answer(fixed(spec), spec)
     except BudgetError:
         raise

@@ -16,7 +16,7 @@ from nestlm.cost.latency.latency import Latency
 from nestlm.cost.table import Cost, PriceList
 from nestlm.data.datamodule import DataSettings
 from nestlm.data.special_tokens import SpecialTokens
-from nestlm.data.tokenizer import check_vocabulary, load
+from nestlm.data.tokenizer import check_vocabulary, load_tokenizer
 from nestlm.elastic.axes.base import Axis, search_space
 from nestlm.elastic.axes.depth import Depth
 from nestlm.elastic.ranking.base import Ranking
@@ -32,7 +32,7 @@ from nestlm.train.objective.elastic_values import ElasticValues, ValueSettings, 
 from nestlm.train.optim import OptimSettings
 from nestlm.train.trainer_arguments import TrainerArguments, check_devices
 from nestlm.utils.deferred import Deferred
-from nestlm.utils.text import check_name
+from nestlm.utils.messages import check_name
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ class Settings:
     def special_tokens(self) -> SpecialTokens | None:
         """The tokens around a text; None where the tokenizer is not there yet."""
         file = self.tokenizer_file
-        return None if file is None or not file.is_file() else self.data.special.read(load(file), file.parent)
+        return None if file is None or not file.is_file() else self.data.special.read(load_tokenizer(file), file.parent)
 
     @property
     def latency(self) -> Latency | None:
@@ -371,7 +371,7 @@ def check_tokenizer(settings: Settings) -> None:
     if file is None:
         return
     if file.is_file():
-        check_vocabulary(load(file), vocab_size=size)
+        check_vocabulary(load_tokenizer(file), vocab_size=size)
         special = settings.special_tokens
         if special is not None and special.begin >= size:
             raise ConfigError(

@@ -48,7 +48,7 @@ def read_json(path: Path, *, cure: str, kind: type = dict) -> Any:
 
 
 @contextmanager
-def expecting(place: Path, *, cure: str) -> Iterator[None]:
+def damaged_file_errors(place: Path, *, cure: str) -> Iterator[None]:
     """Read values of our own files, which may have been edited.
 
     Raises:

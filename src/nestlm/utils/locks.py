@@ -15,7 +15,7 @@ LOCK = ".lock"
 
 
 @contextmanager
-def locked(folder: Path, what: str) -> Iterator[None]:
+def lock_folder(folder: Path, what: str) -> Iterator[None]:
     """One process at a time works in a folder; another says that it waits. The lock of a killed one is free at once.
 
     Raises:

@@ -68,23 +68,23 @@ def resource_error(error: BaseException, *, place: Path | None = None) -> Resour
         error: of any kind.
         place: the folder that is named where an error names no file.
     """
-    for each in chain(error):
+    for each in iter_causes(error):
         if isinstance(each, OSError) and raised_by_semaphores(each):
             return ResourceError(f"cannot share memory between processes ({each.strerror}); {CURES[errno.ENOSYS]}")
         if isinstance(each, OSError) and each.errno in CURES:
             doing = "write" if each.errno in WRITING else "read or write"
-            where = shortened(each.filename or place or "a file")
+            where = shorten(each.filename or place or "a file")
             return ResourceError(f"cannot {doing} {where} ({each.strerror}); {CURES[each.errno]}")
         if isinstance(each, MemoryError):
             return ResourceError(f"out of memory; {MEMORY}")
         if isinstance(each, RuntimeError | ImportError | OSError) or type(each).__name__ == "SafetensorError":
             number = next((number for text, number in TEXTS.items() if text in str(each)), None)
             if number is not None:
-                return ResourceError(f"{os.strerror(number)}: {shortened(first_line(each))}; {CURES[number]}")
+                return ResourceError(f"{os.strerror(number)}: {shorten(first_line(each))}; {CURES[number]}")
     return None
 
 
-def chain(error: BaseException) -> Iterator[BaseException]:
+def iter_causes(error: BaseException) -> Iterator[BaseException]:
     """An error, and those that led to it."""
     seen: set[int] = set()
     current: BaseException | None = error
@@ -105,7 +105,7 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), "")
 
 
-def shortened(text: object, *, longest: int = 200) -> str:
+def shorten(text: object, *, longest: int = 200) -> str:
     """A text of at most so many characters, its beginning cut off."""
     shown = os.fsdecode(text) if isinstance(text, bytes) else str(text)
     return shown if len(shown) <= longest else f"...{shown[-longest:]}"
@@ -126,4 +126,4 @@ def check_writable(folder: Path, *, setting: str) -> None:
     elif not os.access(place, os.W_OK | os.X_OK):
         reason = "it is read-only"
     if reason is not None:
-        raise ConfigError(f"{setting}: cannot write to {shortened(place)} ({reason}); {PLACE}")
+        raise ConfigError(f"{setting}: cannot write to {shorten(place)} ({reason}); {PLACE}")

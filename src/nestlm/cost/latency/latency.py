@@ -78,7 +78,7 @@ class Latency:
             return CostTable("latency", self.unit, space, constant=measured.constant, prices=fixed, whole=whole)
         # what the narrowest width takes at a site that decides is taken whatever is decided; but a token that skips the
         # block saves what that width takes where all tokens run it
-        saved = {site: alone[site][0] for site in space.skippable}
+        saved = {site: alone[site][0] for site in space.depth_sites}
         shared = tuple(max(0.0, row[0] - saved.get(site, 0.0)) for site, row in rows.items())
         added = {site: tuple(price - row[0] + saved.get(site, 0.0) for price in row) for site, row in rows.items()}
         router = tokens.router

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nestlm.data.shards import JOURNAL, MANIFEST
+from nestlm.data.manifest import JOURNAL, MANIFEST
 from nestlm.data.sources.base import PreparedSource, Source
 from nestlm.data.sources.hub import PREFIX, HubDataset
 from nestlm.data.sources.shards import Shards
@@ -13,7 +13,7 @@ from nestlm.data.sources.text import TextFolder
 from nestlm.errors import DataError
 
 
-def by_path(path: str | None, text_key: str = "text") -> Source | PreparedSource:
+def source_from_path(path: str | None, text_key: str = "text") -> Source | PreparedSource:
     """The source code of the standard library, a prepared folder, a dataset (`hf:NAME`), or a folder of text files."""
     if path is None:
         return Stdlib()

@@ -61,7 +61,7 @@ class StreamSource(ABC):
             raise ConfigError(f"data.source.heldout_documents: got {self.heldout_documents}, wanted 1 or more")
 
     @abstractmethod
-    def numbered(self, start: int) -> Iterator[tuple[int, str]]:
+    def numbered_texts(self, start: int) -> Iterator[tuple[int, str]]:
         """Texts with their numbers, from a number on to the end. Numbers rise; those of empty texts may be left out."""
 
     @abstractmethod
@@ -70,7 +70,7 @@ class StreamSource(ABC):
 
     def documents(self) -> Iterator[Document]:
         """The held-out documents."""
-        for number, text in self.numbered(0):
+        for number, text in self.numbered_texts(0):
             if number >= self.heldout_documents:
                 return
             yield Document(str(number), text)
@@ -95,7 +95,7 @@ class Fingerprint:
         return self.digest.hexdigest()
 
 
-def fingerprint(documents: Iterable[Document]) -> str:
+def fingerprint_documents(documents: Iterable[Document]) -> str:
     """SHA-256 over names and texts."""
     whole = Fingerprint()
     for name, text in documents:

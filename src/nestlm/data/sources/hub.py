@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nestlm.data.extra import load_extra
+from nestlm.data.optional_imports import import_optional
 from nestlm.data.sources.base import Document, StreamSource
 from nestlm.errors import DataError
 
@@ -27,8 +27,8 @@ class HubDataset:
     text_key: str = "text"
 
     def documents(self) -> Iterator[Document]:
-        rows = load(self.path, text_key=self.text_key, streaming=False)
-        for number, text in texts(rows, path=self.path, text_key=self.text_key, start=0):
+        rows = load_dataset(self.path, text_key=self.text_key, streaming=False)
+        for number, text in numbered_texts_of(rows, path=self.path, text_key=self.text_key, start=0):
             yield Document(f"{self.path.partition(':')[2]}:{number}", text)
 
 
@@ -49,17 +49,17 @@ class HubStream(StreamSource):
     heldout_documents: int
     text_key: str = "text"
 
-    def numbered(self, start: int) -> Iterator[tuple[int, str]]:
-        rows = load(self.path, text_key=self.text_key, streaming=True)
-        yield from texts(rows.skip(start), path=self.path, text_key=self.text_key, start=start)
+    def numbered_texts(self, start: int) -> Iterator[tuple[int, str]]:
+        rows = load_dataset(self.path, text_key=self.text_key, streaming=True)
+        yield from numbered_texts_of(rows.skip(start), path=self.path, text_key=self.text_key, start=start)
 
     def identity(self) -> str:
-        return load(self.path, text_key=self.text_key, streaming=None)
+        return load_dataset(self.path, text_key=self.text_key, streaming=None)
 
 
-def load(path: str, *, text_key: str, streaming: bool | None) -> Any:
+def load_dataset(path: str, *, text_key: str, streaming: bool | None) -> Any:
     """A split of a dataset, or with `streaming=None` what tells its version. Raises DataError where there is none."""
-    datasets = load_extra("datasets", wanted_for=f"{PREFIX}{path}")
+    datasets = import_optional("datasets", wanted_for=f"{PREFIX}{path}")
     name, config, split = (*path.split(":"), "", "")[:3]
     split = split or "train"
     if Path(name).is_dir():  # the library takes a folder for a name otherwise, such as `.`
@@ -82,7 +82,9 @@ def load(path: str, *, text_key: str, streaming: bool | None) -> Any:
     return rows
 
 
-def texts(rows: Iterable[dict[str, Any]], *, path: str, text_key: str, start: int) -> Iterator[tuple[int, str]]:
+def numbered_texts_of(
+    rows: Iterable[dict[str, Any]], *, path: str, text_key: str, start: int
+) -> Iterator[tuple[int, str]]:
     """The texts of rows that have one, with the rows' numbers."""
     for number, row in enumerate(rows, start=start):
         text = row.get(text_key)

@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from nestlm.data.extra import load_extra
+from nestlm.data.optional_imports import import_optional
 from nestlm.data.sources.base import StreamSource
 from nestlm.errors import DataError
 
@@ -43,7 +43,7 @@ class LitdataStream(StreamSource):
     cache_size: str
     text_key: str
 
-    def numbered(self, start: int) -> Iterator[tuple[int, str]]:
+    def numbered_texts(self, start: int) -> Iterator[tuple[int, str]]:
         # a file that stays behind is no reason to end a run
         with TemporaryDirectory(prefix="litdata-", ignore_cleanup_errors=True) as cache:
             dataset = self.opened(cache)
@@ -54,7 +54,7 @@ class LitdataStream(StreamSource):
             try:
                 yield from self.texts(dataset, range(start, num_items))
             finally:
-                stop(dataset)
+                stop_prefetching(dataset)
 
     def texts(self, dataset: Any, numbers: range) -> Iterator[tuple[int, str]]:
         """The texts of the items that are not empty. Raises DataError where one is no text, or cannot be read."""
@@ -66,8 +66,8 @@ class LitdataStream(StreamSource):
             text = item.get(self.text_key) if isinstance(item, dict) else item
             if not isinstance(text, str):
                 raise DataError(
-                    f"data: {self.path} item {number} is {brief(item)}; wanted text, or a dictionary with text under "
-                    f"{self.text_key!r} (text_key)"
+                    f"data: {self.path} item {number} is {describe_item(item)}; wanted text, or a dictionary with text "
+                    f"under {self.text_key!r} (text_key)"
                 )
             if text.strip():
                 yield number, text
@@ -83,7 +83,7 @@ class LitdataStream(StreamSource):
 
     def opened(self, cache: str) -> Any:
         """The dataset, all of it for this process, whatever its rank."""
-        litdata = load_extra("litdata", wanted_for=self.path, cure=CURE)
+        litdata = import_optional("litdata", wanted_for=self.path, cure=CURE)
         with self.named("open"):
             dataset = litdata.StreamingDataset(self.address(), cache_dir=cache, max_cache_size=self.cache_size)
             check_index(self.index(dataset), path=self.path)
@@ -128,7 +128,7 @@ def check_index(index: Path, *, path: str) -> None:
             raise DataError(f"data: {path} names the chunk {name[:100]!r}; wanted a file of its own folder")
 
 
-def stop(dataset: Any) -> None:
+def stop_prefetching(dataset: Any) -> None:
     """End the library's thread that fetches chunks: it outlives a dataset that is not read to its end."""
     reader = None if dataset.cache is None else dataset.cache._reader
     thread = None if reader is None else reader._prepare_thread
@@ -137,7 +137,7 @@ def stop(dataset: Any) -> None:
         thread.join()
 
 
-def brief(item: Any) -> str:
+def describe_item(item: Any) -> str:
     """An item as a message shows it."""
     kind = type(item).__name__
     return f"a {kind} with {', '.join(map(repr, item))}" if isinstance(item, dict) else f"a {kind}"

@@ -23,7 +23,7 @@ class Shards(PreparedSource):
 
 
 @dataclass(frozen=True)
-class Mixture(PreparedSource):
+class ShardMixture(PreparedSource):
     """Several prepared folders of one tokenizer, drawn in proportion to their weights.
 
     The order is a pure function of (seed, step), as that of one folder. Each folder's rows come in epochs of their own.

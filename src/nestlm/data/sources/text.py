@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from nestlm.data.formats import SUFFIXES, NoText, is_read, read_documents
+from nestlm.data.file_readers import SUFFIXES, NoTextError, has_reader, read_documents
 from nestlm.data.sources.base import Document
-from nestlm.data.text_files import Found, shown
+from nestlm.data.text_files import TextFiles, printable_path
 from nestlm.errors import DataError
 from nestlm.utils.console import print_once
 
@@ -29,31 +29,39 @@ class TextFolder:
     def documents(self) -> Iterator[Document]:
         root = Path(self.path)
         try:
-            is_file, is_folder = root.is_file() and is_read(root), root.is_dir()
+            is_file, is_folder = root.is_file() and has_reader(root), root.is_dir()
         except OSError as error:
-            raise DataError(f"data.path: cannot read {shown(root):.100} ({error.strerror}); wanted text") from error
+            raise DataError(
+                f"data.path: cannot read {printable_path(root):.100} ({error.strerror}); wanted text"
+            ) from error
         if is_file:
             try:
-                yield from filled(read_documents(root, name=shown(root.name), text_key=self.text_key))
-            except NoText as error:
-                raise DataError(f"data.path: {shown(root)}: {error}; name the one with the text (text_key)") from error
+                yield from drop_blank(read_documents(root, name=printable_path(root.name), text_key=self.text_key))
+            except NoTextError as error:
+                raise DataError(
+                    f"data.path: {printable_path(root)}: {error}; name the one with the text (text_key)"
+                ) from error
             return
         if not is_folder:
-            raise DataError(f"data.path: {shown(root)} is no folder; wanted one that holds {', '.join(SUFFIXES)} files")
-        found = Found.below(root)
+            raise DataError(
+                f"data.path: {printable_path(root)} is no folder; wanted one that holds {', '.join(SUFFIXES)} files"
+            )
+        found = TextFiles.below(root)
         if not found.files:
             rest = f"; left out: {found.summary()}" if found.left_out else ""
-            raise DataError(f"data.path: {shown(root)} holds no {', '.join(SUFFIXES)} file; put some text there{rest}")
+            raise DataError(
+                f"data.path: {printable_path(root)} holds no {', '.join(SUFFIXES)} file; put some text there{rest}"
+            )
         for path in found.files:
-            name = shown(path.relative_to(root).as_posix())
+            name = printable_path(path.relative_to(root).as_posix())
             try:
-                yield from filled(read_documents(path, name=name, text_key=self.text_key))
-            except NoText as error:
+                yield from drop_blank(read_documents(path, name=name, text_key=self.text_key))
+            except NoTextError as error:
                 found.left_out.append((name, str(error)))
         if found.left_out:
-            print_once(f"data: left out of {shown(root)}: {found.summary()}")
+            print_once(f"data: left out of {printable_path(root)}: {found.summary()}")
 
 
-def filled(documents: Iterator[Document]) -> Iterator[Document]:
+def drop_blank(documents: Iterator[Document]) -> Iterator[Document]:
     """Documents that hold more than blanks."""
     return (document for document in documents if document.text.strip())

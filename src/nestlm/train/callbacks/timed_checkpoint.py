@@ -20,7 +20,7 @@ from nestlm.distributed import collectives
 from nestlm.distributed import sharded_checkpoint as sharded
 from nestlm.distributed.strategy import Sharded
 from nestlm.errors import CheckpointError, Preempted
-from nestlm.utils.checksums import XXH128, check_folder, files_below, hashes, write_sums
+from nestlm.utils.checksums import XXH128, check_checksums, hash_files, list_files, write_checksums
 from nestlm.utils.console import console
 from nestlm.utils.resources import resource_error
 
@@ -137,7 +137,7 @@ def complete(checkpoint: Path, writing: Future[Any] | None) -> None:
     if writing is not None:
         writing.result()
     if collectives.rank() == 0:
-        write_sums(checkpoint, hashes(checkpoint, files_below(checkpoint, XXH128), XXH128), XXH128)
+        write_checksums(checkpoint, hash_files(checkpoint, list_files(checkpoint, XXH128), XXH128), XXH128)
 
 
 def last_good_checkpoint(folder: Path, *, is_sharded: bool) -> Path | None:
@@ -154,7 +154,7 @@ def last_good_checkpoint(folder: Path, *, is_sharded: bool) -> Path | None:
         if not path.is_dir() or (path / STATE).exists() == is_sharded:
             continue
         try:
-            check_folder(path, XXH128)
+            check_checksums(path, XXH128)
             if is_sharded:
                 sharded.check(path)
             else:

@@ -48,7 +48,7 @@ class Joint(Objective):
             # just above the floor at least, where rounding could make the smallest sub-network too dear
             above = max(1e-6, float(torch.rand((), generator=generator)))
             targets.append(floor + (1.0 - floor) * above)
-            budget = Budget.of_share(targets[-1])
+            budget = Budget.from_share(targets[-1])
             policies.append((parts.router.draw(budget, generator=generator, row_shard=batch.row_shard), False))
         lessons = self.distillation.lessons(parts, batch, policies=tuple(policies))
         loss_full = next(lessons).losses.loss

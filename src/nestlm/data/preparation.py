@@ -14,8 +14,8 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer
 
 from nestlm.data import tokenizer as tokenizers
-from nestlm.data.prefetch import ahead
-from nestlm.data.shards import (
+from nestlm.data.document_scan import DocumentScan
+from nestlm.data.manifest import (
     JOURNAL,
     MANIFEST,
     SPLITS,
@@ -23,31 +23,31 @@ from nestlm.data.shards import (
     Manifest,
     ShardReader,
     Split,
-    check_numbers,
-    render,
+    check_counts,
+    render_json,
     write_file,
     write_shard,
 )
+from nestlm.data.prefetch import prefetch
 from nestlm.data.sources.base import Document, Source
-from nestlm.data.special_tokens import PlainNames, SpecialTokenSettings
-from nestlm.data.survey import Survey
+from nestlm.data.special_tokens import SpecialTokenSettings, SpecialTokenWarner
 from nestlm.errors import DataError
 from nestlm.utils.console import progress_bar, track
 
 SHARD_TOKENS = 2**26
 BATCH_BYTES = 2**21  # of text that the tokenizer's threads share out at once
 MB = 1e6
-BY_FILES = SpecialTokenSettings()
+NO_SETTINGS = SpecialTokenSettings()
 
 
-def prepare(
+def prepare_source(
     source: Source,
     folder: Path,
     *,
     vocab_size: int | None,
     tokenizer_file: Path | None,
     heldout_share: float | None,
-    special: SpecialTokenSettings = BY_FILES,
+    special: SpecialTokenSettings = NO_SETTINGS,
     shard_tokens: int = SHARD_TOKENS,
     timings: dict[str, float] | None = None,
 ) -> Manifest:
@@ -70,7 +70,7 @@ def prepare(
         DataError: too few documents, a tokenizer that does not suit the model, or a folder that was begun from
             something else.
     """
-    survey = Survey.of(track(source.documents(), "survey"))
+    survey = DocumentScan.of(track(source.documents(), "survey"))
     split_of = survey.splits(heldout_share=heldout_share)
     tokenizer = choose_tokenizer(source, split_of, vocab_size=vocab_size, tokenizer_file=tokenizer_file)
     size = tokenizers.id_bound(tokenizer)
@@ -79,7 +79,7 @@ def prepare(
     around = special.read(tokenizer, None if tokenizer_file is None else tokenizer_file.parent)
     manifest = Manifest(
         fingerprint=survey.fingerprint,
-        tokenizer_hash=tokenizers.tokenizer_hash(tokenizer),
+        tokenizer_hash=tokenizers.hash_tokenizer(tokenizer),
         vocab_size=size if vocab_size is None else min(size, vocab_size),
         begin=around.begin,
         ends=around.ends,
@@ -91,14 +91,14 @@ def prepare(
     )
     if (folder / MANIFEST).is_file():
         finished = Manifest.read(folder)
-        check_same(finished, manifest, folder)
+        check_same_plan(finished, manifest, folder)
         (folder / JOURNAL).unlink(missing_ok=True)
         return finished
     write_file(folder / TOKENIZER, tokenizer.to_str().encode())
-    writer, started = Writer.resume(folder, manifest), time.monotonic()
+    writer, started = ShardWriter.resume(folder, manifest), time.monotonic()
     before = writer.manifest.num_tokens
-    encoder = tokenizers.for_texts(tokenizer, special_tokens=special.in_text)
-    names = special.plain_names(encoder)
+    encoder = tokenizers.make_text_encoder(tokenizer, special_tokens=special.in_text)
+    names = special.plain_name_warner(encoder)
     write_documents(source, writer, survey=survey, split_of=split_of, tokenizer=encoder, names=names)
     manifest = writer.finish()
     if timings is not None:
@@ -111,15 +111,15 @@ def choose_tokenizer(
 ) -> Tokenizer:
     """The given tokenizer, or one that is trained on the training split."""
     if tokenizer_file is not None:
-        return tokenizers.load(tokenizer_file)
+        return tokenizers.load_tokenizer(tokenizer_file)
     if vocab_size is None:
         raise DataError("data.tokenizer: got none, and no vocabulary size to train one of; name a tokenizer.json")
     train = SPLITS.index("train")
     texts = (text for split, (_, text) in zip(split_of, source.documents(), strict=True) if split == train)
-    return tokenizers.train(texts, vocab_size=vocab_size)
+    return tokenizers.train_tokenizer(texts, vocab_size=vocab_size)
 
 
-def check_same(begun: Manifest, wanted: Manifest, folder: Path) -> None:
+def check_same_plan(begun: Manifest, wanted: Manifest, folder: Path) -> None:
     """Raise DataError, naming the difference, where a folder was begun from something else."""
     other, plan = asdict(begun), asdict(wanted)
     for name, value in plan.items():
@@ -131,7 +131,7 @@ def check_same(begun: Manifest, wanted: Manifest, folder: Path) -> None:
 
 
 @dataclass
-class Writer:
+class ShardWriter:
     """Collects the tokens of documents, and writes all splits' shards and the journal when one is full.
 
     Attributes:
@@ -149,17 +149,17 @@ class Writer:
     waiting: dict[str, int]
 
     @classmethod
-    def resume(cls, folder: Path, manifest: Manifest) -> Writer:
+    def resume(cls, folder: Path, manifest: Manifest) -> ShardWriter:
         """Go on after the journal's last entry, or begin. Raises DataError when it is of another corpus or plan."""
         path, consumed = folder / JOURNAL, 0
         if path.is_file():
             try:
                 entry = json.loads(path.read_bytes())
-                check_numbers(consumed := entry["consumed"])
+                check_counts(consumed := entry["consumed"])
                 begun = Manifest.from_json(entry["manifest"])
             except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise DataError(f"data: {path} is damaged ({error!r:.100}); remove the folder, begin again") from error
-            check_same(begun, manifest, folder)
+            check_same_plan(begun, manifest, folder)
             for split in begun.splits.values():
                 for shard in split.shards:
                     ShardReader(folder, shard, dtype=begun.dtype, vocab_size=begun.vocab_size)
@@ -200,7 +200,7 @@ class Writer:
         self.consumed += sum(map(len, self.pending.values()))
         self.empty()
         entry: dict[str, Any] = {"consumed": self.consumed, "manifest": asdict(self.manifest)}
-        write_file(self.folder / JOURNAL, render(entry).encode())
+        write_file(self.folder / JOURNAL, render_json(entry).encode())
 
     def finish(self) -> Manifest:
         """Write the rest and the manifest."""
@@ -211,22 +211,30 @@ class Writer:
 
 
 def write_documents(
-    source: Source, writer: Writer, *, survey: Survey, split_of: np.ndarray, tokenizer: Tokenizer, names: PlainNames
+    source: Source,
+    writer: ShardWriter,
+    *,
+    survey: DocumentScan,
+    split_of: np.ndarray,
+    tokenizer: Tokenizer,
+    names: SpecialTokenWarner,
 ) -> None:
     """Tokenize all documents that the writer has not got yet; reading, tokenizing and writing overlap."""
     manifest, number, done = writer.manifest, writer.consumed, float(survey.sizes[: writer.consumed].sum()) / MB
     total, tokens, started = survey.num_bytes / MB, 0, time.monotonic()
-    batches = ahead(batched(source.documents(), skip=writer.consumed))
+    batches = prefetch(batch_documents(source.documents(), skip=writer.consumed))
     with progress_bar("MB, {task.fields[speed]} tokens/s") as progress, ThreadPoolExecutor(1) as pool:
         bar = progress.add_task("tokenize", total=round(total), completed=round(done), speed="")
-        for documents, encodings in encoded(batches, tokenizer, pool):
+        for documents, encodings in encode_batches(batches, tokenizer, pool):
             for document, encoding in zip(documents, encodings, strict=True):
                 num_bytes = len(document.text.encode())
                 if number >= len(survey.sizes) or num_bytes != survey.sizes[number]:
                     raise DataError(f"data: {document.name} has changed while it was read; run this again")
                 names.look(document.text)
-                ids = tokenizers.with_begin(tokenizer, encoding.ids, begin=manifest.begin)
-                tokenizers.check_ids(tokenizer, ids, vocab_size=manifest.vocab_size, where=f"data: {document.name}")
+                ids = tokenizers.prepend_begin(tokenizer, encoding.ids, begin=manifest.begin)
+                tokenizers.check_token_ids(
+                    tokenizer, ids, vocab_size=manifest.vocab_size, where=f"data: {document.name}"
+                )
                 writer.add(SPLITS[split_of[number]], ids, num_bytes=num_bytes)
                 number, done, tokens = number + 1, done + num_bytes / MB, tokens + len(ids)
             speed = tokens / (time.monotonic() - started)
@@ -235,7 +243,7 @@ def write_documents(
         raise DataError(f"data: the source has {number} documents, it had {len(survey.sizes)}; run this again")
 
 
-def batched(documents: Iterator[Document], *, skip: int) -> Iterator[list[Document]]:
+def batch_documents(documents: Iterator[Document], *, skip: int) -> Iterator[list[Document]]:
     """Documents in lists of about BATCH_BYTES, without the first ones."""
     group, size = list[Document](), 0
     for number, document in enumerate(documents):
@@ -250,7 +258,7 @@ def batched(documents: Iterator[Document], *, skip: int) -> Iterator[list[Docume
         yield group
 
 
-def encoded(
+def encode_batches(
     batches: Iterator[list[Document]], tokenizer: Tokenizer, pool: ThreadPoolExecutor
 ) -> Iterator[tuple[list[Document], list[Encoding]]]:
     """Batches with their encodings; the next one is encoded while the caller works on this one."""

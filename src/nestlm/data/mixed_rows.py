@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch.utils.data import Dataset
 
-from nestlm.data.packed import PackedRows, permutation
+from nestlm.data.packed_rows import PackedRows, permute_epoch
 from nestlm.errors import ConfigError
 
 BLOCK_SAMPLES = 10_000  # within each block of the order, the parts have exactly their shares
@@ -35,7 +35,7 @@ class MixedRows(Dataset[np.ndarray]):
         """Number of the row at a position of the order; each part's rows come in epochs of their own."""
         block, slot = divmod(position, BLOCK_SAMPLES)
         if self.block != (seed, stream, block):
-            shuffled = permutation(BLOCK_SAMPLES, seed, f"{stream}/mixture", block)
+            shuffled = permute_epoch(BLOCK_SAMPLES, seed, f"{stream}/mixture", block)
             self.part_of = np.repeat(np.arange(len(self.parts)), self.counts)[shuffled]
             self.place_of = np.zeros(BLOCK_SAMPLES, dtype=np.int64)
             for number, count in enumerate(self.counts):  # places within a part rise by one

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from nestlm.errors import CheckpointError
-from nestlm.model.checkpoint import own_file, read_object, survey
+from nestlm.model.checkpoint import path_in_checkpoint, read_headers, read_json_object
 from nestlm.model.hub import HUB_ID
 
 CONFIG, GENERATION, TOKENIZER_JSON = "config.json", "generation_config.json", "tokenizer.json"
@@ -38,7 +38,7 @@ MOST_TEMPLATES = 100
 
 
 @dataclass(frozen=True)
-class Parent:
+class ParentFiles:
     """The small files that exports take from a checkpoint, and the dtypes of its tensors.
 
     Attributes:
@@ -52,19 +52,21 @@ class Parent:
     repository: str | None = None
 
     @classmethod
-    def of_checkpoint(cls, folder: Path, *, repository: str | None = None) -> Parent:
+    def from_checkpoint(cls, folder: Path, *, repository: str | None = None) -> ParentFiles:
         """Read a checkpoint folder. Raises CheckpointError for a damaged file, or a link out of the folder."""
-        return cls(small_files(folder), {name: tensor.dtype for name, tensor in survey(folder).items()}, repository)
+        return cls(
+            read_small_files(folder), {name: tensor.dtype for name, tensor in read_headers(folder).items()}, repository
+        )
 
     @classmethod
-    def read(cls, folder: Path) -> Parent:
+    def read(cls, folder: Path) -> ParentFiles:
         """Read what `write` wrote. Raises CheckpointError for a damaged file, or a link out of the folder."""
-        facts = read_object(folder, FACTS)
+        facts = read_json_object(folder, FACTS)
         dtypes, repository = facts.get("dtypes"), facts.get("repository")
         is_named = repository is None or (isinstance(repository, str) and HUB_ID.fullmatch(repository))
         if not isinstance(dtypes, dict) or not is_named:
             raise CheckpointError(f"model.weights: {folder / FACTS} is damaged; copy the run again, or do it again")
-        return cls(small_files(folder), dtypes, repository)
+        return cls(read_small_files(folder), dtypes, repository)
 
     def write(self, folder: Path) -> None:
         """Write all of it into a folder, which is made where it is absent."""
@@ -118,14 +120,14 @@ class Parent:
         return None
 
 
-def small_files(folder: Path) -> dict[str, bytes]:
+def read_small_files(folder: Path) -> dict[str, bytes]:
     """Contents of the files of a checkpoint folder that travel, by relative path, without keys that lead to code."""
     files = {}
     for name in (CONFIG, GENERATION, *TOKENIZER_OBJECTS):
-        path = own_file(folder, name)
+        path = path_in_checkpoint(folder, name)
         if path.is_file():
-            content = read_object(folder, name)
-            known = without_code(content)
+            content = read_json_object(folder, name)
+            known = drop_code_keys(content)
             files[name] = path.read_bytes() if known == content else to_json(known)
     templates = sorted((folder / TEMPLATES).glob("*.jinja"))
     if len(templates) > MOST_TEMPLATES:
@@ -133,7 +135,7 @@ def small_files(folder: Path) -> dict[str, bytes]:
             f"model.weights: {folder / TEMPLATES} holds {len(templates)} templates, wanted at most {MOST_TEMPLATES}"
         )
     for name in (*TOKENIZER_PLAIN, *(str(PurePosixPath(TEMPLATES, path.name)) for path in templates)):
-        path = own_file(folder, name)
+        path = path_in_checkpoint(folder, name)
         if path.is_file():
             files[name] = path.read_bytes()
     return files
@@ -147,11 +149,11 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
         path.write_bytes(content)
 
 
-def without_code(value: Any) -> Any:
+def drop_code_keys(value: Any) -> Any:
     """A JSON value without the keys that lead transformers to code, at any depth."""
     if isinstance(value, dict):
-        return {key: without_code(each) for key, each in value.items() if key not in CODE_KEYS}
-    return [without_code(each) for each in value] if isinstance(value, list) else value
+        return {key: drop_code_keys(each) for key, each in value.items() if key not in CODE_KEYS}
+    return [drop_code_keys(each) for each in value] if isinstance(value, list) else value
 
 
 def to_json(value: Any) -> bytes:

@@ -12,18 +12,18 @@ LARGEST = 2**24  # of a size: beyond it is a damaged file
 SHOWN = 60  # characters of a value in a message
 
 
-def show(value: Any) -> str:
+def quote(value: Any) -> str:
     """A value as messages quote it: long ones are cut."""
     text = repr(value)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
-def refuse(name: str, value: Any, wanted: str) -> CheckpointError:
+def wrong_value_error(name: str, value: Any, wanted: str) -> CheckpointError:
     """The error for a key of a config.json that has a value of another kind."""
-    return CheckpointError(f"model.weights: {name} is {show(value)} in config.json, wanted {wanted}; mend config.json")
+    return CheckpointError(f"model.weights: {name} is {quote(value)} in config.json, wanted {wanted}; mend config.json")
 
 
-def size(config: Mapping[str, Any], name: str, *, default: int | None = None, most: int = LARGEST) -> int:
+def read_size(config: Mapping[str, Any], name: str, *, default: int | None = None, most: int = LARGEST) -> int:
     """A whole number from 1 to `most`. Raises CheckpointError where it is absent without a default, or another."""
     value = config.get(name)
     if value is None:
@@ -31,39 +31,39 @@ def size(config: Mapping[str, Any], name: str, *, default: int | None = None, mo
             raise CheckpointError(f"model.weights: config.json lacks {name}; wanted a Hugging Face checkpoint folder")
         return default
     if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= most:
-        raise refuse(name, value, f"a whole number from 1 to {most}")
+        raise wrong_value_error(name, value, f"a whole number from 1 to {most}")
     return value
 
 
-def number(config: Mapping[str, Any], name: str, *, default: float) -> float:
+def read_number(config: Mapping[str, Any], name: str, *, default: float) -> float:
     """A positive number. Raises CheckpointError for anything else, null as well."""
     value = config.get(name, default)
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise refuse(name, value, "a positive number")
+        raise wrong_value_error(name, value, "a positive number")
     return value
 
 
-def flag(config: Mapping[str, Any], name: str, *, default: bool = False) -> bool:
+def read_flag(config: Mapping[str, Any], name: str, *, default: bool = False) -> bool:
     """True or false. Raises CheckpointError for anything else; null stands for the default."""
     value = config.get(name)
     if value is None:
         return default
     if not isinstance(value, bool):
-        raise refuse(name, value, "true or false")
+        raise wrong_value_error(name, value, "true or false")
     return value
 
 
-def section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+def read_section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     """An object, empty where it is null or absent. Raises CheckpointError for anything else."""
     value = config.get(name)
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise refuse(name, value, "an object")
+        raise wrong_value_error(name, value, "an object")
     return value
 
 
 def check_value(config: Mapping[str, Any], name: str, value: Any) -> None:
     """Raise CheckpointError unless a key, where it is there, has the one value that is computed."""
     if config.get(name, value) != value:
-        raise CheckpointError(f"model.weights: {name} is {show(config[name])} in config.json, wanted {value!r}")
+        raise CheckpointError(f"model.weights: {name} is {quote(config[name])} in config.json, wanted {value!r}")

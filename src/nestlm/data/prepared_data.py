@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from nestlm.data import tokenizer as tokenizers
-from nestlm.data.mixed import MixedRows
-from nestlm.data.packed import PackedRows
-from nestlm.data.shards import CURE, SPLITS, TOKENIZER, Manifest, Split, inside, render, write_file
+from nestlm.data.manifest import CURE, SPLITS, TOKENIZER, Manifest, Split, path_inside, render_json, write_file
+from nestlm.data.mixed_rows import MixedRows
+from nestlm.data.packed_rows import PackedRows
 from nestlm.data.sources.base import Portion
 from nestlm.data.special_tokens import SpecialTokens, SpecialTokenSettings
 from nestlm.errors import DataError
@@ -22,7 +22,7 @@ PORTION = "portion-{}"  # folder of a portion's held-out part
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedData:
     """Prepared folders of one tokenizer, with their manifests.
 
     Attributes:
@@ -38,21 +38,21 @@ class Prepared:
     special_tokens: SpecialTokens
 
     @classmethod
-    def open(cls, portions: Sequence[Portion]) -> Prepared:
+    def open(cls, portions: Sequence[Portion]) -> PreparedData:
         """Read and check the manifests of whole folders.
 
         Raises:
             DataError: a folder is not prepared or damaged, or the tokenizers differ.
         """
-        return cls.checked(portions, [inside(path, TOKENIZER) for path, _ in portions])
+        return cls.checked(portions, [path_inside(path, TOKENIZER) for path, _ in portions])
 
     @classmethod
-    def checked(cls, portions: Sequence[Portion], tokenizer_files: Sequence[Path]) -> Prepared:
+    def checked(cls, portions: Sequence[Portion], tokenizer_files: Sequence[Path]) -> PreparedData:
         """Read and check manifests, each with the tokenizer that goes with it."""
         manifests = tuple(Manifest.read(path) for path, _ in portions)
         first = manifests[0]
         for (path, _), manifest, file in zip(portions, manifests, tokenizer_files, strict=True):
-            if not file.is_file() or tokenizers.content_hash(file) != manifest.tokenizer_hash:
+            if not file.is_file() or tokenizers.hash_tokenizer_file(file) != manifest.tokenizer_hash:
                 raise DataError(f"data: {file} is not what the manifest says; {CURE}")
             if manifest.tokenizer_hash != first.tokenizer_hash or manifest.vocab_size != first.vocab_size:
                 raise DataError(
@@ -67,7 +67,7 @@ class Prepared:
         return cls(tuple(portions), manifests, tokenizer_files[0], first.special_token_ids)
 
     @classmethod
-    def read(cls, folder: Path) -> Prepared:
+    def read(cls, folder: Path) -> PreparedData:
         """What a data stage left in its folder; of folders that it read in place, the held-out parts.
 
         Raises:
@@ -102,14 +102,16 @@ class Prepared:
             for split, held in manifest.splits.items():
                 if split != "train":
                     for shard in held.shards:
-                        link(inside(path, shard.name), place / shard.name)
-                        link(inside(path, f"{shard.name}.crc"), place / f"{shard.name}.crc")
+                        link_or_copy(path_inside(path, shard.name), place / shard.name)
+                        link_or_copy(path_inside(path, f"{shard.name}.crc"), place / f"{shard.name}.crc")
             manifest.write(place)
         write_file(folder / TOKENIZER, self.tokenizer_file.read_bytes())
         content = {**asdict(self.special_tokens), "weights": [weight for _, weight in self.portions]}
-        write_file(folder / POINTER, render(content).encode())
+        write_file(folder / POINTER, render_json(content).encode())
 
-    def of_model(self, *, vocab_size: int, tokenizer_file: Path | None, special: SpecialTokenSettings) -> Prepared:
+    def with_model_tokens(
+        self, *, vocab_size: int, tokenizer_file: Path | None, special: SpecialTokenSettings
+    ) -> PreparedData:
         """Replace the end tokens of the folders by those of a model, or of the user.
 
         Args:
@@ -121,12 +123,12 @@ class Prepared:
             DataError: the tokens are not the model's.
         """
         manifest, path = self.manifests[0], self.portions[0].path
-        tokenizer = tokenizers.load(self.tokenizer_file)
+        tokenizer = tokenizers.load_tokenizer(self.tokenizer_file)
         for name in SPLITS:
             largest = self.split(name).bound - 1
-            tokenizers.check_ids(tokenizer, [largest], vocab_size=vocab_size, where=f"data.path: {path}")
+            tokenizers.check_token_ids(tokenizer, [largest], vocab_size=vocab_size, where=f"data.path: {path}")
         if tokenizer_file is not None:
-            wanted = tokenizers.tokenizer_hash(tokenizers.load(tokenizer_file))
+            wanted = tokenizers.hash_tokenizer(tokenizers.load_tokenizer(tokenizer_file))
             if wanted != manifest.tokenizer_hash:
                 raise DataError(
                     f"data.path: {path} was prepared with another tokenizer than {tokenizer_file}; prepare it with that"
@@ -144,7 +146,7 @@ class Prepared:
             )
         return replace(self, special_tokens=found)
 
-    def check_same(self, other: Prepared) -> None:
+    def check_same(self, other: PreparedData) -> None:
         """Raise DataError unless other folders hold what these hold."""
         for number, (path, _) in enumerate(other.portions):
             if number >= len(self.manifests) or self.manifests[number].checksum != other.manifests[number].checksum:
@@ -159,7 +161,7 @@ class Prepared:
     def identity(self) -> str:
         """Of all tokens, the order of the folders, and their weights."""
         pairs = zip(self.manifests, self.portions, strict=True)
-        return render({"portions": [[manifest.checksum, portion.weight] for manifest, portion in pairs]})
+        return render_json({"portions": [[manifest.checksum, portion.weight] for manifest, portion in pairs]})
 
     def split(self, name: str) -> Split:
         """What a split holds, over all folders."""
@@ -183,7 +185,7 @@ class Prepared:
             self.rows(split, sequence_length=sequence_length)
 
 
-def link(source: Path, target: Path) -> None:
+def link_or_copy(source: Path, target: Path) -> None:
     """Link a file, or copy it to another file system."""
     try:
         os.link(source, target)

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from nestlm.data.batch import Batch
-from nestlm.data.shards import Manifest, ShardReader
+from nestlm.data.manifest import Manifest, ShardReader
 from nestlm.distributed.collectives import ALL_ROWS, RowShard
 from nestlm.errors import DataError
 
@@ -73,24 +73,24 @@ class PackedRows(Dataset[np.ndarray]):
         """Number of the row at a position of the order. Epochs follow each other without a break."""
         epoch, place = divmod(position, len(self))
         if (seed, stream, epoch) not in self.epochs:
-            self.epochs[seed, stream, epoch] = permutation(len(self), seed, stream, epoch)
+            self.epochs[seed, stream, epoch] = permute_epoch(len(self), seed, stream, epoch)
             if len(self.epochs) > 2:  # a batch may lie across the end of one
                 self.epochs.popitem(last=False)
         return int(self.epochs[seed, stream, epoch][place])
 
 
-def permutation(number: int, seed: int, stream: str, epoch: int) -> np.ndarray:
+def permute_epoch(number: int, seed: int, stream: str, epoch: int) -> np.ndarray:
     """The order of an epoch's rows."""
     digest = hashlib.sha256(f"{seed}/{stream}/{epoch}".encode()).digest()
     return np.random.Generator(np.random.Philox(int.from_bytes(digest[:16], "big"))).permutation(number)
 
 
-def step_rows(step: int, *, rows: Rows, batch_size: int, seed: int, stream: str) -> list[int]:
+def rows_of_step(step: int, *, rows: Rows, batch_size: int, seed: int, stream: str) -> list[int]:
     """Row numbers of a step's global batch."""
     return [rows.sample(p, seed=seed, stream=stream) for p in range(step * batch_size, (step + 1) * batch_size)]
 
 
-def collate(
+def collate_rows(
     rows: Sequence[np.ndarray], *, separator: int | None, row_shard: RowShard = ALL_ROWS, is_counted: bool = True
 ) -> Batch:
     """Stack rows into a batch; with a separator, number the documents of each row."""
@@ -102,7 +102,7 @@ def collate(
     return Batch(inputs_BL.contiguous(), targets_BL.contiguous(), documents_BL, row_shard, is_counted)
 
 
-class HeldOut(Dataset[Batch]):
+class HeldOutBatches(Dataset[Batch]):
     """Batches of a held-out split that one rank sees, in its order; the last may not count."""
 
     def __init__(self, rows: Rows, batches: list[list[int]], *, separator: int | None, last_counts: bool) -> None:
@@ -113,7 +113,9 @@ class HeldOut(Dataset[Batch]):
 
     def __getitem__(self, index: int) -> Batch:
         is_counted = self.last_counts or index < len(self) - 1
-        return collate([self.rows[row] for row in self.batches[index]], separator=self.separator, is_counted=is_counted)
+        return collate_rows(
+            [self.rows[row] for row in self.batches[index]], separator=self.separator, is_counted=is_counted
+        )
 
 
 class StepLoader:
@@ -138,9 +140,9 @@ class StepLoader:
         self.num_steps = num_steps
         self.next_step = 0
         self.num_workers = num_workers
-        self.collate = partial(collate, separator=separator, row_shard=row_shard)
+        self.collate = partial(collate_rows, separator=separator, row_shard=row_shard)
         self.own = slice(row_shard.rank, None, row_shard.num_ranks)
-        self.order = partial(step_rows, rows=rows, batch_size=batch_size, seed=seed, stream=stream)
+        self.order = partial(rows_of_step, rows=rows, batch_size=batch_size, seed=seed, stream=stream)
 
     def __len__(self) -> int:
         return self.num_steps

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import IO, Any
 
-from nestlm.data.extra import load_extra
+from nestlm.data.optional_imports import import_optional
 from nestlm.data.sources.base import Document
 from nestlm.errors import DataError
 
@@ -22,31 +22,31 @@ PLAIN = (".txt", ".md", ".py")  # a document a file
 LINES = (".jsonl", ".ndjson")
 COMPRESSED = ("", ".gz", ".zst", ".xz", ".bz2")
 OPENERS = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
-KINDS = (*PLAIN, *LINES, ".json", ".csv")
-SUFFIXES = (*KINDS, ".parquet")
-CHUNK = 2**20  # bytes of a compressed file that are read at once
-ROWS = 1024  # of a parquet file that are read at once
+COMPRESSIBLE = (*PLAIN, *LINES, ".json", ".csv")
+SUFFIXES = (*COMPRESSIBLE, ".parquet")
+CHUNK_BYTES = 2**20  # bytes of a compressed file that are read at once
+ROWS_AT_ONCE = 1024  # of a parquet file that are read at once
 LONGEST_FIELD = 2**31 - 1  # characters of a CSV field
 UTF16 = (b"\xff\xfe", b"\xfe\xff")  # what files of UTF-16 begin with
-REASON = 100  # characters of an error, or a value, that a message quotes
+QUOTED_LENGTH = 100  # characters of an error, or a value, that a message quotes
 
 
-class NoText(DataError):  # noqa: N818 (a reason to leave a file out of a folder)
+class NoTextError(DataError):
     """A file of a known suffix that holds no text under the key at all, such as a .json file of settings."""
 
 
-def is_read(path: Path) -> bool:
+def has_reader(path: Path) -> bool:
     """Whether a file's name ends in one of SUFFIXES, perhaps packed."""
-    return kind_of(path) in SUFFIXES
+    return format_suffix(path) in SUFFIXES
 
 
-def kind_of(path: Path) -> str:
+def format_suffix(path: Path) -> str:
     """The suffix that tells what a file holds, in small letters, without that of a packer."""
     name = path.name.lower()
     for packed in COMPRESSED[1:]:
         if name.endswith(packed):
             kind = Path(name.removesuffix(packed)).suffix
-            return kind if kind in KINDS else ""
+            return kind if kind in COMPRESSIBLE else ""
     return Path(name).suffix
 
 
@@ -62,41 +62,41 @@ def read_documents(path: Path, *, name: str, text_key: str) -> Iterator[Document
         NoText: a .json or .csv file without that key or column.
         DataError: the file cannot be read, is cut short, or holds something else.
     """
-    kind = kind_of(path)
+    kind = format_suffix(path)
     if kind == ".parquet":
         yield from read_parquet(path, name=name, text_key=text_key)
         return
     try:
         with open_text(path) as file:
             if kind in LINES:
-                yield from read_lines(file, name=name, text_key=text_key)
+                yield from read_json_lines(file, name=name, text_key=text_key)
             elif kind == ".json":
-                yield from read_array(file, name=name, text_key=text_key)
+                yield from read_json_array(file, name=name, text_key=text_key)
             elif kind == ".csv":
-                yield from read_table(file, name=name, text_key=text_key)
+                yield from read_csv(file, name=name, text_key=text_key)
             else:
-                yield Document(name, plain_text(file, name))
+                yield Document(name, read_plain_text(file, name))
     except UnicodeDecodeError as error:
-        reason = "it begins as UTF-16 does" if error.object[:2] in UTF16 else f"{error!s:.{REASON}}"
+        reason = "it begins as UTF-16 does" if error.object[:2] in UTF16 else f"{error!s:.{QUOTED_LENGTH}}"
         raise DataError(f"data: cannot read {name} ({reason}); wanted UTF-8 text, remove or convert it") from error
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-        reason = str(getattr(error, "strerror", None) or error)[:REASON]
+        reason = str(getattr(error, "strerror", None) or error)[:QUOTED_LENGTH]
         raise DataError(f"data: cannot read {path} ({reason}); mend, remove or convert it") from error
 
 
 def open_text(path: Path) -> IO[str]:
     """A file of UTF-8 text, unpacked on the way, without a byte order mark."""
     packed = path.suffix.lower()
-    options: dict[str, Any] = {"encoding": "utf-8-sig", "newline": "" if kind_of(path) == ".csv" else None}
+    options: dict[str, Any] = {"encoding": "utf-8-sig", "newline": "" if format_suffix(path) == ".csv" else None}
     if packed in OPENERS:
         return OPENERS[packed](path, "rt", **options)
     if packed == ".zst":
-        zstandard = load_extra("zstandard", wanted_for=str(path))
-        return io.TextIOWrapper(io.BufferedReader(ZstdFile(path, zstandard), CHUNK), **options)
+        zstandard = import_optional("zstandard", wanted_for=str(path))
+        return io.TextIOWrapper(io.BufferedReader(ZstdFile(path, zstandard), CHUNK_BYTES), **options)
     return path.open(**options)
 
 
-def plain_text(file: IO[str], name: str) -> str:
+def read_plain_text(file: IO[str], name: str) -> str:
     """The text of a file. Raises DataError where it holds NUL characters."""
     text = file.read()
     if "\0" in text:
@@ -118,7 +118,7 @@ class ZstdFile(io.RawIOBase):
     def readinto(self, buffer: Any, /) -> int:
         """Unpack more. Raises EOFError for a file that is cut short, OSError for one that is no zstandard file."""
         while not self.ready:
-            self.packed = self.packed or self.file.read(CHUNK)
+            self.packed = self.packed or self.file.read(CHUNK_BYTES)
             if not self.packed:
                 if self.frame is not None:
                     raise EOFError("it is cut short")
@@ -143,21 +143,21 @@ class ZstdFile(io.RawIOBase):
         super().close()
 
 
-def read_lines(file: IO[str], *, name: str, text_key: str) -> Iterator[Document]:
+def read_json_lines(file: IO[str], *, name: str, text_key: str) -> Iterator[Document]:
     """The documents of JSON lines. Raises DataError, naming the line, when one has no such key."""
     for number, line in enumerate(file, start=1):
         if not line.strip():
             continue
         try:
-            yield Document(f"{name}:{number}", text_of(json.loads(line), text_key))
+            yield Document(f"{name}:{number}", get_text(json.loads(line), text_key))
         except (ValueError, RecursionError) as error:
             raise DataError(
-                f'data: {name} line {number} is not {{"{text_key}": ...}} ({error!s:.{REASON}}); mend or remove it, '
-                "or name another key (text_key)"
+                f'data: {name} line {number} is not {{"{text_key}": ...}} ({error!s:.{QUOTED_LENGTH}}); mend or remove '
+                "it, or name another key (text_key)"
             ) from error
 
 
-def read_array(file: IO[str], *, name: str, text_key: str) -> Iterator[Document]:
+def read_json_array(file: IO[str], *, name: str, text_key: str) -> Iterator[Document]:
     """The documents of one JSON value: an array of texts or of objects with one, or such an object.
 
     Raises:
@@ -169,32 +169,32 @@ def read_array(file: IO[str], *, name: str, text_key: str) -> Iterator[Document]
     except UnicodeDecodeError:
         raise
     except (ValueError, RecursionError) as error:
-        raise DataError(f"data: {name} is no JSON ({error!s:.{REASON}}); mend or remove it") from error
+        raise DataError(f"data: {name} is no JSON ({error!s:.{QUOTED_LENGTH}}); mend or remove it") from error
     elements = value if isinstance(value, list) else [value] if isinstance(value, dict) else []
     if not any(isinstance(each, str) or (isinstance(each, dict) and text_key in each) for each in elements):
-        raise NoText(f"no {text_key!r} in it")
+        raise NoTextError(f"no {text_key!r} in it")
     for number, each in enumerate(elements, start=1):
         try:
-            yield Document(f"{name}:{number}", text_of({text_key: each} if isinstance(each, str) else each, text_key))
+            yield Document(f"{name}:{number}", get_text({text_key: each} if isinstance(each, str) else each, text_key))
         except ValueError as error:
             raise DataError(
-                f"data: {name} element {number} holds no text ({error!s:.{REASON}}); mend or remove it, or name "
+                f"data: {name} element {number} holds no text ({error!s:.{QUOTED_LENGTH}}); mend or remove it, or name "
                 "another key (text_key)"
             ) from error
 
 
-def text_of(value: Any, key: str) -> str:
+def get_text(value: Any, key: str) -> str:
     """The text of a JSON object. Raises ValueError where it has none, or no Unicode text."""
     if not isinstance(value, dict) or key not in value:
         raise ValueError(f"no {key!r}")
     text = value[key]
     if not isinstance(text, str):
-        raise ValueError(f"{key} is {text!r:.{REASON}}")
+        raise ValueError(f"{key} is {text!r:.{QUOTED_LENGTH}}")
     text.encode()
     return text
 
 
-def read_table(file: IO[str], *, name: str, text_key: str) -> Iterator[Document]:
+def read_csv(file: IO[str], *, name: str, text_key: str) -> Iterator[Document]:
     """The documents of a column of comma-separated values; rows without a text are left out.
 
     Raises:
@@ -205,7 +205,7 @@ def read_table(file: IO[str], *, name: str, text_key: str) -> Iterator[Document]
     rows = csv.DictReader(file, strict=True)
     try:
         if text_key not in (rows.fieldnames or ()):
-            raise NoText(f"no column {text_key!r}")
+            raise NoTextError(f"no column {text_key!r}")
         for number, row in enumerate(rows, start=1):
             if row[text_key] is not None:
                 yield Document(f"{name}:{number}", row[text_key])
@@ -215,8 +215,8 @@ def read_table(file: IO[str], *, name: str, text_key: str) -> Iterator[Document]
 
 def read_parquet(path: Path, *, name: str, text_key: str) -> Iterator[Document]:
     """The documents of a column; rows without a text are left out."""
-    parquet = load_extra("pyarrow.parquet", wanted_for=str(path))
-    arrow = load_extra("pyarrow", wanted_for=str(path))
+    parquet = import_optional("pyarrow.parquet", wanted_for=str(path))
+    arrow = import_optional("pyarrow", wanted_for=str(path))
     number = 0
     try:
         with parquet.ParquetFile(path) as file:
@@ -225,15 +225,17 @@ def read_parquet(path: Path, *, name: str, text_key: str) -> Iterator[Document]:
                     f"data: {name} has no column {text_key!r}; it has {', '.join(file.schema_arrow.names)}: name one "
                     "(text_key)"
                 )
-            for batch in file.iter_batches(batch_size=ROWS, columns=[text_key]):
+            for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=[text_key]):
                 for text in batch.column(0).to_pylist():
                     number += 1
                     if text is not None and not isinstance(text, str):
-                        raise DataError(f"data: {name} row {number}: {text_key} is {text!r:.{REASON}}, wanted text")
+                        raise DataError(
+                            f"data: {name} row {number}: {text_key} is {text!r:.{QUOTED_LENGTH}}, wanted text"
+                        )
                     if text is not None:
                         yield Document(f"{name}:{number}", text)
     except (OSError, ValueError, arrow.ArrowException) as error:
         if isinstance(error, DataError):
             raise
-        reason = f"{error!s:.{REASON}}".splitlines()[0]
+        reason = f"{error!s:.{QUOTED_LENGTH}}".splitlines()[0]
         raise DataError(f"data: cannot read {name} after row {number} ({reason}); remove or mend it") from error

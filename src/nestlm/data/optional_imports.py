@@ -8,7 +8,7 @@ from types import ModuleType
 from nestlm.errors import DataError
 
 
-def load_extra(module: str, *, wanted_for: str, cure: str = "pip install 'nestlm[data]'") -> ModuleType:
+def import_optional(module: str, *, wanted_for: str, cure: str = "pip install 'nestlm[data]'") -> ModuleType:
     """Import a module of an optional extra, by default `data`. Raises DataError with the cure when it is absent."""
     try:
         return importlib.import_module(module)

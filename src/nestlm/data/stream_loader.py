@@ -10,11 +10,11 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from nestlm.data.batch import Batch
-from nestlm.data.packed import collate
-from nestlm.data.prefetch import ahead
+from nestlm.data.packed_rows import collate_rows
+from nestlm.data.prefetch import prefetch
 from nestlm.data.sources.base import StreamSource
 from nestlm.data.special_tokens import SpecialTokenSettings
-from nestlm.data.tokenizer import check_ids, with_begin
+from nestlm.data.tokenizer import check_token_ids, prepend_begin
 from nestlm.distributed.collectives import ALL_ROWS, RowShard
 from nestlm.errors import DataError
 
@@ -46,7 +46,7 @@ class StreamLoader:
         self.document_separator = document_separator
         self.collate_separator = document_separator if separate_documents else None
         self.row_shard = row_shard
-        self.vocab_size, self.plain_names = vocab_size, SpecialTokenSettings().plain_names(tokenizer)
+        self.vocab_size, self.plain_name_warner = vocab_size, SpecialTokenSettings().plain_name_warner(tokenizer)
         self.next_step, self.number, self.offset = 0, source.heldout_documents, 0
 
     def __len__(self) -> int:
@@ -54,7 +54,7 @@ class StreamLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         step_tokens = self.batch_size * self.sequence_length
-        documents = ahead(self.encoded(self.number))
+        documents = prefetch(self.encoded(self.number))
         waiting: deque[tuple[int, np.ndarray]] = deque()
         have, offset = -self.offset, self.offset
         while self.next_step < self.num_steps:
@@ -68,21 +68,21 @@ class StreamLoader:
                 offset -= len(waiting.popleft()[1])
             self.next_step, self.number, self.offset = self.next_step + 1, waiting[0][0], offset
             own = list(rows[self.row_shard.rank :: self.row_shard.num_ranks])
-            yield collate(own, separator=self.collate_separator, row_shard=self.row_shard)
+            yield collate_rows(own, separator=self.collate_separator, row_shard=self.row_shard)
 
     def encoded(self, start: int) -> Iterator[tuple[int, np.ndarray]]:
         """Numbers and tokens of the documents from one on; after the last comes the first that is not held out."""
         while True:
-            texts, found = self.source.numbered(start), False
+            texts, found = self.source.numbered_texts(start), False
             while group := list(islice(texts, TOGETHER)):
                 found = True
                 encodings = self.tokenizer.encode_batch_fast([text for _, text in group], add_special_tokens=False)
                 for (number, text), encoding in zip(group, encodings, strict=True):
-                    self.plain_names.look(text)
-                    check_ids(
+                    self.plain_name_warner.look(text)
+                    check_token_ids(
                         self.tokenizer, encoding.ids, vocab_size=self.vocab_size, where=f"data: document {number}"
                     )
-                    ids = with_begin(self.tokenizer, encoding.ids, begin=self.document_separator)
+                    ids = prepend_begin(self.tokenizer, encoding.ids, begin=self.document_separator)
                     yield number, np.array(ids, dtype=np.int64)
             if not found and start == self.source.heldout_documents:
                 raise DataError(f"data: the stream has no more than its {start} held-out documents; bring more text")

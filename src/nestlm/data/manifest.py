@@ -24,7 +24,7 @@ DTYPES = ("<u2", "<u4")
 SPLITS: tuple[str, ...] = ("train", "calibration", "validation")
 NUMBERS = ("documents", "tokens", "bytes", "bound")  # fields of a split
 SHARD_NAME = re.compile(r"(train|calibration|validation)-\d{5,}\.bin")
-BLOCK = 2**14  # bytes that one checksum covers
+BLOCK_BYTES = 2**14  # bytes that one checksum covers
 MANIFEST, TOKENIZER = "manifest.json", "tokenizer.json"
 JOURNAL = "journal.json"  # of a folder that is not finished
 CURE = "copy the folder again, or prepare it again"
@@ -70,7 +70,7 @@ class Split:
         for shard in shards:
             if not SHARD_NAME.fullmatch(shard.name):
                 raise ValueError(f"shard {shard.name[:80]!r}")
-        check_numbers(*(shard.tokens for shard in shards), *(fields[name] for name in NUMBERS))
+        check_counts(*(shard.tokens for shard in shards), *(fields[name] for name in NUMBERS))
         return cls(**{**fields, "shards": shards})
 
 
@@ -106,7 +106,7 @@ class Manifest:
     def from_json(cls, fields: dict[str, Any]) -> Manifest:
         """As `asdict` and JSON leave it."""
         splits = {name: Split.from_json(fields["splits"][name]) for name in SPLITS}
-        check_numbers(fields["begin"], *fields["ends"], fields["vocab_size"], fields["shard_tokens"])
+        check_counts(fields["begin"], *fields["ends"], fields["vocab_size"], fields["shard_tokens"])
         if fields["dtype"] not in DTYPES or not fields["ends"]:
             raise ValueError("dtype or ends")
         return cls(**fields | {"splits": splits, "ends": tuple(fields["ends"])})
@@ -124,12 +124,12 @@ class Manifest:
     @property
     def checksum(self) -> str:
         """Of all that is in it, and so of every token: equal for equal folders."""
-        return hashlib.sha256(render(asdict(self)).encode()).hexdigest()
+        return hashlib.sha256(render_json(asdict(self)).encode()).hexdigest()
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
         """Read and check `manifest.json`. Raises DataError when there is none, or it is not as it was written."""
-        path = inside(folder, MANIFEST)
+        path = path_inside(folder, MANIFEST)
         if not path.is_file():
             raise DataError(f"data: {folder} holds no {MANIFEST}; wanted a folder that nestlm prepare has finished")
         try:
@@ -156,16 +156,16 @@ class Manifest:
 
     def text(self) -> str:
         """The content of `manifest.json`."""
-        return render(asdict(self) | {"checksum": self.checksum})
+        return render_json(asdict(self) | {"checksum": self.checksum})
 
 
-def check_numbers(*numbers: Any) -> None:
+def check_counts(*numbers: Any) -> None:
     """Raise ValueError unless all are whole numbers from 0 on."""
     if not all(type(number) is int and number >= 0 for number in numbers):
         raise ValueError("wanted numbers from 0 on")
 
 
-def inside(folder: Path, name: str) -> Path:
+def path_inside(folder: Path, name: str) -> Path:
     """A file of a folder. Raises DataError where it is a link that leads out of it."""
     path = folder / name
     if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
@@ -173,7 +173,7 @@ def inside(folder: Path, name: str) -> Path:
     return path
 
 
-def render(fields: dict[str, Any]) -> str:
+def render_json(fields: dict[str, Any]) -> str:
     """JSON, in one way only."""
     return json.dumps(fields, indent=2, sort_keys=True) + "\n"
 
@@ -191,7 +191,7 @@ def write_file(path: Path, content: bytes | memoryview) -> None:
 def write_shard(folder: Path, name: str, tokens: np.ndarray) -> Shard:
     """Write tokens and their block checksums."""
     content = memoryview(tokens.tobytes())
-    sums = [zlib.crc32(content[start : start + BLOCK]) for start in range(0, len(content), BLOCK)]
+    sums = [zlib.crc32(content[start : start + BLOCK_BYTES]) for start in range(0, len(content), BLOCK_BYTES)]
     checksums = np.array(sums, dtype="<u4").tobytes()
     write_file(folder / name, content)
     write_file(folder / f"{name}.crc", checksums)
@@ -202,11 +202,11 @@ class ShardReader:
     """Reads a shard's tokens. Its size and its file of checksums are checked now, its blocks when they are read."""
 
     def __init__(self, folder: Path, shard: Shard, *, dtype: str, vocab_size: int) -> None:
-        self.path, self.tokens = inside(folder, shard.name), shard.tokens
+        self.path, self.tokens = path_inside(folder, shard.name), shard.tokens
         self.dtype, self.vocab_size = np.dtype(dtype), vocab_size
         try:
             size = self.path.stat().st_size
-            checksums = inside(folder, f"{shard.name}.crc").read_bytes()
+            checksums = path_inside(folder, f"{shard.name}.crc").read_bytes()
         except OSError as error:
             raise DataError(f"data: cannot read {error.filename} ({error.strerror}); {CURE}") from error
         if size != shard.tokens * self.dtype.itemsize:
@@ -232,14 +232,15 @@ class ShardReader:
             DataError: a block that they lie in is not what was written, or an id is beyond the vocabulary.
         """
         size = self.dtype.itemsize
-        first, last = start * size // BLOCK, (stop * size - 1) // BLOCK
-        offset = first * BLOCK
-        content = mapped[offset : (last + 1) * BLOCK].tobytes()  # checked and used: the same copy
+        first, last = start * size // BLOCK_BYTES, (stop * size - 1) // BLOCK_BYTES
+        offset = first * BLOCK_BYTES
+        content = mapped[offset : (last + 1) * BLOCK_BYTES].tobytes()  # checked and used: the same copy
         for block in range(first, last + 1):
-            begin = block * BLOCK - offset
-            if zlib.crc32(content[begin : begin + BLOCK]) != self.checksums[block]:
+            begin = block * BLOCK_BYTES - offset
+            if zlib.crc32(content[begin : begin + BLOCK_BYTES]) != self.checksums[block]:
                 raise DataError(
-                    f"data: {self.path} is damaged in bytes {block * BLOCK} to {(block + 1) * BLOCK}; {CURE}"
+                    f"data: {self.path} is damaged in bytes {block * BLOCK_BYTES} to {(block + 1) * BLOCK_BYTES}; "
+                    f"{CURE}"
                 )
         tokens = np.frombuffer(content, dtype=self.dtype)[start - offset // size : stop - offset // size]
         if tokens.size and int(tokens.max()) >= self.vocab_size:

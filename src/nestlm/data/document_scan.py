@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nestlm.data.shards import SPLITS
+from nestlm.data.manifest import SPLITS
 from nestlm.data.sources.base import Document, Fingerprint
 from nestlm.errors import DataError
 from nestlm.utils.console import console
@@ -19,7 +19,7 @@ HELDOUT = ("validation", "calibration")  # in the order in which they are filled
 
 
 @dataclass(frozen=True)
-class Survey:
+class DocumentScan:
     """All documents of a source, 16 bytes each.
 
     Attributes:
@@ -33,7 +33,7 @@ class Survey:
     fingerprint: str
 
     @classmethod
-    def of(cls, documents: Iterable[Document]) -> Survey:
+    def of(cls, documents: Iterable[Document]) -> DocumentScan:
         """Go through the documents once."""
         ranks, sizes, fingerprint = array("Q"), array("Q"), Fingerprint()
         for name, text in documents:
