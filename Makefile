@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: venv demo test lint bench
+.PHONY: venv demo test test-all lint bench
 
 venv: .venv/made
 
@@ -14,8 +14,13 @@ venv: .venv/made
 demo: .venv/made
 	$(BIN)/python train.py
 
+# The quick tests, on two cores.
 test: .venv/made
-	$(BIN)/python -m pytest --numprocesses 2
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "not slow"
+
+# The tests that `make test` leaves out: each repeats a proof of a quick one at greater length. Both are the whole suite.
+test-all: .venv/made
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m slow
 
 bench: .venv/made
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/bench.py
