@@ -29,8 +29,8 @@ from nestlm.elastic.sampler.sandwich import Sandwich
 from nestlm.nn.loss import LossReader
 from nestlm.nn.policy import Policy, fixed, full
 from nestlm.train.objective.distillation import CrossEntropy
-from nestlm.train.objective.elastic import Elastic
-from nestlm.train.objective.pretrain import Pretrain
+from nestlm.train.objective.elastic import ElasticObjective
+from nestlm.train.objective.pretrain import PretrainObjective
 from nestlm.utils.devices import device_name
 from shapes import QUARTERS, Shape, forward_backward, llama, training_step
 from turns import REPEATS, Way, flops, peak, ratio, take_turns
@@ -82,8 +82,8 @@ def whittle_step(shape: Shape, *, sandwich: bool) -> Way:
 def our_step(shape: Shape, *, sandwich: bool) -> Way:
     """The same of ours."""
     if not sandwich:
-        return training_step(shape.decoder(), Pretrain(), shape.batch, first_steps=1)
-    objective = Elastic(
+        return training_step(shape.decoder(), PretrainObjective(), shape.batch, first_steps=1)
+    objective = ElasticObjective(
         shape.space, sampler=Sandwich(num_random=2), distillation=CrossEntropy(), values=None, seed=0
     )  # fmt: skip
     return training_step(shape.decoder(), objective, shape.batch, first_steps=1)

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from bench import Row, main
 from nestlm.elastic.sampler.one import One
 from nestlm.train.objective.distillation import FrozenTeacher
-from nestlm.train.objective.elastic import Elastic
-from nestlm.train.objective.pretrain import Pretrain
+from nestlm.train.objective.elastic import ElasticObjective
+from nestlm.train.objective.pretrain import PretrainObjective
 from shapes import Shape, training_step
 from turns import flops, ratio, take_turns
 
@@ -22,10 +22,10 @@ def rows(shape: Shape, *, repeats: int) -> Iterator[Row]:
     """`sampler=one` at p = 0.5: the full model or one random sub-network, which learn from the teacher."""
     sampler, space = One(p_full=0.5, p_smallest=0.0), shape.space
     seed = next(seed for seed in range(100) if number_of_full(sampler, space, seed=seed) == STEPS // 2)
-    elastic = Elastic(space, sampler=sampler, distillation=FrozenTeacher(ce_share=0.0), values=None, seed=seed)
+    elastic = ElasticObjective(space, sampler=sampler, distillation=FrozenTeacher(ce_share=0.0), values=None, seed=seed)
     teacher = shape.decoder().requires_grad_(False)
     once = {
-        "plain": training_step(shape.decoder(), Pretrain(), shape.batch, first_steps=STEPS),
+        "plain": training_step(shape.decoder(), PretrainObjective(), shape.batch, first_steps=STEPS),
         "elastic": training_step(
             shape.decoder(), elastic.to(shape.device), shape.batch, teacher=teacher, first_steps=STEPS
         ),

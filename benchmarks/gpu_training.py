@@ -27,9 +27,9 @@ from nestlm.distributed.strategy import placement_of
 from nestlm.estimate.flops import flops_per_token
 from nestlm.nn.decoder import Decoder
 from nestlm.train.lightning_module import NestedLM
-from nestlm.train.objective.base import Objective, Parts
-from nestlm.train.objective.elastic import Elastic
-from nestlm.train.objective.pretrain import Pretrain
+from nestlm.train.objective.base import Objective, StageModels
+from nestlm.train.objective.elastic import ElasticObjective
+from nestlm.train.objective.pretrain import PretrainObjective
 from nestlm.train.settings import Settings
 from nestlm.train.trainer import make_trainer
 
@@ -93,8 +93,8 @@ class RandomTokens(torch.utils.data.IterableDataset[Batch]):
 def objective_of(stage: str, settings: Settings) -> Objective:
     """What the stage trains on; no values of choices, so that ways differ in what the table says."""
     if stage == "pretrain":
-        return Pretrain()
-    return Elastic(
+        return PretrainObjective()
+    return ElasticObjective(
         settings.space(), sampler=settings.sampler, distillation=settings.teacher, values=None, seed=settings.seed
     )
 
@@ -116,7 +116,7 @@ def measure(overrides: list[str], stage: str) -> tuple[Settings, float, float]:
         if "bf16" in str(trainer.precision):
             teacher = teacher.to(torch.bfloat16)
     module = NestedLM(
-        Parts(decoder, teacher), stage=stage, objective=objective_of(stage, settings),
+        StageModels(decoder, teacher), stage=stage, objective=objective_of(stage, settings),
         trained={"decoder": (decoder, 1e-5)}, optim=settings.optim, num_steps=WARM_UP + STEPS,
     )  # fmt: skip
     if torch.cuda.is_available():

@@ -21,7 +21,7 @@ from nestlm.nn.loss import LossReader
 from nestlm.router.static.knapsack import KnapsackRouter
 from nestlm.spec import Budget
 from nestlm.train.objective.distillation import CrossEntropy
-from nestlm.train.objective.elastic import Elastic
+from nestlm.train.objective.elastic import ElasticObjective
 from shapes import Shape, llama, training_step
 from turns import Spread, Way, flops, peak, take_turns
 
@@ -42,7 +42,7 @@ def steps_of(number: int) -> Way:
     """A sandwich step of so many sub-networks, the whole model among them."""
     shape = small()
     sampler = Sandwich(num_random=number - 2)
-    objective = Elastic(shape.space, sampler=sampler, distillation=CrossEntropy(), values=None, seed=0)
+    objective = ElasticObjective(shape.space, sampler=sampler, distillation=CrossEntropy(), values=None, seed=0)
     return training_step(shape.decoder(), objective, shape.batch, first_steps=1)
 
 

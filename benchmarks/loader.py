@@ -15,7 +15,7 @@ from nestlm.data.datamodule import PackedTokens
 from nestlm.data.preparation import prepare_source
 from nestlm.data.prepared_data import PreparedData
 from nestlm.nn.decoder import Decoder
-from nestlm.train.objective.pretrain import Pretrain
+from nestlm.train.objective.pretrain import PretrainObjective
 from shapes import Shape, training_step
 from turns import Spread, ratio, take_turns
 
@@ -37,7 +37,7 @@ def rows(shape: Shape, *, repeats: int) -> Iterator[Row]:
         decoder = Decoder(config)
         decoder.init_weights(seed=0)
         batch = next(iter(module.train_dataloader()))
-        step = training_step(decoder, Pretrain(), batch, first_steps=1)
+        step = training_step(decoder, PretrainObjective(), batch, first_steps=1)
         seconds = take_turns(
             {"loader": lambda: [None for _ in module.train_dataloader()], "training": step}, repeats=repeats
         )

@@ -109,7 +109,7 @@ class MeasuringContext(Context):
             torch.cuda.reset_peak_memory_stats(device)
             super().train(stage, task, callbacks=callbacks)
             raise Measured(torch.cuda.max_memory_allocated(device))
-        parts = (task.parts.decoder, task.parts.teacher, task.parts.router, task.objective)
+        parts = (task.models.decoder, task.models.teacher, task.models.router, task.objective)
         modules = torch.nn.ModuleList([part for part in parts if part is not None])
         before = sum(held(tensor).nbytes for tensor in (*modules.parameters(), *modules.buffers()))
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from bench import Row, main
 from nestlm.elastic.sampler.sandwich import Sandwich
 from nestlm.train.objective.distillation import CrossEntropy
-from nestlm.train.objective.elastic import Elastic
-from nestlm.train.objective.pretrain import Pretrain
+from nestlm.train.objective.elastic import ElasticObjective
+from nestlm.train.objective.pretrain import PretrainObjective
 from shapes import Shape, training_step
 from turns import Spread, flops, peak, ratio, take_turns
 
@@ -20,12 +20,12 @@ STEPS = 2  # of a turn, so that random draws are several
 
 def rows(shape: Shape, *, repeats: int) -> Iterator[Row]:
     """The full model, the smallest and two random sub-networks, each on the text alone, over a plain step."""
-    sandwich = Elastic(
+    sandwich = ElasticObjective(
         shape.space, sampler=Sandwich(num_random=2), distillation=CrossEntropy(), values=None, seed=0
     )  # fmt: skip
     once = {
         name: training_step(shape.decoder(), objective.to(shape.device), shape.batch, first_steps=STEPS)
-        for name, objective in {"plain": Pretrain(), "sandwich": sandwich}.items()
+        for name, objective in {"plain": PretrainObjective(), "sandwich": sandwich}.items()
     }
     ways = {name: (lambda step=step: [step() for _ in range(STEPS)]) for name, step in once.items()}
     seconds = take_turns(ways, repeats=repeats)

@@ -19,7 +19,7 @@ from nestlm.elastic.axes.mlp_width import MLPWidth
 from nestlm.nn.config import BlockConfig, DecoderConfig
 from nestlm.nn.decoder import Decoder
 from nestlm.spec import SearchSpace, SubnetSpec
-from nestlm.train.objective.base import Objective, Parts
+from nestlm.train.objective.base import Objective, StageModels
 from turns import Way
 
 QUARTERS = (0.25, 0.5, 0.75, 1.0)
@@ -121,11 +121,11 @@ def training_step(
     The first steps come again and again, so that each turn draws the same sub-networks.
     """
     optimizer = build(compose(["data=synthetic"])).optim.optimizer(decoder.parameters(), lr=1e-4)
-    parts, steps = Parts(decoder, teacher), cycle(range(first_steps))
+    models, steps = StageModels(decoder, teacher), cycle(range(first_steps))
 
     def way() -> None:
         optimizer.zero_grad()
-        for term in objective.terms(parts, batch, step=next(steps)):
+        for term in objective.terms(models, batch, step=next(steps)):
             term.loss.backward()
         clip_grad_norm_(decoder.parameters(), 1.0)
         optimizer.step()

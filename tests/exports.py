@@ -16,7 +16,7 @@ from nestlm.elastic.axes.depth import Depth
 from nestlm.model.family import Family
 from nestlm.nn.decoder import Decoder
 from nestlm.router.calibration_data import CalibrationData
-from nestlm.router.dynamic.base import Granularity, TokenRouter
+from nestlm.router.dynamic.base import DynamicRouter, Granularity
 from nestlm.router.dynamic.plan import Plan
 from nestlm.spec import Budget, SearchSpace, SubnetSpec
 from routers import Variant
@@ -60,7 +60,7 @@ def tokens(rows: int, length: int, *, seed: int = 0) -> torch.Tensor:
 
 
 @torch.no_grad()
-def routed(nested: Nest, variant: Variant, *, share: float) -> tuple[TokenRouter, Plan]:
+def routed(nested: Nest, variant: Variant, *, share: float) -> tuple[DynamicRouter, Plan]:
     """A router whose random networks tell tokens apart, and a plan in which sites decide wherever that pays."""
     per_token = Flops(context_length=LENGTH).tabulate(
         nested.space, axes=nested.axes, config=nested.decoder.config, per_token=True

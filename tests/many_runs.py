@@ -17,8 +17,8 @@ from nestlm.distributed import collectives
 from nestlm.pipeline import run as pipeline
 from nestlm.train import trainer as training
 from nestlm.train.lightning_module import NestedLM
-from nestlm.train.objective.base import Parts, Term
-from nestlm.train.objective.pretrain import Pretrain
+from nestlm.train.objective.base import StageModels, Term
+from nestlm.train.objective.pretrain import PretrainObjective
 
 CPU = ["trainer.accelerator=cpu", "trainer.precision=32-true"]
 
@@ -73,16 +73,16 @@ def reductions(runs: list[list[str]]) -> list[int]:
 def in_trouble(what: tuple[str, list[str]]) -> None:
     """A run in which rank 1 has a loss that is no number, or no memory, at step 2 of its first stage."""
     trouble, overrides = what
-    terms = Pretrain.terms
+    terms = PretrainObjective.terms
 
-    def troubled(self: Pretrain, parts: Parts, batch: Batch, *, step: int) -> Iterator[Term]:
-        for term in terms(self, parts, batch, step=step):
+    def troubled(self: PretrainObjective, models: StageModels, batch: Batch, *, step: int) -> Iterator[Term]:
+        for term in terms(self, models, batch, step=step):
             is_there = collectives.rank() == 1 and step == 2
             if is_there and trouble == "memory":
                 torch.empty(2**60)
             yield Term(term.loss * torch.nan, term.logs) if is_there else term
 
-    Pretrain.terms = troubled
+    PretrainObjective.terms = troubled
     one(overrides)
 
 

@@ -8,6 +8,7 @@ import torch
 
 from models import AXES, decoder_config
 from nestlm.config import nodes
+from nestlm.config.allowlist import import_object
 from nestlm.cost.memory import Memory
 from nestlm.cost.static import Flops
 from nestlm.cost.table import CostTable, PriceList
@@ -72,13 +73,12 @@ class Variant:
 
 def variants(policy: str | None = None) -> Iterator[Variant]:
     for option in options("router"):
-        learns = compose([*NANO, f"router={option}"])["router"]["signal"] is not None
-        for variant in (
-            Variant(option, "static"),
-            *([Variant(option, "dynamic"), Variant(option, "dynamic", "prompt")] if learns else []),
-        ):
-            if policy in (None, variant.policy):
-                yield variant
+        target = compose([*NANO, f"router={option}"])["router"]["network"]["_target_"]
+        decides = getattr(import_object(target, where="router.network"), "per_token", None)  # of a function: either
+        if policy in (None, "static") and decides is not True:
+            yield Variant(option, "static")
+        if policy in (None, "dynamic") and decides is not False:
+            yield from (Variant(option, "dynamic"), Variant(option, "dynamic", "prompt"))
 
 
 EVERY = pytest.mark.parametrize("variant", list(variants()), ids=str)

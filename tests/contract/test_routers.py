@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from nestlm.config.allowlist import full_name
 from nestlm.cost.table import CostTable
 from nestlm.data.batch import Batch
 from nestlm.elastic.sampler.base import generator, independent
@@ -16,12 +17,12 @@ from nestlm.nn.decoder import Decoder
 from nestlm.nn.policy import Policy, full
 from nestlm.router.base import Router
 from nestlm.router.calibration_data import CalibrationData
-from nestlm.router.dynamic.base import CAUTIONS, TokenRouter, features, mean_losses
+from nestlm.router.dynamic.base import CAUTIONS, DynamicRouter, features, mean_losses
 from nestlm.router.dynamic.plan import Plan
 from nestlm.spec import Budget, SubnetSpec
-from nestlm.train.objective.base import Parts
+from nestlm.train.objective.base import StageModels
 from nestlm.utils.seeding import torch_generator
-from plugins import NANO, classes, compose, targets
+from plugins import classes
 from routers import DYNAMICS, EVERY, LENGTH, PROMPT, SPACE, STATIC, STATICS, Variant, batches, choices, variants
 
 # budgets
@@ -188,7 +189,7 @@ def test_the_price_that_scores_hold_is_found(variant, calibration):
     assert router.held(plan, mean_losses(dict(enumerate(backwards)))) == 0.0, "nothing is known of what they hold"
 
 
-def mean_values(router: TokenRouter, calibration: CalibrationData) -> list[torch.Tensor]:
+def mean_values(router: DynamicRouter, calibration: CalibrationData) -> list[torch.Tensor]:
     """Of each choice, over the tokens of the whole model, a row a site."""
     scorer, seen = router.scorer(0.9), {}
 
@@ -259,12 +260,12 @@ def test_the_signal_reaches_every_weight(variant, calibration):
     calibration.decoder.requires_grad_(False)
     for step in range(10):
         (batch,) = batches(step, count=1)
-        for term in objective.terms(Parts(calibration.decoder, router=router), batch, step=step):
+        for term in objective.terms(StageModels(calibration.decoder, router=router), batch, step=step):
             term.loss.backward()
     for name, parameter in router.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().sum() > 0, name
-    summary = objective.summary(Parts(calibration.decoder, router=router), batches(20))
+    summary = objective.summary(StageModels(calibration.decoder, router=router), batches(20))
     assert all(value is None or np.isfinite(value) for value in summary.values())
 
 
@@ -299,9 +300,6 @@ def test_router_saves_and_loads(variant, calibration):
 
 
 def test_every_router_has_a_config():
-    shipped = set()
-    for variant in variants():
-        node = compose([*NANO, f"router={variant.option}", f"router.policy={variant.policy}"])["router"]
-        shipped |= targets(node)
-    abstract = {f"{kind.__module__}.{kind.__qualname__}" for kind in (Router, TokenRouter)}
+    shipped = {full_name(type(variant.router())) for variant in variants()}
+    abstract = {full_name(kind) for kind in (Router, DynamicRouter)}
     assert classes("nestlm.router", Router) - abstract <= shipped

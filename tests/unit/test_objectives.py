@@ -16,13 +16,13 @@ from nestlm.elastic.sampler.within_batch import WithinBatch
 from nestlm.errors import NestlmError
 from nestlm.nn.policy import fixed, full
 from nestlm.router.relaxed import budget_loss, entropy
-from nestlm.router.static import logits as static
+from nestlm.router.static.logits import StaticLogitsRouter
 from nestlm.spec import Budget
 from nestlm.train.lightning_module import NestedLM
-from nestlm.train.objective.base import Objective, Parts, Term
+from nestlm.train.objective.base import Objective, StageModels, Term
 from nestlm.train.objective.distillation import CrossEntropy, FrozenTeacher, InPlace
-from nestlm.train.objective.elastic import Elastic
-from nestlm.train.objective.joint import Joint
+from nestlm.train.objective.elastic import ElasticObjective
+from nestlm.train.objective.joint import JointObjective
 from plugins import build
 from references import cross_entropy, forward_kl
 
@@ -44,7 +44,7 @@ def test_teaching_gives_each_path_its_loss(batch, ce_share):
     full_BLV = decoder(batch.tokens_BL).logits_BLV
     small_BLV = decoder(batch.tokens_BL, small).logits_BLV
     teacher_BLV = teacher(batch.tokens_BL).logits_BLV
-    parts, policies = Parts(decoder, teacher), ((full, True), (small, False))
+    models, policies = StageModels(decoder, teacher), ((full, True), (small, False))
 
     def mix(student, against):
         return (1 - ce_share) * forward_kl(student, against).mean() + ce_share * cross_entropy(
@@ -58,10 +58,10 @@ def test_teaching_gives_each_path_its_loss(batch, ce_share):
         InPlace(ce_share=ce_share): [ce_full, mix(small_BLV, full_BLV)],
     }
     for distillation, losses in expected.items():
-        found = [lesson.losses.loss for lesson in distillation.lessons(parts, batch, policies=policies)]
+        found = [lesson.losses.loss for lesson in distillation.lessons(models, batch, policies=policies)]
         torch.testing.assert_close(found, losses)
     alone = [
-        lesson.losses.loss for lesson in InPlace(ce_share=ce_share).lessons(parts, batch, policies=((small, False),))
+        lesson.losses.loss for lesson in InPlace(ce_share=ce_share).lessons(models, batch, policies=((small, False),))
     ]
     torch.testing.assert_close(alone, [mix(small_BLV, full_BLV)])
 
@@ -75,8 +75,8 @@ def test_elastic_gradients_are_those_of_the_mean_loss(batch):
     ).mean().backward()
     expected = {name: parameter.grad.clone() for name, parameter in decoder.named_parameters()}
     decoder.zero_grad()
-    objective = Elastic(SPACE, sampler=sampler, distillation=CrossEntropy(), values=None, seed=0)
-    for term in objective.terms(Parts(decoder), batch, step=7):
+    objective = ElasticObjective(SPACE, sampler=sampler, distillation=CrossEntropy(), values=None, seed=0)
+    for term in objective.terms(StageModels(decoder), batch, step=7):
         term.loss.backward()
     torch.testing.assert_close({name: p.grad for name, p in decoder.named_parameters()}, expected)
 
@@ -85,9 +85,9 @@ def test_elastic_training_records_what_sequences_lose(batch):
     """Each pair is a sequence's own choices, its loss, and its gap to the teacher's loss on the same sequence."""
     decoder, teacher = random_decoder(CONFIG), random_decoder(CONFIG, seed=1)
     sampler = WithinBatch(per_token=False, p_full=0.25, p_smallest=0.25)
-    objective = Elastic(SPACE, sampler=sampler, distillation=FrozenTeacher(ce_share=0.0), values=None, seed=0)
+    objective = ElasticObjective(SPACE, sampler=sampler, distillation=FrozenTeacher(ce_share=0.0), values=None, seed=0)
     for step in range(3):
-        list(objective.terms(Parts(decoder, teacher), batch, step=step))
+        list(objective.terms(StageModels(decoder, teacher), batch, step=step))
     pairs = objective.record()
     assert len(pairs["losses"]) == 3 * len(batch.tokens_BL)
     for number in range(len(pairs["losses"])):
@@ -119,9 +119,9 @@ def test_entropy_is_that_of_the_choices_that_a_site_has():
 
 def test_joint_trains_model_and_router(batch):
     decoder, teacher = random_decoder(CONFIG), random_decoder(CONFIG, seed=1)
-    router = static.Router(prices=PriceList(TABLE, {}), hidden_width=8, init_std=0.1, seed=0)
-    objective = Joint(FrozenTeacher(ce_share=0.0), budgets_per_step=2, cost_weight=1.0, dead_zone=0.0, seed=0)
-    terms = objective.terms(Parts(decoder, teacher, router), batch, step=0)
+    router = StaticLogitsRouter(prices=PriceList(TABLE, {}), hidden_width=8, init_std=0.1, seed=0)
+    objective = JointObjective(FrozenTeacher(ce_share=0.0), budgets_per_step=2, cost_weight=1.0, dead_zone=0.0, seed=0)
+    terms = objective.terms(StageModels(decoder, teacher, router), batch, step=0)
     names = [sorted(term.logs) for term in backpropagate(terms)]
     assert names == [["loss_full"], ["budget_distance", "loss_subnet"], ["budget_distance", "loss_subnet"]]
     for module in (decoder, router):
@@ -139,7 +139,7 @@ def test_gates_carry_the_worth_of_a_wider_choice(batch):
     """Where wider is better, the loss pushes probability towards the wider choices."""
     decoder = random_decoder(CONFIG)
     targets_BL = decoder(batch.tokens_BL).logits_BLV.argmax(-1)
-    router = static.Router(prices=PriceList(TABLE, {}), hidden_width=8, init_std=0.1, seed=0)
+    router = StaticLogitsRouter(prices=PriceList(TABLE, {}), hidden_width=8, init_std=0.1, seed=0)
     gradient = torch.zeros_like(router.networks.output_bias)
     for sample in range(60):
         draw = router.draw(Budget.from_share(0.8), generator=torch.Generator().manual_seed(sample))
@@ -154,20 +154,20 @@ def test_gates_carry_the_worth_of_a_wider_choice(batch):
 class Lopsided(Objective):
     """A small gradient for the model, and a huge one for the router."""
 
-    def terms(self, parts, batch, *, step):
-        yield Term(1e-2 * parts.decoder.norm.weight[0] + 1e6 * parts.router.networks.output.sum())
+    def terms(self, models, batch, *, step):
+        yield Term(1e-2 * models.decoder.norm.weight[0] + 1e6 * models.router.networks.output.sum())
 
 
 def test_gradients_are_clipped_for_each_part_by_itself(tmp_path, batch):
     decoder, router = (
         random_decoder(CONFIG),
-        static.Router(prices=PriceList(TABLE, {}), hidden_width=8, init_std=0.1, seed=0),
+        StaticLogitsRouter(prices=PriceList(TABLE, {}), hidden_width=8, init_std=0.1, seed=0),
     )
     before, routed = decoder.norm.weight.clone(), router.networks.output.clone()
     optim = replace(build("optim", "adamw"), optimizer=torch.optim.SGD, warmup_share=0.0, clip_norm=1.0)
     fit_once(
         NestedLM(
-            Parts(decoder, router=router), stage="joint", objective=Lopsided(),
+            StageModels(decoder, router=router), stage="joint", objective=Lopsided(),
             trained={"decoder": (decoder, 1.0), "router": (router, 1.0)}, optim=optim, num_steps=1,
         ),
         batch,
@@ -188,15 +188,15 @@ def fit_once(module: NestedLM, batch: Batch, *, folder) -> None:
 
 
 class Broken(Objective):
-    def terms(self, parts, batch, *, step):
-        yield Term(next(parts.decoder.parameters()).sum() * float("nan"))
+    def terms(self, models, batch, *, step):
+        yield Term(next(models.decoder.parameters()).sum() * float("nan"))
 
 
 def test_a_loss_that_is_not_finite_stops_the_stage_before_the_weights_change(tmp_path, batch):
     decoder = random_decoder(CONFIG)
     before = {name: value.clone() for name, value in decoder.state_dict().items()}
     module = NestedLM(
-        Parts(decoder), stage="elastic", objective=Broken(), trained={"decoder": (decoder, 1e-3)},
+        StageModels(decoder), stage="elastic", objective=Broken(), trained={"decoder": (decoder, 1e-3)},
         optim=build("optim", "adamw"), num_steps=1,
     )  # fmt: skip
     with pytest.raises(NestlmError, match=r"elastic: the loss is nan at step 0, batch [0-9a-f]{12}"):

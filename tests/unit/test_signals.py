@@ -15,18 +15,18 @@ from nestlm.elastic.sampler.base import generator, independent
 from nestlm.elastic.sampler.within_batch import WithinBatch
 from nestlm.errors import ConfigError
 from nestlm.nn.policy import mixed
-from nestlm.router.dynamic import logits as dynamic
-from nestlm.router.dynamic import value as value_dynamic
 from nestlm.router.dynamic.base import Granularity
-from nestlm.router.static import logits as static
-from nestlm.router.static import value as value_static
-from nestlm.train.objective.base import Parts
+from nestlm.router.dynamic.logits import DynamicLogitsRouter
+from nestlm.router.dynamic.value import DynamicValueRouter
+from nestlm.router.static.logits import StaticLogitsRouter
+from nestlm.router.static.value import StaticValueRouter
+from nestlm.train.objective.base import StageModels
 from nestlm.train.objective.distillation import FrozenTeacher
-from nestlm.train.objective.elastic import Elastic
+from nestlm.train.objective.elastic import ElasticObjective
 from nestlm.train.objective.elastic_values import ElasticValues
 from nestlm.train.signal.gumbel import GumbelSignal
-from nestlm.train.signal.surrogate_dynamic import SurrogateSignal as TokenSurrogate
-from nestlm.train.signal.surrogate_static import PairSettings, SurrogateSignal
+from nestlm.train.signal.surrogate_dynamic import DynamicSurrogateSignal
+from nestlm.train.signal.surrogate_static import PairSettings, StaticSurrogateSignal
 from nestlm.train.signal.value import ValueSignal
 from nestlm.utils.seeding import torch_generator
 from references import cross_entropy, forward_kl
@@ -61,7 +61,7 @@ def train(signal, router, decoder, *, steps: int, lr: float) -> list[dict]:
     for step in range(steps):
         optimizer.zero_grad()
         logs: dict = {}
-        for term in signal.terms(Parts(decoder, router=router), text(1000 + step, rows=32), step=step):
+        for term in signal.terms(StageModels(decoder, router=router), text(1000 + step, rows=32), step=step):
             term.loss.backward()
             logs |= term.logs
         optimizer.step()
@@ -70,9 +70,9 @@ def train(signal, router, decoder, *, steps: int, lr: float) -> list[dict]:
 
 
 def test_a_signal_refuses_a_router_that_it_cannot_train():
-    router = value_static.Router(prices=PRICES, **NETWORK)
+    router = StaticValueRouter(prices=PRICES, **NETWORK)
     with pytest.raises(
-        ConfigError, match=r"value_static.Router, which the signal surrogate cannot train, wanted .*static"
+        ConfigError, match=r"StaticValueRouter, which the signal surrogate cannot train, wanted .*static"
     ):
         surrogate("gap", router=router)
 
@@ -80,14 +80,14 @@ def test_a_signal_refuses_a_router_that_it_cannot_train():
 def test_values_find_what_a_choice_costs_a_token():
     """Predictions rank held-out tokens, and a view of the token helps."""
     decoder = random_decoder(CONFIG)
-    seeing = value_dynamic.Router(prices=TOKENS, **PER_TOKEN, **NETWORK)
-    blind = value_static.Router(prices=PRICES, **NETWORK)
+    seeing = DynamicValueRouter(prices=TOKENS, **PER_TOKEN, **NETWORK)
+    blind = StaticValueRouter(prices=PRICES, **NETWORK)
     blind.per_token = True  # for the same draws and targets
     errors = []
     for router in (seeing, blind):
         signal = ValueSignal(router, skew=1.0, random_share=1.0, warm_start=True, seed=0)
         train(signal, router, decoder, steps=150, lr=0.01)
-        summary = signal.summary(Parts(decoder, router=router), [text(seed) for seed in range(8)])
+        summary = signal.summary(StageModels(decoder, router=router), [text(seed) for seed in range(8)])
         errors.append(summary["value_error"])
         assert summary["rank_correlation"] > 0.4
     assert errors[0] < 0.95 * errors[1]
@@ -97,18 +97,20 @@ def test_elastic_training_learns_values_on_the_way(batch):
     """Where tokens draw their own widths; the model learns nothing from that, and routers start with it."""
     decoder, teacher = random_decoder(CONFIG), random_decoder(CONFIG)
     routers = [
-        value_dynamic.Router(prices=TOKENS, **PER_TOKEN, **NETWORK),
-        value_static.Router(prices=PRICES, **NETWORK),
+        DynamicValueRouter(prices=TOKENS, **PER_TOKEN, **NETWORK),
+        StaticValueRouter(prices=PRICES, **NETWORK),
     ]
     errors, left = {}, {}
     for steps in (1, 150):
         values = ElasticValues(SPACE, hidden_size=CONFIG.hidden_size, hidden_width=16, seed=0)
         sampler = WithinBatch(per_token=True, p_full=0.25, p_smallest=0.0)
-        objective = Elastic(SPACE, sampler=sampler, distillation=FrozenTeacher(ce_share=0.0), values=values, seed=0)
+        objective = ElasticObjective(
+            SPACE, sampler=sampler, distillation=FrozenTeacher(ce_share=0.0), values=values, seed=0
+        )
         optimizer = torch.optim.Adam(values.parameters(), lr=0.01)
         for step in range(steps):
             optimizer.zero_grad()
-            lesson, regression = objective.terms(Parts(decoder, teacher), text(1000 + step, rows=32), step=step)
+            lesson, regression = objective.terms(StageModels(decoder, teacher), text(1000 + step, rows=32), step=step)
             assert "loss_subnet" in lesson.logs
             regression.loss.backward()
             optimizer.step()
@@ -118,11 +120,11 @@ def test_elastic_training_learns_values_on_the_way(batch):
         for router in routers:
             signal = ValueSignal(router, skew=1.0, random_share=1.0, warm_start=True, seed=0)
             signal.warm_up(router, left[steps])
-            summary = signal.summary(Parts(decoder, router=router), [text(seed) for seed in range(8)])
+            summary = signal.summary(StageModels(decoder, router=router), [text(seed) for seed in range(8)])
             errors[steps, router.per_token] = summary["value_error"]
     assert errors[150, True] < 0.9 * errors[1, True]
     assert errors[150, False] < errors[1, False]
-    other = value_dynamic.Router(prices=TOKENS, **PER_TOKEN, **{**NETWORK, "hidden_width": 8})
+    other = DynamicValueRouter(prices=TOKENS, **PER_TOKEN, **{**NETWORK, "hidden_width": 8})
     with pytest.raises(ConfigError, match=r"hidden_width: got 8, .*hidden_width=16; wanted the same"):
         ValueSignal(other, skew=1.0, random_share=1.0, warm_start=True, seed=0).warm_up(other, left[1])
     cold = other.networks.input.clone()
@@ -130,8 +132,10 @@ def test_elastic_training_learns_values_on_the_way(batch):
     assert torch.equal(other.networks.input, cold)
     values = ElasticValues(SPACE, hidden_size=CONFIG.hidden_size, hidden_width=16, seed=0)
     by_sequence = WithinBatch(per_token=False, p_full=0.25, p_smallest=0.0)
-    objective = Elastic(SPACE, sampler=by_sequence, distillation=FrozenTeacher(ce_share=0.0), values=values, seed=0)
-    list(objective.terms(Parts(decoder, teacher), batch, step=0))
+    objective = ElasticObjective(
+        SPACE, sampler=by_sequence, distillation=FrozenTeacher(ce_share=0.0), values=values, seed=0
+    )
+    list(objective.terms(StageModels(decoder, teacher), batch, step=0))
     assert not [name for name in objective.record() if name.startswith(("static.", "dynamic."))], "nothing was learned"
 
 
@@ -145,8 +149,10 @@ def test_values_leave_the_models_gradients_alone(batch, axes):
         decoder.activation_checkpointing = checkpointing
         values = ElasticValues(space, hidden_size=CONFIG.hidden_size, hidden_width=16, seed=0) if learns else None
         sampler = WithinBatch(per_token=True, p_full=0.25, p_smallest=0.0)
-        objective = Elastic(space, sampler=sampler, distillation=FrozenTeacher(ce_share=0.0), values=values, seed=0)
-        for term in objective.terms(Parts(decoder, teacher), batch, step=0):
+        objective = ElasticObjective(
+            space, sampler=sampler, distillation=FrozenTeacher(ce_share=0.0), values=values, seed=0
+        )
+        for term in objective.terms(StageModels(decoder, teacher), batch, step=0):
             term.loss.backward()
         found = {name: parameter.grad for name, parameter in decoder.named_parameters()}
         learned = {} if values is None else {name: parameter.grad for name, parameter in values.named_parameters()}
@@ -159,11 +165,11 @@ def test_values_leave_the_models_gradients_alone(batch, axes):
 def test_values_are_the_sum_over_sites_of_what_was_chosen(batch):
     decoder = random_decoder(CONFIG)
     for per_token, router in (
-        (True, value_dynamic.Router(prices=TOKENS, **PER_TOKEN, **NETWORK)),
-        (False, value_static.Router(prices=PRICES, **NETWORK)),
+        (True, DynamicValueRouter(prices=TOKENS, **PER_TOKEN, **NETWORK)),
+        (False, StaticValueRouter(prices=PRICES, **NETWORK)),
     ):
         signal = ValueSignal(router, skew=1.0, random_share=1.0, warm_start=True, seed=0)
-        predicted, target = signal.observe(Parts(decoder, router=router), batch, key=3)
+        predicted, target = signal.observe(StageModels(decoder, router=router), batch, key=3)
         assert predicted.shape == target.shape == ((4, 20) if per_token else (4,))
         assert float(target.min()) >= -1e-5, "a KL"
         assert predicted.requires_grad
@@ -182,8 +188,8 @@ def test_values_are_the_sum_over_sites_of_what_was_chosen(batch):
 def test_gumbel_moves_towards_the_budget_and_anneals(batch):
     decoder = random_decoder(CONFIG)
     for router in (
-        static.Router(prices=PRICES, **NETWORK),
-        dynamic.Router(prices=TOKENS, **PER_TOKEN, **NETWORK),
+        StaticLogitsRouter(prices=PRICES, **NETWORK),
+        DynamicLogitsRouter(prices=TOKENS, **PER_TOKEN, **NETWORK),
     ):
         signal = GumbelSignal(
             router, temperature=(1.0, 0.05), gain=(1.0, 10.0), anneal_steps=60, cost_weight=10.0, dead_zone=0.0, seed=0
@@ -196,8 +202,8 @@ def test_gumbel_moves_towards_the_budget_and_anneals(batch):
 def test_the_token_surrogate_predicts_and_opens_its_gate():
     decoder = random_decoder(CONFIG)
     for target in ("gap", "loss"):
-        router = dynamic.Router(prices=TOKENS, **PER_TOKEN, **NETWORK)
-        signal = TokenSurrogate(
+        router = DynamicLogitsRouter(prices=TOKENS, **PER_TOKEN, **NETWORK)
+        signal = DynamicSurrogateSignal(
             router, target=target, random_share=0.5, gate=0.9, cost_weight=1.0, dead_zone=0.01, entropy_weight=0.01,
             pairs=PAIRS, hidden_width=16, lr=0.01, seed=0,
         )  # fmt: skip
@@ -205,38 +211,38 @@ def test_the_token_surrogate_predicts_and_opens_its_gate():
         assert not logs[0]["gate_open"]
         if target == "gap":
             assert logs[-1]["gate_open"]
-            summary = signal.summary(Parts(decoder, router=router), [text(seed) for seed in range(8)])
+            summary = signal.summary(StageModels(decoder, router=router), [text(seed) for seed in range(8)])
             assert summary["rank_correlation"] > 0.6
 
 
 def test_a_closed_gate_moves_no_dynamic_router(batch):
-    router = dynamic.Router(prices=TOKENS, **PER_TOKEN, **NETWORK)
-    signal = TokenSurrogate(
+    router = DynamicLogitsRouter(prices=TOKENS, **PER_TOKEN, **NETWORK)
+    signal = DynamicSurrogateSignal(
         router, target="gap", random_share=0.5, gate=0.0, cost_weight=1.0, dead_zone=0.01, entropy_weight=0.01,
         pairs=PAIRS, hidden_width=16, lr=0.01, seed=0,
     )  # fmt: skip
-    for term in signal.terms(Parts(random_decoder(CONFIG), router=router), batch, step=0):
+    for term in signal.terms(StageModels(random_decoder(CONFIG), router=router), batch, step=0):
         term.loss.backward()
     assert all(parameter.grad is None for parameter in router.parameters())
     assert all(parameter.grad is not None for parameter in signal.effects.parameters())
 
 
-def surrogate(target: str, *, router=None, pairs: PairSettings = PAIRS) -> SurrogateSignal:
-    return SurrogateSignal(
-        router or static.Router(prices=PRICES, **NETWORK), target=target, random_share=1.0, gate=0.5, cost_weight=1.0,
-        dead_zone=0.01, entropy_weight=0.01, pairs=pairs, hidden_width=16, lr=0.01, seed=0,
+def surrogate(target: str, *, router=None, pairs: PairSettings = PAIRS) -> StaticSurrogateSignal:
+    return StaticSurrogateSignal(
+        router or StaticLogitsRouter(prices=PRICES, **NETWORK), target=target, random_share=1.0, gate=0.5,
+        cost_weight=1.0, dead_zone=0.01, entropy_weight=0.01, pairs=pairs, hidden_width=16, lr=0.01, seed=0,
     )  # fmt: skip
 
 
 def test_surrogate_learns_to_rank_specs_and_opens_its_gate(batch):
     decoder = random_decoder(CONFIG)
-    router = static.Router(prices=PRICES, **NETWORK)
-    signal, parts = surrogate("gap"), Parts(decoder, router=router)
+    router = StaticLogitsRouter(prices=PRICES, **NETWORK)
+    signal, models = surrogate("gap"), StageModels(decoder, router=router)
     optimizer = torch.optim.Adam([*signal.parameters(), *router.parameters()], lr=0.01)
     opened = []
     for step in range(120):
         optimizer.zero_grad()
-        terms = list(signal.terms(parts, batch, step=step))
+        terms = list(signal.terms(models, batch, step=step))
         for term in terms:
             term.loss.backward()
         if len(terms) == 1:
@@ -247,7 +253,7 @@ def test_surrogate_learns_to_rank_specs_and_opens_its_gate(batch):
         optimizer.step()
     assert not opened[0]
     assert opened[-1]
-    summary = signal.summary(parts, [batch])
+    summary = signal.summary(models, [batch])
     assert summary["surrogate_error"] < 0.5
     assert summary["rank_correlation"] > 0.6
     choices = torch.tensor([SPACE.indices(independent(SPACE, generator(9, step, 0))) for step in range(12)])
@@ -258,7 +264,7 @@ def test_surrogate_learns_to_rank_specs_and_opens_its_gate(batch):
 
 def test_surrogate_targets_differ_by_the_full_models_loss(batch):
     decoder = random_decoder(CONFIG)
-    router = static.Router(prices=PRICES, **NETWORK)
+    router = StaticLogitsRouter(prices=PRICES, **NETWORK)
     (inputs, gaps), (same_inputs, losses) = (
         signal.observe(decoder, batch, choices=signal.draw_choices(router, step=3))
         for signal in (surrogate("gap"), surrogate("loss"))
@@ -284,11 +290,11 @@ def test_a_warm_start_knows_what_elastic_training_recorded(batch):
     inputs = torch.nn.functional.one_hot(choices, SPACE.max_choices).float()
     for warm_start, target, offset in ((True, "gap", 0.0), (True, "loss", 3.0), (False, "gap", 0.0)):
         signal = surrogate(target, pairs=replace(PAIRS, warm_start=warm_start))
-        signal.warm_up(static.Router(prices=PRICES, **NETWORK), pairs)
+        signal.warm_up(StaticLogitsRouter(prices=PRICES, **NETWORK), pairs)
         with torch.no_grad():
             error = float((signal.surrogate(inputs) - gaps - offset).abs().mean())
         assert (error < 0.05) == warm_start
         assert int(signal.count) == (200 if warm_start else 0)
     signal = surrogate("gap")
-    signal.warm_up(static.Router(prices=PRICES, **NETWORK), {name: pair[:0] for name, pair in pairs.items()})
+    signal.warm_up(StaticLogitsRouter(prices=PRICES, **NETWORK), {name: pair[:0] for name, pair in pairs.items()})
     assert int(signal.count) == 0, "the sampler token leaves no pairs"

@@ -26,7 +26,7 @@ from nestlm.pipeline.context import Context
 from nestlm.report.run_folder import PARENT
 from nestlm.report.tables import read_csv
 from nestlm.router.base import Answer, Router
-from nestlm.router.dynamic.base import TokenRouter
+from nestlm.router.dynamic.base import DynamicRouter
 from nestlm.router.dynamic.plan import Plan
 from nestlm.spec import Budget
 
@@ -137,7 +137,7 @@ def chosen(run: Run, budget: Budget, answer: Answer) -> job.Chosen:
     """What an answer means for an export."""
     if answer.spec is not None:
         return job.Chosen(spec=answer.spec)
-    assert isinstance(run.router, TokenRouter), "only such a router has plans"
+    assert isinstance(run.router, DynamicRouter), "only such a router has plans"
     assert answer.plan is not None, "tokens differ by a plan"
     tariffs = run.router.tariffs(run.router.planned.bounds(budget))
     return job.Chosen(routed=(run.router, Plan.from_json(answer.plan, tariffs=tariffs)))

@@ -40,7 +40,7 @@ from nestlm.report.runs import read_provenance
 from nestlm.router.at_budget import AtBudget, recall
 from nestlm.router.base import Answer, Router
 from nestlm.router.calibration_data import CalibrationData
-from nestlm.router.dynamic.base import TokenRouter
+from nestlm.router.dynamic.base import DynamicRouter
 from nestlm.router.static.knapsack import KnapsackRouter
 from nestlm.router.static.uniform import best_uniform
 from nestlm.spec import Budget
@@ -320,7 +320,7 @@ class NestedModel:
         own = self.settings.router
         if policy == own.policy:
             return own.label, self.router
-        if policy == "static" and isinstance(self.router, TokenRouter):
+        if policy == "static" and isinstance(self.router, DynamicRouter):
             static = KnapsackRouter(prices=self.prices)
             static.sensitivities.copy_(self.router.measured)
             return "knapsack", static

@@ -42,7 +42,12 @@ FOREIGN = {
     ),
 }
 # Functions that make one of several classes.
-FUNCTIONS = {"nestlm.data.sources.auto.source_from_path": "nestlm.data.sources.base.Source"}
+FUNCTIONS = {
+    "nestlm.data.sources.auto.source_from_path": "nestlm.data.sources.base.Source",
+    "nestlm.router.by_policy.logits_router": "nestlm.router.base.Router",
+    "nestlm.router.by_policy.value_router": "nestlm.router.base.Router",
+    "nestlm.train.signal.surrogate.surrogate_signal": "nestlm.train.objective.base.Signal",
+}
 
 
 def allowed_plugins(named: Iterable[str] = ()) -> tuple[str, ...]:

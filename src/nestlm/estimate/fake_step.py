@@ -25,9 +25,9 @@ from nestlm.nn.decoder import Decoder
 from nestlm.nn.linear import hold_linear
 from nestlm.nn.policy import Policy, fixed
 from nestlm.router.base import Router
-from nestlm.router.dynamic.base import TokenRouter
+from nestlm.router.dynamic.base import DynamicRouter
 from nestlm.router.relaxed import gated_policy
-from nestlm.router.static import logits as static
+from nestlm.router.static.logits import StaticLogitsRouter
 from nestlm.spec import Budget, SearchSpace
 from nestlm.train.lightning_module import NestedLM
 from nestlm.train.settings import Settings
@@ -78,14 +78,14 @@ class Rehearsal:
         if task is None:
             return {}
         module = NestedLM(
-            task.parts,
+            task.models,
             stage=self.stage,
             objective=task.objective,
             trained=task.trained,
             optim=self.settings.optim,
             num_steps=1,
         )
-        ledger.tell(TEACHER, [] if task.parts.teacher is None else task.parts.teacher.parameters())
+        ledger.tell(TEACHER, [] if task.models.teacher is None else task.models.teacher.parameters())
         ledger.tell(WEIGHTS, [*module.parameters(), *module.buffers()])
         dtype, mixed = self.precision.dtype, self.precision.mixed
         with ledger.running(), torch.autocast("cpu", dtype=dtype, enabled=mixed, cache_enabled=False):
@@ -101,7 +101,7 @@ class Rehearsal:
         """Forward and backward passes of a step, each of which has its moments."""
         module.zero_grad()
         ledger.moment = f"step {step}, forward 0"
-        for number, term in enumerate(task.objective.terms(task.parts, self.batch(), step=step)):
+        for number, term in enumerate(task.objective.terms(task.models, self.batch(), step=step)):
             ledger.moment = f"step {step}, backward {number}" + ("" if term.is_last else HELD)
             term.loss.backward()
             ledger.tell(GRADIENTS, [parameter.grad for parameter in module.parameters()])
@@ -121,7 +121,7 @@ class Rehearsal:
         teacher = self.decoder(ledger, settings, teaches=True) if settings.teacher.needs_teacher else None
         if self.stage == "elastic":
             return elastic_task(settings, decoder, teacher=teacher)
-        routed = router if isinstance(router, TokenRouter) else Typical(router)
+        routed = router if isinstance(router, DynamicRouter) else Typical(router)
         return joint_task(settings, decoder, teacher=teacher, router=routed)
 
     def decoder(self, ledger: Ledger, settings: Settings, *, teaches: bool = False) -> Decoder:
@@ -214,7 +214,7 @@ class Typical(Router):
         del budget, generator, row_shard
         space = self.prices.space
         chosen = [nearest(widths, ROUTED_SHARE * widths[-1]) for widths in space.choices.values()]
-        if isinstance(self.router, static.Router):
+        if isinstance(self.router, StaticLogitsRouter):
             return gated_policy(space, self.router(torch.ones(1))[0].softmax(-1), torch.tensor(chosen))
         return fixed(space.spec(dict(zip(space.sites, chosen, strict=True))))
 

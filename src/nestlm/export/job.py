@@ -27,7 +27,7 @@ from nestlm.model.family import Family
 from nestlm.model.parent_files import TOKENIZER_JSON, ParentFiles
 from nestlm.nn.decoder import Decoder
 from nestlm.nn.policy import Policy, fixed
-from nestlm.router.dynamic.base import TokenRouter
+from nestlm.router.dynamic.base import DynamicRouter
 from nestlm.router.dynamic.plan import Plan
 from nestlm.spec import SubnetSpec
 
@@ -63,7 +63,7 @@ class Chosen:
     """What is exported of it: one sub-network, or a router that keeps a budget by a plan."""
 
     spec: SubnetSpec | None = None
-    routed: tuple[TokenRouter, Plan] | None = None
+    routed: tuple[DynamicRouter, Plan] | None = None
 
     @property
     def policy(self) -> Policy:

@@ -11,10 +11,10 @@ from torch import Tensor
 from nestlm.elastic.surgery import kept_layers
 from nestlm.errors import ExportError
 from nestlm.nn.config import DecoderConfig
-from nestlm.router.dynamic import logits as dynamic
-from nestlm.router.dynamic import value as value_dynamic
-from nestlm.router.dynamic.base import TokenRouter
+from nestlm.router.dynamic.base import DynamicRouter
+from nestlm.router.dynamic.logits import DynamicLogitsRouter
 from nestlm.router.dynamic.plan import Plan
+from nestlm.router.dynamic.value import DynamicValueRouter
 from nestlm.router.networks import BUDGET_FEATURES, embed_share
 from nestlm.spec import SubnetSpec
 
@@ -34,7 +34,7 @@ class Routing:
     weights: dict[str, Tensor]
 
     @classmethod
-    def of(cls, router: TokenRouter, plan: Plan, *, config: DecoderConfig) -> Routing:
+    def of(cls, router: DynamicRouter, plan: Plan, *, config: DecoderConfig) -> Routing:
         """Of a router that plans to keep a budget.
 
         Raises:
@@ -65,11 +65,11 @@ class Routing:
         return cls(spec, known | {"sites": sites}, weights)
 
 
-def kind(router: TokenRouter) -> str:
+def kind(router: DynamicRouter) -> str:
     """What a router's networks say: logits of choices, or what these lose."""
-    if isinstance(router, dynamic.Router):
+    if isinstance(router, DynamicLogitsRouter):
         return "logits"
-    if isinstance(router, value_dynamic.Router):
+    if isinstance(router, DynamicValueRouter):
         return "values"
     raise ExportError(
         f"export: the modelling file knows no {type(router).__module__}.Router; wanted a static router, "
@@ -77,15 +77,15 @@ def kind(router: TokenRouter) -> str:
     )
 
 
-def network(router: TokenRouter, plan: Plan, row: int) -> dict[str, Tensor]:
+def network(router: DynamicRouter, plan: Plan, row: int) -> dict[str, Tensor]:
     """One site's network, and what makes scores of its outputs."""
     said = kind(router)
-    assert isinstance(router, dynamic.Router | value_dynamic.Router), "as its kind says"
+    assert isinstance(router, DynamicLogitsRouter | DynamicValueRouter), "as its kind says"
     networks = router.networks
     count = networks.counts[row]
     budget = torch.zeros(networks.input.shape[-1])
     scale = torch.ones(count)
-    if isinstance(router, dynamic.Router):
+    if isinstance(router, DynamicLogitsRouter):
         budget = networks.part(row, embed_share(networks.input.new_tensor([plan.share])))[0]
     else:
         scale = router.scale[row, :count]

@@ -158,7 +158,7 @@ class Context:
         resumed = 0
         if steps:
             module = NestedLM(
-                task.parts,
+                task.models,
                 stage=stage,
                 objective=task.objective,
                 trained=task.trained,

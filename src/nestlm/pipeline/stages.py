@@ -33,8 +33,8 @@ from nestlm.router.calibration_data import CalibrationData
 from nestlm.router.static.uniform import UniformRouter
 from nestlm.spec import DEPTH, Budget
 from nestlm.train.callbacks.elastic_probe import Probe
-from nestlm.train.objective.base import Parts
-from nestlm.train.objective.elastic import Elastic
+from nestlm.train.objective.base import StageModels
+from nestlm.train.objective.elastic import ElasticObjective
 from nestlm.train.tasks import elastic_task, joint_task, pretrain_task, router_task
 from nestlm.utils.console import track
 from nestlm.utils.json_files import write_json
@@ -136,7 +136,7 @@ def elastic(context: Context) -> Result:
     task = elastic_task(context.settings, decoder, teacher=context.teacher())
     result = context.train("elastic", task, callbacks=probes(context, decoder))
     context.save(decoder, MODEL)
-    assert isinstance(task.objective, Elastic), "it records what sub-networks lost"
+    assert isinstance(task.objective, ElasticObjective), "it records what sub-networks lost"
     context.write(task.objective.record(), RECORD)
     scores = context.score(decoder, {"full": full, "smallest": fixed(space.smallest())})
     return result | {name: score.loss for name, score in scores.items()}
@@ -171,9 +171,9 @@ def train_router(context: Context) -> Result:
     calibration = context.calibration(decoder)
     ready(router, calibration)
     if objective is not None:
-        parts = Parts(calibration.decoder, router=router)
+        models = StageModels(calibration.decoder, router=router)
         with calibration.precision():
-            result |= objective.to(calibration.device).summary(parts, list(calibration.batches))
+            result |= objective.to(calibration.device).summary(models, list(calibration.batches))
     if router.state_dict():
         context.save(router, ROUTER)
     return result

@@ -35,9 +35,11 @@ class Router(nn.Module):
     """Finds policies within budgets. One whose choice is the same for every token only defines `spec`.
 
     Attributes:
+        per_token: whether tokens differ in what it chooses for them.
         needs_calibration: whether it cannot answer well without calibration text.
     """
 
+    per_token: ClassVar[bool] = False
     needs_calibration: ClassVar[bool] = False
 
     def __init__(self, prices: PriceList) -> None:

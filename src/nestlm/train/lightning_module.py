@@ -18,7 +18,7 @@ from nestlm.data.batch import Batch
 from nestlm.distributed import collectives
 from nestlm.distributed.fsdp import gradients_held, whole
 from nestlm.errors import DeviceMemoryError, DivergenceError
-from nestlm.train.objective.base import Objective, Parts
+from nestlm.train.objective.base import Objective, StageModels
 from nestlm.train.optim import OptimSettings
 
 
@@ -27,7 +27,7 @@ class NestedLM(L.LightningModule):
 
     def __init__(
         self,
-        parts: Parts,
+        models: StageModels,
         *,
         stage: str,
         objective: Objective,
@@ -38,7 +38,7 @@ class NestedLM(L.LightningModule):
         """Freeze everything but the trained parts.
 
         Args:
-            parts: the nested model, its teacher and router where the objective needs them.
+            models: the nested model, its teacher and router where the objective needs them.
             stage: name of the stage, for the logs.
             objective: yields the loss terms of a step.
             trained: name, module and peak learning rate of what is trained.
@@ -48,7 +48,7 @@ class NestedLM(L.LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.strict_loading = False  # checkpoints leave out what is not trained
-        self.decoder, self.teacher, self.router = parts.decoder, parts.teacher, parts.router
+        self.decoder, self.teacher, self.router = models.decoder, models.teacher, models.router
         self.stage, self.objective = stage, objective
         self.trained, self.optim, self.num_steps = trained, optim, num_steps
         self.requires_grad_(False)
@@ -100,10 +100,10 @@ class NestedLM(L.LightningModule):
         assert isinstance(optimizer, LightningOptimizer), "configure_optimizers makes one"
         assert isinstance(scheduler, LambdaLR), "configure_optimizers makes one"
         optimizer.zero_grad()
-        parts = Parts(self.decoder, self.teacher, self.router)
+        models = StageModels(self.decoder, self.teacher, self.router)
         total = torch.zeros((), device=self.device)
         logs: dict[str, list[Tensor | float]] = defaultdict(list)
-        for term in self.objective.terms(parts, batch, step=number):
+        for term in self.objective.terms(models, batch, step=number):
             with gradients_held(self.decoder, held=not term.is_last):
                 self.manual_backward(term.loss)
             total += term.loss.detach()

@@ -123,6 +123,13 @@ class RouterSettings:
             raise ConfigError(
                 f"router.policy: got dynamic, but router={self.name} learns nothing; set router.policy=static"
             )
+        decides = getattr(getattr(self.network, "func", None), "per_token", self.per_token)  # functions make either
+        if decides != self.per_token:
+            policies = {True: "dynamic", False: "static"}
+            raise ConfigError(
+                f"router.policy: got {self.policy}, but router={self.name} has no such policy; set "
+                f"router.policy={policies[decides]}"
+            )
 
     @property
     def per_token(self) -> bool:

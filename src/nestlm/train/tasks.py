@@ -1,4 +1,4 @@
-"""What each training stage trains: its parts, its objective, and learning rates. Nothing is loaded here."""
+"""What each training stage trains: its models, its objective, and learning rates. Nothing is loaded here."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from torch import nn
 
 from nestlm.nn.decoder import Decoder
 from nestlm.router.base import Router
-from nestlm.train.objective.base import Objective, Parts, Signal
-from nestlm.train.objective.elastic import Elastic
-from nestlm.train.objective.joint import Joint
-from nestlm.train.objective.pretrain import Pretrain
+from nestlm.train.objective.base import Objective, Signal, StageModels
+from nestlm.train.objective.elastic import ElasticObjective
+from nestlm.train.objective.joint import JointObjective
+from nestlm.train.objective.pretrain import PretrainObjective
 from nestlm.train.settings import Settings, View
 
 
@@ -20,13 +20,13 @@ class Task:
     """What a stage trains.
 
     Attributes:
-        parts: the model, and its teacher and router where the objective needs them.
+        models: the model, and its teacher and router where the objective needs them.
         objective: yields the loss terms of a step.
         trained: name, module and peak learning rate of what is trained.
         steps: of the stage.
     """
 
-    parts: Parts
+    models: StageModels
     objective: Objective
     trained: dict[str, tuple[nn.Module, float]]
     steps: int
@@ -35,7 +35,7 @@ class Task:
 def pretrain_task(settings: Settings | View, decoder: Decoder) -> Task:
     """The teacher's own training."""
     stage = settings.pretrain
-    return Task(Parts(decoder), Pretrain(), {"decoder": (decoder, stage.lr)}, stage.steps)
+    return Task(StageModels(decoder), PretrainObjective(), {"decoder": (decoder, stage.lr)}, stage.steps)
 
 
 def elastic_task(settings: Settings | View, decoder: Decoder, *, teacher: Decoder | None) -> Task:
@@ -44,10 +44,10 @@ def elastic_task(settings: Settings | View, decoder: Decoder, *, teacher: Decode
     trained: dict[str, tuple[nn.Module, float]] = {"decoder": (decoder, stage.lr)}
     if values is not None and stage.values is not None:
         trained["values"] = (values, stage.values.lr)
-    objective = Elastic(
+    objective = ElasticObjective(
         settings.space(), sampler=settings.sampler, distillation=settings.teacher, values=values, seed=settings.seed
     )
-    return Task(Parts(decoder, teacher), objective, trained, stage.steps)
+    return Task(StageModels(decoder, teacher), objective, trained, stage.steps)
 
 
 def router_task(settings: Settings | View, decoder: Decoder, *, router: Router, signal: Signal) -> Task:
@@ -55,7 +55,7 @@ def router_task(settings: Settings | View, decoder: Decoder, *, router: Router, 
     trained: dict[str, tuple[nn.Module, float]] = {"router": (router, settings.router.lr)}
     if list(signal.parameters()):
         trained["signal"] = (signal, signal.lr)
-    return Task(Parts(decoder, router=router), signal, trained, settings.router.steps)
+    return Task(StageModels(decoder, router=router), signal, trained, settings.router.steps)
 
 
 def joint_task(settings: Settings | View, decoder: Decoder, *, teacher: Decoder | None, router: Router) -> Task:
@@ -64,11 +64,11 @@ def joint_task(settings: Settings | View, decoder: Decoder, *, teacher: Decoder 
     trained: dict[str, tuple[nn.Module, float]] = {"decoder": (decoder, stage.lr)}
     if list(router.parameters()):
         trained["router"] = (router, settings.router.joint_lr)
-    objective = Joint(
+    objective = JointObjective(
         settings.teacher,
         budgets_per_step=stage.budgets_per_step,
         cost_weight=stage.cost_weight,
         dead_zone=stage.dead_zone,
         seed=settings.seed,
     )
-    return Task(Parts(decoder, teacher, router), objective, trained, stage.steps)
+    return Task(StageModels(decoder, teacher, router), objective, trained, stage.steps)

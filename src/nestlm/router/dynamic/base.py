@@ -15,7 +15,7 @@ from torch import Tensor
 from nestlm.cost.knapsack import cheapest_within, use_up
 from nestlm.cost.table import Bound, CostTable, PriceList, TokenTable
 from nestlm.nn.policy import WHOLE, Decision, Mixed, Policy, Stream, fixed, full
-from nestlm.router import base
+from nestlm.router.base import Answer, Router
 from nestlm.router.calibration_data import CalibrationData
 from nestlm.router.dynamic.plan import Plan, Tariff, solve
 from nestlm.spec import Budget, Site
@@ -40,7 +40,7 @@ class Granularity:
     horizon: int
 
 
-class TokenRouter(base.Router):
+class DynamicRouter(Router):
     """Scores the choices of each token at each site from its hidden state, which no later token has touched."""
 
     per_token = True
@@ -78,22 +78,20 @@ class TokenRouter(base.Router):
         self.measured.copy_(calibration.sensitivities(self.prices.space))
 
     @torch.no_grad()
-    def find(self, budget: Budget, *, calibration: CalibrationData | None = None) -> base.Answer:
+    def find(self, budget: Budget, *, calibration: CalibrationData | None = None) -> Answer:
         bounds = self.planned.bounds(budget)
         if all(bound.share >= 1.0 for bound in bounds):  # the whole model, without routing
-            return base.Answer(full, self.planned.space.full())
+            return Answer(full, self.planned.space.full())
         assert calibration is not None, "a dynamic router needs calibration text to meet a budget"
         plan = self.calibrate(budget, calibration=calibration)
         if len(plan.fixed) == len(self.rows):
             spec = self.prices.space.spec({site: plan.fixed[row] for site, row in self.rows.items()})
-            return base.Answer(fixed(spec), spec)
-        return base.Answer(self.policy(plan), plan=plan.to_json())
+            return Answer(fixed(spec), spec)
+        return Answer(self.policy(plan), plan=plan.to_json())
 
     @torch.no_grad()
-    def recall(self, budget: Budget, plan: Mapping[str, Any]) -> base.Answer:
-        return base.Answer(
-            self.policy(Plan.from_json(plan, tariffs=self.tariffs(self.planned.bounds(budget)))), plan=plan
-        )
+    def recall(self, budget: Budget, plan: Mapping[str, Any]) -> Answer:
+        return Answer(self.policy(Plan.from_json(plan, tariffs=self.tariffs(self.planned.bounds(budget)))), plan=plan)
 
     def calibrate(self, budget: Budget, *, calibration: CalibrationData) -> Plan:
         """The best on the calibration's text of a few plans. In some no site decides: nothing may be better than that.

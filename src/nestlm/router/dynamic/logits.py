@@ -11,7 +11,7 @@ from torch import Tensor
 from nestlm.cost.table import PriceList
 from nestlm.distributed.collectives import ALL_ROWS, RowShard
 from nestlm.nn.policy import WHOLE, Decision, Policy, Stream
-from nestlm.router.dynamic.base import Granularity, Scorer, TokenRouter, features, with_router
+from nestlm.router.dynamic.base import DynamicRouter, Granularity, Scorer, features, with_router
 from nestlm.router.dynamic.plan import Plan
 from nestlm.router.networks import BUDGET_FEATURES, SiteNetworks, embed_share
 from nestlm.router.relaxed import gated_tokens, gumbel_noise, sample_choices, soft_mask
@@ -21,7 +21,7 @@ from nestlm.utils.seeding import torch_generator
 PARALLEL = 1e-20  # squared sine of the angle between two columns that are rounded multiples of each other
 
 
-class Router(TokenRouter):
+class DynamicLogitsRouter(DynamicRouter):
     """One small network a site from (hidden state, budget) to a logit per choice."""
 
     def __init__(

@@ -9,7 +9,7 @@ from nestlm.cost.table import Bound, PriceList
 from nestlm.distributed.collectives import ALL_ROWS, RowShard
 from nestlm.nn.policy import Policy
 from nestlm.router.calibration_data import CalibrationData
-from nestlm.router.dynamic.base import Granularity, Scorer, TokenRouter, mean_losses, with_router
+from nestlm.router.dynamic.base import DynamicRouter, Granularity, Scorer, mean_losses, with_router
 from nestlm.router.dynamic.plan import Plan, Tariff, settle
 from nestlm.router.networks import SiteNetworks, growth
 from nestlm.spec import Budget
@@ -18,7 +18,7 @@ LEAST = 1e-4  # nats, so that nothing is divided by 0
 CURVE = 12  # budgets at which the multiplier is known before anything is asked
 
 
-class Router(TokenRouter):
+class DynamicValueRouter(DynamicRouter):
     """One small network a site from the hidden state to the growth of the token's KL by each choice.
 
     The choice is `argmin value + multiplier * cost`: any budget by one multiplier, and no network is told the budget.

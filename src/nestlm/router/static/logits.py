@@ -9,14 +9,14 @@ from nestlm.cost.knapsack import cheapest_loss, use_up
 from nestlm.cost.table import PriceList
 from nestlm.distributed.collectives import ALL_ROWS, RowShard
 from nestlm.nn.policy import Decision, Policy, constant
-from nestlm.router import base
+from nestlm.router.base import Router
 from nestlm.router.calibration_data import CalibrationData
 from nestlm.router.networks import BUDGET_FEATURES, SiteNetworks, embed_share
 from nestlm.router.relaxed import gated_policy, gumbel_noise, sample_choices, soft_mask
 from nestlm.spec import Budget, Site, SubnetSpec
 
 
-class Router(base.Router):
+class StaticLogitsRouter(Router):
     """One small network a site from the budget to a logit per choice (Flextron); repaired to keep the budget (ours)."""
 
     def __init__(self, *, prices: PriceList, hidden_width: int, init_std: float, seed: int) -> None:

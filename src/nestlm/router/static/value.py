@@ -7,16 +7,14 @@ from torch import Tensor
 
 from nestlm.cost.knapsack import cheapest_loss
 from nestlm.cost.table import PriceList
-from nestlm.router import base
+from nestlm.router.base import Router
 from nestlm.router.calibration_data import CalibrationData
 from nestlm.router.networks import SiteNetworks, growth
 from nestlm.spec import Budget, SubnetSpec
 
 
-class Router(base.Router):
+class StaticValueRouter(Router):
     """How much each choice adds to the KL to the whole model. Sums are minimised by the knapsack."""
-
-    per_token = False
 
     def __init__(self, *, prices: PriceList, hidden_width: int, init_std: float, seed: int) -> None:
         super().__init__(prices)

@@ -18,7 +18,7 @@ from nestlm.spec import Site
 
 
 @dataclass(frozen=True)
-class Parts:
+class StageModels:
     """What a stage works with; the teacher is the model before conversion."""
 
     decoder: Decoder
@@ -64,7 +64,7 @@ class Objective(nn.Module, ABC):
     """
 
     @abstractmethod
-    def terms(self, parts: Parts, batch: Batch, *, step: int) -> Iterator[Term]:
+    def terms(self, models: StageModels, batch: Batch, *, step: int) -> Iterator[Term]:
         """The terms of a step, a pure function of weights, batch and step."""
 
 
@@ -81,7 +81,7 @@ class Signal(Objective):
         """Learn from what elastic training left behind, before the first step; see `Elastic.record`."""
 
     @abstractmethod
-    def summary(self, parts: Parts, held_out: list[Batch]) -> dict[str, float | None]:
+    def summary(self, models: StageModels, held_out: list[Batch]) -> dict[str, float | None]:
         """What to report when training has ended, measured on held-out (calibration) text."""
 
     @abstractmethod

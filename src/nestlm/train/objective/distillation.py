@@ -15,7 +15,7 @@ from nestlm.errors import ConfigError
 from nestlm.nn.decoder import Decoder, DecoderOutput, Reader
 from nestlm.nn.loss import LossReader, TokenLosses
 from nestlm.nn.policy import Policy, full
-from nestlm.train.objective.base import Parts, PolicyLoss
+from nestlm.train.objective.base import PolicyLoss, StageModels
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,13 @@ class DistillationLoss(ABC):
         return 1.0 if self.needs_teacher else 0.0
 
     @abstractmethod
-    def lessons(self, parts: Parts, batch: Batch, *, policies: tuple[tuple[Policy, bool], ...]) -> Iterator[PolicyLoss]:
+    def lessons(
+        self, models: StageModels, batch: Batch, *, policies: tuple[tuple[Policy, bool], ...]
+    ) -> Iterator[PolicyLoss]:
         """One lesson a policy, in order.
 
         Args:
-            parts: the model that is trained, and its teacher where `needs_teacher`.
+            models: the model that is trained, and its teacher where `needs_teacher`.
             batch: what all of them see.
             policies: each with whether it runs the whole model, which comes first where it takes part.
         """
@@ -49,10 +51,12 @@ def run(decoder: Decoder, batch: Batch, policy: Policy, read: Reader) -> Decoder
 class CrossEntropy(DistillationLoss):
     """Cross-entropy on the text, as the paper."""
 
-    def lessons(self, parts: Parts, batch: Batch, *, policies: tuple[tuple[Policy, bool], ...]) -> Iterator[PolicyLoss]:
+    def lessons(
+        self, models: StageModels, batch: Batch, *, policies: tuple[tuple[Policy, bool], ...]
+    ) -> Iterator[PolicyLoss]:
         reference_BL: Tensor | None = None
         for policy, whole in policies:
-            losses, decisions = run(parts.decoder, batch, policy, LossReader(batch.targets_BL))
+            losses, decisions = run(models.decoder, batch, policy, LossReader(batch.targets_BL))
             if whole:
                 reference_BL = losses.text_BL
             yield PolicyLoss(losses, decisions, reference_BL)
@@ -72,14 +76,16 @@ class FrozenTeacher(DistillationLoss):
     def __post_init__(self) -> None:
         check_share(self.ce_share)
 
-    def lessons(self, parts: Parts, batch: Batch, *, policies: tuple[tuple[Policy, bool], ...]) -> Iterator[PolicyLoss]:
-        assert parts.teacher is not None, "kd_frozen needs the model before conversion"
+    def lessons(
+        self, models: StageModels, batch: Batch, *, policies: tuple[tuple[Policy, bool], ...]
+    ) -> Iterator[PolicyLoss]:
+        assert models.teacher is not None, "kd_frozen needs the model before conversion"
         with torch.no_grad():
-            taught, _ = run(parts.teacher, batch, full, LossReader(batch.targets_BL))
+            taught, _ = run(models.teacher, batch, full, LossReader(batch.targets_BL))
         reference_BL = taught.text_BL
         read = LossReader(batch.targets_BL, taught.beliefs, self.ce_share)
         for policy, whole in policies:
-            losses, decisions = run(parts.decoder, batch, policy, read)
+            losses, decisions = run(models.decoder, batch, policy, read)
             if whole:
                 reference_BL = losses.text_BL
             yield PolicyLoss(losses, decisions, reference_BL)
@@ -101,20 +107,22 @@ class InPlace(DistillationLoss):
     def extra_passes(self, *, runs_full: bool) -> float:
         return 0.0 if runs_full else 1.0
 
-    def lessons(self, parts: Parts, batch: Batch, *, policies: tuple[tuple[Policy, bool], ...]) -> Iterator[PolicyLoss]:
+    def lessons(
+        self, models: StageModels, batch: Batch, *, policies: tuple[tuple[Policy, bool], ...]
+    ) -> Iterator[PolicyLoss]:
         taught: TokenLosses | None = None
         for policy, whole in policies:
             if not whole and taught is None:  # the step does not train the full path, so it runs for this alone
                 with torch.no_grad():
-                    taught, _ = run(parts.decoder, batch, full, LossReader(batch.targets_BL))
+                    taught, _ = run(models.decoder, batch, full, LossReader(batch.targets_BL))
             if whole:
-                losses, decisions = run(parts.decoder, batch, policy, LossReader(batch.targets_BL))
+                losses, decisions = run(models.decoder, batch, policy, LossReader(batch.targets_BL))
                 taught = losses
                 yield PolicyLoss(losses, decisions, losses.text_BL)
             else:
                 assert taught is not None, "made above"
                 read = LossReader(batch.targets_BL, taught.beliefs, self.ce_share)
-                losses, decisions = run(parts.decoder, batch, policy, read)
+                losses, decisions = run(models.decoder, batch, policy, read)
                 yield PolicyLoss(losses, decisions, taught.text_BL)
 
 

@@ -11,14 +11,14 @@ from nestlm.data.batch import Batch
 from nestlm.distributed.collectives import RowShard
 from nestlm.elastic.sampler.base import MixedSpecs, Sample, Sampler, policy_of
 from nestlm.spec import SearchSpace, Site
-from nestlm.train.objective.base import Objective, Parts, PolicyLoss, Term
+from nestlm.train.objective.base import Objective, PolicyLoss, StageModels, Term
 from nestlm.train.objective.distillation import DistillationLoss
 from nestlm.train.objective.elastic_values import ElasticValues, by_token
 
 PAIRS = 1024  # that are kept: the newest, since the model changes
 
 
-class Elastic(Objective):
+class ElasticObjective(Objective):
     """The mean over the drawn sub-networks' losses, and a record of what they lost.
 
     Flextron sums the losses. The mean keeps the norm at which gradients are clipped independent of their number, and
@@ -48,7 +48,7 @@ class Elastic(Objective):
         self.register_buffer("gaps", torch.zeros(PAIRS))
         self.register_buffer("count", torch.zeros((), dtype=torch.long))
 
-    def terms(self, parts: Parts, batch: Batch, *, step: int) -> Iterator[Term]:
+    def terms(self, models: StageModels, batch: Batch, *, step: int) -> Iterator[Term]:
         num_rows, length = batch.tokens_BL.shape
         shape = (batch.row_shard.total(num_rows), length)
         everywhere = self.sampler.draw(self.space, seed=self.seed, step=step, batch=shape)
@@ -61,7 +61,7 @@ class Elastic(Objective):
                 self.values.watched(policy, seen) if by_token(spec) else policy
                 for policy, spec in zip(policies, drawn, strict=True)
             ]
-        lessons = self.distillation.lessons(parts, batch, policies=tuple(zip(policies, whole, strict=True)))
+        lessons = self.distillation.lessons(models, batch, policies=tuple(zip(policies, whole, strict=True)))
         for number, (lesson, spec, is_whole) in enumerate(zip(lessons, drawn, whole, strict=True), start=1):
             if not is_whole and lesson.reference_BL is not None:
                 self.remember(everywhere[number - 1], lesson, row_shard=batch.row_shard)

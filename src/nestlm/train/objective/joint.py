@@ -11,12 +11,12 @@ from nestlm.data.batch import Batch
 from nestlm.nn.policy import Policy, full
 from nestlm.router.relaxed import budget_loss, mean_probabilities
 from nestlm.spec import Budget
-from nestlm.train.objective.base import Objective, Parts, Term
+from nestlm.train.objective.base import Objective, StageModels, Term
 from nestlm.train.objective.distillation import DistillationLoss
 from nestlm.utils.seeding import torch_generator
 
 
-class Joint(Objective):
+class JointObjective(Objective):
     """The full model and `budgets_per_step` routed sub-networks; routers also feel their distance from the budget.
 
     Flextron tunes model and routers jointly; how the loss reaches the routers (straight-through prefix gates) is our
@@ -37,10 +37,10 @@ class Joint(Objective):
         self.budgets_per_step, self.cost_weight, self.dead_zone = budgets_per_step, cost_weight, dead_zone
         self.seed = seed
 
-    def terms(self, parts: Parts, batch: Batch, *, step: int) -> Iterator[Term]:
-        assert parts.router is not None, "joint tuning needs a router"
-        table = parts.router.prices.main
-        floor = parts.router.floor
+    def terms(self, models: StageModels, batch: Batch, *, step: int) -> Iterator[Term]:
+        assert models.router is not None, "joint tuning needs a router"
+        table = models.router.prices.main
+        floor = models.router.floor
         policies: list[tuple[Policy, bool]] = [(full, True)]
         targets = []
         for sample in range(self.budgets_per_step):
@@ -49,8 +49,8 @@ class Joint(Objective):
             above = max(1e-6, float(torch.rand((), generator=generator)))
             targets.append(floor + (1.0 - floor) * above)
             budget = Budget.from_share(targets[-1])
-            policies.append((parts.router.draw(budget, generator=generator, row_shard=batch.row_shard), False))
-        lessons = self.distillation.lessons(parts, batch, policies=tuple(policies))
+            policies.append((models.router.draw(budget, generator=generator, row_shard=batch.row_shard), False))
+        lessons = self.distillation.lessons(models, batch, policies=tuple(policies))
         loss_full = next(lessons).losses.loss
         yield Term(loss_full / len(policies), {"loss_full": loss_full.detach()}, is_last=False)
         for number, (lesson, target) in enumerate(zip(lessons, targets, strict=True), start=1):

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 
 from nestlm.data.batch import Batch
 from nestlm.nn.loss import LossReader
-from nestlm.train.objective.base import Objective, Parts, Term
+from nestlm.train.objective.base import Objective, StageModels, Term
 
 
-class Pretrain(Objective):
+class PretrainObjective(Objective):
     """Cross-entropy of the whole model."""
 
-    def terms(self, parts: Parts, batch: Batch, *, step: int) -> Iterator[Term]:
+    def terms(self, models: StageModels, batch: Batch, *, step: int) -> Iterator[Term]:
         read = LossReader(batch.targets_BL)
-        loss = parts.decoder(batch.tokens_BL, documents_BL=batch.documents_BL, read=read).read.loss
+        loss = models.decoder(batch.tokens_BL, documents_BL=batch.documents_BL, read=read).read.loss
         yield Term(loss, {"loss": loss.detach()})

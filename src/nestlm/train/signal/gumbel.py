@@ -14,10 +14,10 @@ from nestlm.data.batch import Batch
 from nestlm.errors import ConfigError
 from nestlm.nn.loss import HeadInputs, LossReader
 from nestlm.router.base import Router
-from nestlm.router.dynamic import logits as dynamic
+from nestlm.router.dynamic.logits import DynamicLogitsRouter
 from nestlm.router.relaxed import budget_loss, mean_probabilities
-from nestlm.router.static import logits as static
-from nestlm.train.objective.base import Parts, Signal, Term, check_router
+from nestlm.router.static.logits import StaticLogitsRouter
+from nestlm.train.objective.base import Signal, StageModels, Term, check_router
 from nestlm.utils.seeding import torch_generator
 
 
@@ -49,7 +49,7 @@ class GumbelSignal(Signal):
             seed: seed of all draws.
         """
         super().__init__()
-        check_router(router, (static.Router, dynamic.Router), signal="gumbel")
+        check_router(router, (StaticLogitsRouter, DynamicLogitsRouter), signal="gumbel")
         if min(*temperature, *gain) <= 0 or anneal_steps < 0:
             raise ConfigError(
                 f"router.signal: got temperature={temperature}, gain={gain}, anneal_steps={anneal_steps}, wanted "
@@ -58,18 +58,20 @@ class GumbelSignal(Signal):
         self.temperature, self.gain, self.anneal_steps = temperature, gain, anneal_steps
         self.cost_weight, self.dead_zone, self.seed = cost_weight, dead_zone, seed
 
-    def terms(self, parts: Parts, batch: Batch, *, step: int) -> Iterator[Term]:
-        router = parts.router
-        assert isinstance(router, static.Router | dynamic.Router), "relaxed draws are those of a budget's logits"
+    def terms(self, models: StageModels, batch: Batch, *, step: int) -> Iterator[Term]:
+        router = models.router
+        assert isinstance(router, StaticLogitsRouter | DynamicLogitsRouter), (
+            "relaxed draws are those of a budget's logits"
+        )
         table = router.prices.main
         done = min(1.0, step / max(1, self.anneal_steps))
         temperature, gain = (start * (end / start) ** done for start, end in (self.temperature, self.gain))
         with torch.no_grad():
-            whole = parts.decoder(batch.tokens_BL, documents_BL=batch.documents_BL, read=HeadInputs.read).read
+            whole = models.decoder(batch.tokens_BL, documents_BL=batch.documents_BL, read=HeadInputs.read).read
         floor = router.floor
         rows = batch.row_shard.total(len(batch.tokens_BL))
         uniform_B = torch.rand(rows, generator=torch_generator(self.seed, "gumbel budgets", step))
-        if isinstance(router, static.Router):  # one budget for all
+        if isinstance(router, StaticLogitsRouter):  # one budget for all
             uniform_B = uniform_B[:1].expand(rows)
         uniform_B = batch.row_shard.own(uniform_B)
         shares_B = (floor + (1.0 - floor) * uniform_B).to(batch.tokens_BL.device)
@@ -81,7 +83,7 @@ class GumbelSignal(Signal):
             row_shard=batch.row_shard,
         )
         read = LossReader(batch.targets_BL, teacher=whole)
-        output = parts.decoder(batch.tokens_BL, policy, documents_BL=batch.documents_BL, read=read)
+        output = models.decoder(batch.tokens_BL, policy, documents_BL=batch.documents_BL, read=read)
         probabilities = mean_probabilities(table.space, output.decisions)
         assert probabilities is not None, "a relaxed draw has probabilities"
         kl = output.read.loss
@@ -91,9 +93,9 @@ class GumbelSignal(Signal):
         ).mean()
         yield Term(kl + self.cost_weight * distance, {"kl": kl.detach(), "budget_distance": distance.detach()})
 
-    def summary(self, parts: Parts, held_out: list[Batch]) -> dict[str, float | None]:
+    def summary(self, models: StageModels, held_out: list[Batch]) -> dict[str, float | None]:
         """Nothing was predicted."""
-        del parts, held_out
+        del models, held_out
         return {}
 
     def forward_passes(self, mean_share: float) -> float:

@@ -19,12 +19,12 @@ from nestlm.errors import ConfigError
 from nestlm.nn.loss import HeadInputs, LossReader
 from nestlm.nn.policy import WHOLE, Decision, Mixed, Policy, Stream
 from nestlm.router.base import Router
-from nestlm.router.dynamic import logits as dynamic
 from nestlm.router.dynamic.base import features
+from nestlm.router.dynamic.logits import DynamicLogitsRouter
 from nestlm.router.networks import SiteNetworks, growth
 from nestlm.router.relaxed import budget_loss, entropy, sample_choices
 from nestlm.spec import Site
-from nestlm.train.objective.base import Parts, Signal, Term, check_router
+from nestlm.train.objective.base import Signal, StageModels, Term, check_router
 from nestlm.train.objective.elastic_values import load_values, part_of
 from nestlm.train.signal.exploration import random_choices, rank_correlation
 from nestlm.train.signal.surrogate_static import ERROR_MEMORY, TARGETS, PairSettings
@@ -33,7 +33,7 @@ from nestlm.utils.seeding import torch_generator
 SKEW = 1.0  # of random choices
 
 
-class SurrogateSignal(Signal):
+class DynamicSurrogateSignal(Signal):
     """Trains a surrogate on what tokens lose, and the dynamic router on the surrogate."""
 
     error: Tensor
@@ -72,8 +72,8 @@ class SurrogateSignal(Signal):
         """
         super().__init__()
         self.warm_start = pairs.warm_start
-        check_router(router, (dynamic.Router,), signal="surrogate")
-        assert isinstance(router, dynamic.Router), "checked"
+        check_router(router, (DynamicLogitsRouter,), signal="surrogate")
+        assert isinstance(router, DynamicLogitsRouter), "checked"
         if target not in TARGETS:
             raise ConfigError(f"router.signal.target: got {target!r}, wanted one of {', '.join(TARGETS)}")
         self.target, self.random_share, self.gate = target, random_share, gate
@@ -97,11 +97,11 @@ class SurrogateSignal(Signal):
         if self.warm_start and known:
             load_values(self.effects, known, width="router.signal.hidden_width", cure="router.signal.pairs.warm_start")
 
-    def terms(self, parts: Parts, batch: Batch, *, step: int) -> Iterator[Term]:
-        router = parts.router
-        assert isinstance(router, dynamic.Router), "per-token choices are those of a dynamic router"
+    def terms(self, models: StageModels, batch: Batch, *, step: int) -> Iterator[Term]:
+        router = models.router
+        assert isinstance(router, DynamicLogitsRouter), "per-token choices are those of a dynamic router"
         notes = Notes(self, router, batch, key=step)
-        target_BL = self.run(parts, batch, notes)
+        target_BL = self.run(models, batch, notes)
         predicted_BL = notes.predicted_BL + self.base
         loss = (predicted_BL - target_BL).square().mean()
         with torch.no_grad():
@@ -122,26 +122,26 @@ class SurrogateSignal(Signal):
             yield Term(notes.promised + self.cost_weight * distance - reward, logs)
 
     @torch.no_grad()
-    def run(self, parts: Parts, batch: Batch, notes: Notes) -> Tensor:
+    def run(self, models: StageModels, batch: Batch, notes: Notes) -> Tensor:
         """What each token loses under the noted choices, (B, L)."""
         whole = None
         if self.target == "gap":
-            whole = parts.decoder(batch.tokens_BL, documents_BL=batch.documents_BL, read=HeadInputs.read).read
+            whole = models.decoder(batch.tokens_BL, documents_BL=batch.documents_BL, read=HeadInputs.read).read
         read = LossReader(batch.targets_BL, teacher=whole)
-        losses = parts.decoder(batch.tokens_BL, notes.policy(), documents_BL=batch.documents_BL, read=read).read
+        losses = models.decoder(batch.tokens_BL, notes.policy(), documents_BL=batch.documents_BL, read=read).read
         return losses.text_BL if whole is None else losses.distance_BL
 
-    def summary(self, parts: Parts, held_out: list[Batch]) -> dict[str, float | None]:
+    def summary(self, models: StageModels, held_out: list[Batch]) -> dict[str, float | None]:
         """The running error, and the rank correlation of predicted and real means of held-out sequences."""
         error = float(self.error)
         found: dict[str, float | None] = {"surrogate_error": error if math.isfinite(error) else None}
-        router = parts.router
-        if not held_out or not isinstance(router, dynamic.Router):
+        router = models.router
+        if not held_out or not isinstance(router, DynamicLogitsRouter):
             return found
         predicted, real = [], []
         for number, batch in enumerate(held_out):
             notes = Notes(self, router, batch, key=f"held out/{number}", random_share=1.0)
-            real.append(self.run(parts, batch, notes).mean(1))
+            real.append(self.run(models, batch, notes).mean(1))
             predicted.append(notes.predicted_BL.detach().mean(1))
         return found | {"rank_correlation": rank_correlation(torch.cat(predicted), torch.cat(real))}
 
@@ -163,8 +163,8 @@ class Notes:
 
     def __init__(
         self,
-        signal: SurrogateSignal,
-        router: dynamic.Router,
+        signal: DynamicSurrogateSignal,
+        router: DynamicLogitsRouter,
         batch: Batch,
         *,
         key: int | str,

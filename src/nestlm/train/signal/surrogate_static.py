@@ -24,9 +24,9 @@ from nestlm.nn.policy import fixed
 from nestlm.router.base import Router
 from nestlm.router.networks import growth
 from nestlm.router.relaxed import budget_loss, entropy, sample_choices
-from nestlm.router.static import logits as static
+from nestlm.router.static.logits import StaticLogitsRouter
 from nestlm.spec import SearchSpace
-from nestlm.train.objective.base import Parts, Signal, Term, check_router
+from nestlm.train.objective.base import Signal, StageModels, Term, check_router
 from nestlm.train.objective.elastic_values import static_steps
 from nestlm.train.signal.exploration import random_choices, rank_correlation
 from nestlm.utils.seeding import torch_generator
@@ -92,7 +92,7 @@ class Surrogate(nn.Module):
         return (probabilities * effects).sum((1, 2)) + rest.squeeze(-1)
 
 
-class SurrogateSignal(Signal):
+class StaticSurrogateSignal(Signal):
     """Trains a surrogate on what the model loses, and the router on the surrogate."""
 
     inputs: Tensor
@@ -135,7 +135,7 @@ class SurrogateSignal(Signal):
         super().__init__()
         if target not in TARGETS:
             raise ConfigError(f"router.signal.target: got {target!r}, wanted one of {', '.join(TARGETS)}")
-        check_router(router, (static.Router,), signal="surrogate")
+        check_router(router, (StaticLogitsRouter,), signal="surrogate")
         table = self.table = router.prices.main
         self.target, self.pairs, self.random_share = target, pairs, random_share
         self.gate, self.cost_weight, self.dead_zone = gate, cost_weight, dead_zone
@@ -149,10 +149,10 @@ class SurrogateSignal(Signal):
         self.register_buffer("count", torch.zeros((), dtype=torch.long))
         self.register_buffer("error", torch.full((), torch.inf))
 
-    def terms(self, parts: Parts, batch: Batch, *, step: int) -> Iterator[Term]:
-        router = parts.router
-        assert isinstance(router, static.Router), "the surrogate sees the logits of a static router"
-        inputs, targets = self.observe(parts.decoder, batch, choices=self.draw_choices(router, step=step))
+    def terms(self, models: StageModels, batch: Batch, *, step: int) -> Iterator[Term]:
+        router = models.router
+        assert isinstance(router, StaticLogitsRouter), "the surrogate sees the logits of a static router"
+        inputs, targets = self.observe(models.decoder, batch, choices=self.draw_choices(router, step=step))
         targets = batch.row_shard.mean(targets)
         with torch.no_grad():
             fresh_error = (self.surrogate(inputs) - targets).square().mean()
@@ -191,7 +191,7 @@ class SurrogateSignal(Signal):
         optimizer.zero_grad()
 
     @torch.no_grad()
-    def summary(self, parts: Parts, held_out: list[Batch]) -> dict[str, float | None]:
+    def summary(self, models: StageModels, held_out: list[Batch]) -> dict[str, float | None]:
         """The running squared error relative to the variance of what is predicted (None before the first step), and the
         rank correlation of predicted and real losses of specs that were never trained on, on held-out text.
         """  # noqa: D205
@@ -206,7 +206,7 @@ class SurrogateSignal(Signal):
             skew=1.0,
             generator=torch_generator(self.seed, "held out"),
         ).T
-        observed = [self.observe(parts.decoder, batch, choices=choices.to(self.targets.device)) for batch in held_out]
+        observed = [self.observe(models.decoder, batch, choices=choices.to(self.targets.device)) for batch in held_out]
         real = torch.stack([targets for _, targets in observed]).mean(0)
         return found | {"rank_correlation": rank_correlation(self.surrogate(observed[0][0]), real)}
 
@@ -215,7 +215,7 @@ class SurrogateSignal(Signal):
         return self.pairs.specs_per_step * mean_share + (1.0 if self.target == "gap" else 0.0)
 
     @torch.no_grad()
-    def draw_choices(self, router: static.Router, *, step: int) -> Tensor:
+    def draw_choices(self, router: StaticLogitsRouter, *, step: int) -> Tensor:
         """Specs to learn from, partly the router's, partly at random: choice indices (specs, sites)."""
         number = self.pairs.specs_per_step
         logits = router(self.draw_shares(number, step=step, purpose="pairs"))
@@ -246,7 +246,7 @@ class SurrogateSignal(Signal):
         self.targets[slots] = targets.to(self.targets)
         self.count += len(targets)
 
-    def router_term(self, router: static.Router, *, step: int) -> Term:
+    def router_term(self, router: StaticLogitsRouter, *, step: int) -> Term:
         """The frozen surrogate's output for the routers' distributions, plus the cost loss."""
         shares = self.draw_shares(BUDGETS_PER_STEP, step=step, purpose="budgets")
         logits = router(shares)

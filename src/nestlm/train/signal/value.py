@@ -18,11 +18,11 @@ from nestlm.data.batch import Batch
 from nestlm.nn.loss import HeadInputs, LossReader
 from nestlm.nn.policy import WHOLE, Decision, Mixed, Policy, Stream
 from nestlm.router.base import Router
-from nestlm.router.dynamic import value as value_dynamic
 from nestlm.router.dynamic.base import features
-from nestlm.router.static import value as value_static
+from nestlm.router.dynamic.value import DynamicValueRouter
+from nestlm.router.static.value import StaticValueRouter
 from nestlm.spec import Site
-from nestlm.train.objective.base import Parts, Signal, Term, check_router
+from nestlm.train.objective.base import Signal, StageModels, Term, check_router
 from nestlm.train.objective.elastic_values import load_values, part_of
 from nestlm.train.signal.exploration import random_choices, rank_correlation
 from nestlm.utils.seeding import torch_generator
@@ -48,7 +48,7 @@ class ValueSignal(Signal):
             seed: seed of all draws.
         """
         super().__init__()
-        check_router(router, (value_static.Router, value_dynamic.Router), signal="value")
+        check_router(router, (StaticValueRouter, DynamicValueRouter), signal="value")
         self.space, self.skew, self.random_share = router.prices.space, skew, random_share
         self.warm_start, self.seed = warm_start, seed
 
@@ -58,23 +58,23 @@ class ValueSignal(Signal):
         Raises:
             ConfigError: they were learned by networks of another width.
         """
-        assert isinstance(router, value_static.Router | value_dynamic.Router), "checked"
+        assert isinstance(router, StaticValueRouter | DynamicValueRouter), "checked"
         prefix = "dynamic." if router.per_token else "static."
         known = part_of(record, prefix)
         if self.warm_start and known:
             cure = "router.signal.warm_start"
             load_values(router.networks, known, width="router.network.hidden_width", cure=cure)
 
-    def terms(self, parts: Parts, batch: Batch, *, step: int) -> Iterator[Term]:
-        predicted, target = self.observe(parts, batch, key=step)
+    def terms(self, models: StageModels, batch: Batch, *, step: int) -> Iterator[Term]:
+        predicted, target = self.observe(models, batch, key=step)
         loss = (predicted - target).square().mean()
         spread = batch.row_shard.gather(target).var(correction=0).clamp_min(1e-12)
         yield Term(loss, {"value_error": batch.row_shard.mean(loss.detach()) / spread, "kl": target.mean()})
 
-    def observe(self, parts: Parts, batch: Batch, *, key: int | str) -> tuple[Tensor, Tensor]:
+    def observe(self, models: StageModels, batch: Batch, *, key: int | str) -> tuple[Tensor, Tensor]:
         """Predicted and real growth of the KL under random choices: of tokens (B, L), or of sequences (B,)."""
-        router = parts.router
-        assert isinstance(router, value_static.Router | value_dynamic.Router), "values are learned by a value router"
+        router = models.router
+        assert isinstance(router, StaticValueRouter | DynamicValueRouter), "values are learned by a value router"
         tokens_BL, generator = batch.tokens_BL, torch_generator(self.seed, "value", key)
         rows = batch.row_shard.total(len(tokens_BL))
         shape = (rows, tokens_BL.shape[1])
@@ -92,19 +92,19 @@ class ValueSignal(Signal):
         drawn = Drawn(*(part.to(tokens_BL.device) for part in parts_of_step))
         values: list[Tensor] = []
         with torch.no_grad():
-            whole = parts.decoder(tokens_BL, documents_BL=batch.documents_BL, read=HeadInputs.read).read
+            whole = models.decoder(tokens_BL, documents_BL=batch.documents_BL, read=HeadInputs.read).read
             policy, read = observing(router, drawn, values), LossReader(batch.targets_BL, teacher=whole)
-            kl_BL = parts.decoder(tokens_BL, policy, documents_BL=batch.documents_BL, read=read).read.distance_BL
+            kl_BL = models.decoder(tokens_BL, policy, documents_BL=batch.documents_BL, read=read).read.distance_BL
         total = torch.stack(values).sum(0)
         return (total, kl_BL) if router.per_token else (total[:, 0], kl_BL.mean(1))
 
-    def summary(self, parts: Parts, held_out: list[Batch]) -> dict[str, float | None]:
+    def summary(self, models: StageModels, held_out: list[Batch]) -> dict[str, float | None]:
         """Error relative to the variance, and rank correlation, of predictions on held-out text."""
         if not held_out:
             return {}
         with torch.no_grad():
             pairs = [
-                self.observe(parts, batch, key=f"held out/{number}/{round_}")
+                self.observe(models, batch, key=f"held out/{number}/{round_}")
                 for round_ in range(HELD_OUT_ROUNDS)
                 for number, batch in enumerate(held_out)
             ]
@@ -140,7 +140,7 @@ class Drawn:
         return torch.where(draws, index, chosen)
 
 
-def observing(router: value_static.Router | value_dynamic.Router, drawn: Drawn, values: list[Tensor]) -> Policy:
+def observing(router: StaticValueRouter | DynamicValueRouter, drawn: Drawn, values: list[Tensor]) -> Policy:
     """Run drawn choices, and note what the router's networks predict of them, with gradients to the networks."""
     rows = {site: row for row, site in enumerate(router.prices.space.sites)}
     shares = router.prices.main.shares
