@@ -24,13 +24,13 @@ from lightning.fabric.utilities.throughput import get_available_flops
 from nestlm.config.compose import build, compose
 from nestlm.data.batch import Batch
 from nestlm.distributed.strategy import placement_of
-from nestlm.estimate.flops import flops_per_token
 from nestlm.nn.decoder import Decoder
+from nestlm.pipeline.flops import flops_per_token
+from nestlm.pipeline.settings import Settings
 from nestlm.train.lightning_module import NestedLM
 from nestlm.train.objective.base import Objective, StageModels
 from nestlm.train.objective.elastic import ElasticObjective
 from nestlm.train.objective.pretrain import PretrainObjective
-from nestlm.train.settings import Settings
 from nestlm.train.trainer import make_trainer
 
 PAGE = Path("docs/results/gpu-training.md")

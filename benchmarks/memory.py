@@ -31,8 +31,8 @@ from nestlm.model.weights_io import save_weights
 from nestlm.nn.decoder import Decoder
 from nestlm.pipeline.context import MODEL, RECORD, ROUTER, Context
 from nestlm.pipeline.run import STAGES
-from nestlm.train.settings import Settings, View
-from nestlm.train.tasks import Task
+from nestlm.pipeline.settings import Settings, View
+from nestlm.train.task import Task
 from nestlm.train.trainer import trainer_device
 from nestlm.utils.devices import device_name
 from turns import highest

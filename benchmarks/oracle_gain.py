@@ -28,11 +28,11 @@ from nestlm.data.prepared_data import PreparedData
 from nestlm.nn.decoder import Decoder
 from nestlm.nn.loss import HeadInputs, LossReader
 from nestlm.nn.policy import fixed, full, mixed
+from nestlm.pipeline.settings import Settings
 from nestlm.report.tables import markdown_table
 from nestlm.router.calibration_data import CalibrationData
 from nestlm.router.static.knapsack import KnapsackRouter
 from nestlm.spec import MLP_WIDTH
-from nestlm.train.settings import Settings
 
 ROWS = 48  # of calibration text
 HALVINGS = 30

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from nestlm.config.compose import USER_ERRORS, build, compose, explain, plugins_of, with_sizes
-from nestlm.pipeline import run as pipeline
+from nestlm.pipeline.checks import check
+from nestlm.train.trainer import check_trainer
 from nestlm.utils.nested_dict import flat_items
 
 VALUES = (
@@ -46,8 +47,8 @@ def outcome(base: list[str], override: str) -> str | None:
     try:
         plain = with_sizes(compose([*base, override]))
         settings = build(plain, plugins=plugins_of(plain))
-        pipeline.check(settings)
-        pipeline.check_trainer(settings)
+        check(settings)
+        check_trainer(settings.trainer)
     except USER_ERRORS as error:
         return explain(error)
     return None

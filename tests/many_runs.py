@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from nestlm.api.run_and_report import run_and_report
 from nestlm.config.compose import build, compose
 from nestlm.data.batch import Batch
 from nestlm.distributed import collectives
-from nestlm.pipeline import run as pipeline
 from nestlm.train import trainer as training
 from nestlm.train.lightning_module import NestedLM
 from nestlm.train.objective.base import StageModels, Term
@@ -33,7 +33,7 @@ def work(runs: list[list[str]]) -> list[Path]:
 def one(overrides: list[str]) -> Any:
     """Do one run."""
     config = compose(overrides)
-    return pipeline.run(build(config), config=config)
+    return run_and_report(build(config), config=config)
 
 
 LOGGED = 100  # numbers that ranks reduce beside gradients are fewer

@@ -9,7 +9,7 @@ from typing import Any, get_type_hints
 
 from nestlm.config import nodes
 from nestlm.config.compose import CONF, compose
-from nestlm.train.settings import Settings
+from nestlm.pipeline.settings import Settings
 
 # What a test run needs to be small; synthetic text yields a vocabulary of this size.
 NANO = [

@@ -19,12 +19,12 @@ LENGTHS = ["pretrain.steps=20", "elastic.steps=10", "router.steps=20", "joint.st
 
 def losses(folder: Path) -> dict[str, float]:
     """Validation losses of all stages and budgets."""
+    from nestlm.api.run_and_report import run_and_report
     from nestlm.config.compose import build, compose
-    from nestlm.pipeline import run as pipeline
     from nestlm.report.tables import read_csv
 
     plain = compose([*NANO, *LENGTHS, f"run_dir={folder / 'run'}", f"cache_dir={folder / 'cache'}"])
-    pipeline.run(build(plain), config=plain)
+    run_and_report(build(plain), config=plain)
     metrics = json.loads((folder / "run/metrics.json").read_text())
     found = {
         "pretrain": metrics["pretrain"]["val_loss"],

@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+from nestlm.api.run_and_report import run_and_report
 from nestlm.config.compose import build, compose
 from nestlm.distributed import sharded_checkpoint as checkpoint
-from nestlm.pipeline import run as pipeline
 from nestlm.train.callbacks.timed_checkpoint import complete
 from plugins import NANO
 
@@ -30,7 +30,7 @@ def run(tmp_path: Path, shared_cache: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
     def run_with(*overrides: str, name: str = "run", cache: Path = shared_cache) -> Path:
         plain = compose([*NANO, f"run_dir={tmp_path / name}", f"cache_dir={cache}", *overrides])
-        finished = pipeline.run(build(plain), config=plain)
+        finished = run_and_report(build(plain), config=plain)
         assert finished is not None
         return finished.folder
 
@@ -46,7 +46,7 @@ def whole_run(place: Path, *overrides: str) -> Path:
     """A finished run, to be read only; its stages lie beside it."""
     small = ["router.steps=3", "router.num_sequences=4", f"run_dir={place / 'run'}", f"cache_dir={place / 'cache'}"]
     plain = compose([*NANO, *small, *overrides])
-    finished = pipeline.run(build(plain), config=plain)
+    finished = run_and_report(build(plain), config=plain)
     assert finished is not None
     return finished.folder
 

@@ -12,7 +12,7 @@ from nestlm.cli.app import app
 from nestlm.config.compose import build, compose
 from nestlm.elastic.surgery import extract
 from nestlm.nn.decoder import Decoder
-from nestlm.train.settings import Settings
+from nestlm.pipeline.settings import Settings
 from plugins import NANO, stages_that_ran
 
 SIZES, AXES = ["model.num_layers=4"], ["axes=mlp_heads_depth", "axes.depth.share=0.5"]

@@ -16,7 +16,7 @@ from models import DECODERS
 from nestlm.config.compose import build, compose, explain
 from nestlm.distributed.device_layout import Layout, Precision
 from nestlm.errors import ConfigError
-from nestlm.estimate.fake_step import GRADIENTS, PARTS, REST, STATES, TEACHER, WEIGHTS, Rehearsal
+from nestlm.estimate.fake_step import GRADIENTS, PARTS, REST, STATES, TEACHER, WEIGHTS, FakeStep
 from nestlm.estimate.memory import lengthen, predict
 from nestlm.nn.decoder import Decoder
 from nestlm.nn.linear import hold_linear
@@ -67,9 +67,9 @@ def test_a_rank_that_holds_a_shard_takes_what_was_predicted(tmp_path, monkeypatc
 def test_two_blocks_tell_of_five(overrides):
     settings = made("model.num_layers=5", *overrides)
     precision = Precision(torch.float32, mixed=False)
-    rehearsal = Rehearsal("elastic", settings, 2, precision)
-    long = lengthen(rehearsal.moments(1), rehearsal.moments(2), num_blocks=5)
-    whole = rehearsal.moments(5)
+    fake_step = FakeStep("elastic", settings, 2, precision)
+    long = lengthen(fake_step.moments(1), fake_step.moments(2), num_blocks=5)
+    whole = fake_step.moments(5)
     assert max(sum(parts.values()) for parts in long.values()) == pytest.approx(
         max(sum(parts.values()) for parts in whole.values()), rel=0.01
     )

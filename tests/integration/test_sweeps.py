@@ -15,7 +15,7 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_com
 
 from nestlm.config.compose import build, compose
 from nestlm.errors import ConfigError
-from nestlm.train.settings import check
+from nestlm.pipeline.checks import check
 from plugins import NANO
 from wandb_files import history, records
 

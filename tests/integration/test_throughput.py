@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 
 from nestlm.config.compose import build, compose
-from nestlm.estimate.flops import flops_per_token
 from nestlm.pipeline import run as pipeline
+from nestlm.pipeline.flops import flops_per_token
 from nestlm.train.callbacks import throughput
 from plugins import NANO
 

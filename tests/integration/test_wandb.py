@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import wandb
 
-from nestlm.pipeline import run as pipeline
+from nestlm.api import run_and_report
 from plugins import NANO
 from wandb_files import history, records
 
@@ -74,7 +74,7 @@ def test_a_run_that_fails_is_finished_as_failed(run, tmp_path, monkeypatch):
     def broken(folder: Path) -> None:
         raise RuntimeError("no picture today")
 
-    monkeypatch.setattr(pipeline, "render", broken)
+    monkeypatch.setattr(run_and_report, "render", broken)
     with pytest.raises(RuntimeError, match="no picture"):
         run("logger=wandb", "budget=0.8")
     assert wandb.run is None
@@ -92,6 +92,6 @@ def test_sending_without_an_account_is_one_line(tmp_path):
 
 
 def test_other_loggers_do_not_import_wandb():
-    loaded = "import sys, nestlm.pipeline.run; print('wandb' in sys.modules)"
+    loaded = "import sys, nestlm.api.run_and_report; print('wandb' in sys.modules)"
     printed = subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True, check=True)
     assert printed.stdout == "False\n"

@@ -7,9 +7,10 @@ import pytest
 import ablations
 from claims import AT, CLAIMS, NARROW, TEACHER, Contrast, Finding, examine
 from nestlm.config.compose import CONF, build, compose
+from nestlm.pipeline.checks import check
+from nestlm.pipeline.settings import Settings
 from nestlm.report.comparison import Cell, compare
 from nestlm.spec import Budget
-from nestlm.train.settings import Settings, check
 from runs import run
 
 ABLATION = CONF / "experiment" / "ablation"

@@ -26,7 +26,7 @@ DANGEROUS = [
     "lightning.fabric.Fabric", "lightning.pytorch.callbacks.ModelCheckpoint", "torch.optim.Optimizer",
     "torch.optim.lr_scheduler.LambdaLR",
     # names in modules of ours that they did not define, or that are no class of the field's type
-    "nestlm.pipeline.run.shutil.rmtree", "nestlm.pipeline.run.measure", "nestlm.cli.app.main",
+    "nestlm.pipeline.run.shutil.rmtree", "nestlm.api.run_and_report.describe", "nestlm.cli.app.main",
     "nestlm.train.settings.Trainer",
     "nestlm.train.settings.torch.load", "nestlm.config.nodes.build", "nestlm.config.compose.run",
     "nestlm.model.pretrained.family_from_checkpoint",

@@ -35,7 +35,7 @@ from nestlm.model.weights_io import CURE
 from nestlm.nn.decoder import Decoder
 from nestlm.nn.policy import fixed
 from nestlm.pipeline.context import SKIPPABLE, Context
-from nestlm.pipeline.run import check_trainer
+from nestlm.pipeline.settings import Settings, View
 from nestlm.report.runs import read_provenance
 from nestlm.router.at_budget import AtBudget, recall
 from nestlm.router.base import Answer, Router
@@ -44,8 +44,7 @@ from nestlm.router.dynamic.base import DynamicRouter
 from nestlm.router.static.knapsack import KnapsackRouter
 from nestlm.router.static.uniform import best_uniform
 from nestlm.spec import Budget
-from nestlm.train.settings import Settings, View
-from nestlm.train.trainer import make_trainer
+from nestlm.train.trainer import check_trainer, make_trainer
 from nestlm.utils.console import track
 from nestlm.utils.json_files import damaged_file_errors, read_json
 
@@ -284,7 +283,8 @@ class NestedModel:
             )
         if isinstance(data, str):
             data = replace(self.settings.data, source=source_from_path(data), path=data, heldout_share=None)
-        with held_out(data, settings=self.settings, own=self.context.data(stream="validation")) as text:
+        own = self.context.data(stream="validation")
+        with held_out(data, config=self.decoder.config, seed=self.settings.seed, own=own) as text:
             rows = [self.row(each, text, run) for each in track(found, "evaluate", total=len(found))]
         return rows
 
@@ -380,7 +380,7 @@ def on_device(settings: Settings, device: str | None) -> Settings:
         chosen |= {"accelerator": kind} | ({"devices": [int(number)]} if number.isdigit() else {})
     settings = replace(settings, trainer=partial(settings.trainer, **chosen))
     try:
-        check_trainer(settings)
+        check_trainer(settings.trainer)
     except ConfigError as error:
         raise ConfigError(f"device: got {device or 'none, so that of the run'}; {error}; try device=cpu") from error
     return settings

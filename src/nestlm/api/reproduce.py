@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from lightning.pytorch.loggers import CSVLogger
 
+from nestlm.api.run_and_report import fill_run_folder
 from nestlm.distributed import collectives
 from nestlm.errors import CheckpointError, ConfigError, DataError
 from nestlm.export import hf
@@ -23,14 +24,14 @@ from nestlm.model.family import Family
 from nestlm.model.parent_files import ParentFiles
 from nestlm.model.weights_io import load_weights
 from nestlm.nn.decoder import Decoder
+from nestlm.pipeline.checks import check
 from nestlm.pipeline.context import LATENCY_TABLE, MODEL
-from nestlm.pipeline.run import fill_run_folder
+from nestlm.pipeline.settings import Settings
 from nestlm.report.differences import cached_stages, changed_cells, changed_origins, changed_specs, differences_table
 from nestlm.report.provenance import environment
 from nestlm.report.record import check_record, is_finished
 from nestlm.report.run_folder import PARENT
 from nestlm.report.runs import read_config, read_provenance
-from nestlm.train.settings import Settings, check
 from nestlm.utils.console import console, output
 from nestlm.utils.resources import check_writable
 

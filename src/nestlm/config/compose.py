@@ -36,9 +36,9 @@ from nestlm.utils.resources import resource_error
 
 if TYPE_CHECKING:  # heavy to import
     from nestlm.api.nested_model import NestedModel
+    from nestlm.api.run_and_report import FinishedRun
     from nestlm.data.datamodule import DataSettings
-    from nestlm.pipeline.run import FinishedRun
-    from nestlm.train.settings import Settings
+    from nestlm.pipeline.settings import Settings
 
 T = TypeVar("T")
 PRETRAINED = "nestlm.model.pretrained.family_from_checkpoint"
@@ -92,22 +92,24 @@ def run_config(config: DictConfig) -> FinishedRun | None:
     trainer = plain.get("trainer")
     on_gpu = isinstance(trainer, dict) and trainer.get("accelerator") in ("gpu", "cuda", "auto")
     with own_gpu(visible_gpus() if on_gpu and shares_machine() else []):
-        from nestlm.pipeline import run as pipeline
+        from nestlm.train.trainer import ranks_to_start
 
         settings = build(plain, plugins=plugins_of(plain))
-        number = 0 if settings.dry_run else pipeline.ranks_to_start(settings)
+        number = 0 if settings.dry_run else ranks_to_start(settings.trainer)
         return in_ranks(run_as_rank, plain, num_ranks=number)
 
 
 def run_as_rank(plain: dict[str, Any]) -> FinishedRun | None:
     """A run's part of one rank among several."""
-    from nestlm.pipeline import run as pipeline
+    from nestlm.api.run_and_report import run_and_report
+    from nestlm.distributed import collectives
+    from nestlm.utils.console import console
 
     try:
-        return pipeline.run(build(plain, plugins=plugins_of(plain)), config=plain)
+        return run_and_report(build(plain, plugins=plugins_of(plain)), config=plain)
     except Preempted as error:
-        if pipeline.collectives.num_ranks() > 1:  # who started the ranks only knows that they were told to end
-            pipeline.console.print(str(error), highlight=False)
+        if collectives.num_ranks() > 1:  # who started the ranks only knows that they were told to end
+            console.print(str(error), highlight=False)
         raise
 
 
@@ -117,23 +119,23 @@ def profile(overrides: list[str], *, out: Path) -> None:
         counted = [] if any(override.startswith("cost=") for override in overrides) else ["cost=latency"]
         plain = with_sizes(compose([*counted, *overrides]))
         settings = build(plain, plugins=plugins_of(plain))
-        from nestlm.pipeline import run as pipeline
+        from nestlm.api.measure_latency import measure_latency
 
-        pipeline.profile(settings, out=out)
+        measure_latency(settings, out=out)
 
 
 def verify(folder: Path, *, out: Path | None, tolerance: float, overrides: Sequence[str] = ()) -> bool:
     """Do a finished run again; returns whether its results are the same. Overrides name where text and weights are."""
     with plain_errors():
         from nestlm.api import reproduce
-        from nestlm.pipeline import run as pipeline
+        from nestlm.train.trainer import ranks_to_start
 
         settings, config = settings_of(folder)
         config = reproduce.elsewhere(config, overrides, folder=folder)
         with reproduce.workplace(out) as place:
             config = reproduce.with_kept_weights(config, settings.model, folder=folder, place=place)
             again = (config, folder, place, tolerance, allowed_plugins())
-            return in_ranks(verify_as_rank, again, num_ranks=pipeline.ranks_to_start(settings))
+            return in_ranks(verify_as_rank, again, num_ranks=ranks_to_start(settings.trainer))
 
 
 def verify_as_rank(again: tuple[dict[str, Any], Path, Path, float, tuple[str, ...]]) -> bool:
@@ -275,7 +277,7 @@ def build(plain: dict[str, Any], *, plugins: Sequence[str] = ()) -> Settings:
 
 def parse(plain: dict[str, Any], *, plugins: Sequence[str]) -> nodes.Call:
     """Plain values of settings, checked: every name, type and class; nothing is made yet."""
-    from nestlm.train.settings import Settings
+    from nestlm.pipeline.settings import Settings
 
     check_values(plain)
     check_plugins(plain.get("plugins"), allowed=plugins)

@@ -11,9 +11,9 @@ from nestlm.cost.static import Flops
 from nestlm.distributed.device_layout import Layout, Precision
 from nestlm.elastic.axes.base import width_axes
 from nestlm.estimate.fake_step import PARTS
-from nestlm.estimate.flops import flops_per_token
 from nestlm.estimate.memory import predict
-from nestlm.train.settings import Settings
+from nestlm.pipeline.flops import flops_per_token
+from nestlm.pipeline.settings import Settings
 from nestlm.utils.console import output
 
 

@@ -20,18 +20,19 @@ from nestlm.distributed.device_layout import Precision
 from nestlm.elastic.axes.depth import Depth
 from nestlm.elastic.axes.mlp_width import MLPWidth
 from nestlm.elastic.sampler.base import MixedSpecs, Sample
-from nestlm.estimate.memory_tracker import Ledger, with_cuda_kernels
+from nestlm.estimate.memory_tracker import MemoryTracker, with_cuda_kernels
 from nestlm.nn.decoder import Decoder
 from nestlm.nn.linear import hold_linear
 from nestlm.nn.policy import Policy, fixed
+from nestlm.pipeline.settings import Settings
+from nestlm.pipeline.tasks import elastic_task, joint_task, pretrain_task, router_task
 from nestlm.router.base import Router
 from nestlm.router.dynamic.base import DynamicRouter
 from nestlm.router.relaxed import gated_policy
 from nestlm.router.static.logits import StaticLogitsRouter
 from nestlm.spec import Budget, SearchSpace
 from nestlm.train.lightning_module import NestedLM
-from nestlm.train.settings import Settings
-from nestlm.train.tasks import Task, elastic_task, joint_task, pretrain_task, router_task
+from nestlm.train.task import Task
 
 DRAWS, TOKENS = 64, 64  # of a sampler, in rows of so many tokens: the widest are taken
 WEIGHTS, GRADIENTS, STATES, TEACHER = "weights", "gradients", "optimizer states", "teacher"
@@ -47,7 +48,7 @@ COMPILING = ("torchao",)  # packages whose optimizers compile it
 
 
 @dataclass(frozen=True)
-class Rehearsal:
+class FakeStep:
     """A stage's step, shortened.
 
     Attributes:
@@ -73,8 +74,8 @@ class Rehearsal:
             num_blocks: of the model.
             passes: whether forward and backward passes are among them; the optimizer's update always is.
         """
-        ledger = Ledger()
-        task = self.task(ledger, num_blocks)
+        tracker = MemoryTracker()
+        task = self.task(tracker, num_blocks)
         if task is None:
             return {}
         module = NestedLM(
@@ -85,46 +86,46 @@ class Rehearsal:
             optim=self.settings.optim,
             num_steps=1,
         )
-        ledger.tell(TEACHER, [] if task.models.teacher is None else task.models.teacher.parameters())
-        ledger.tell(WEIGHTS, [*module.parameters(), *module.buffers()])
+        tracker.tell(TEACHER, [] if task.models.teacher is None else task.models.teacher.parameters())
+        tracker.tell(WEIGHTS, [*module.parameters(), *module.buffers()])
         dtype, mixed = self.precision.dtype, self.precision.mixed
-        with ledger.running(), torch.autocast("cpu", dtype=dtype, enabled=mixed, cache_enabled=False):
-            optimizer = update(module, ledger, on_cuda=self.on_cuda)
+        with tracker.running(), torch.autocast("cpu", dtype=dtype, enabled=mixed, cache_enabled=False):
+            optimizer = update(module, tracker, on_cuda=self.on_cuda)
             if passes:
-                mark_blocks(module.decoder, ledger)
+                mark_blocks(module.decoder, tracker)
                 for step in range(len(self.draws)):
-                    self.pass_through(task, module, ledger, step=step)
+                    self.pass_through(task, module, tracker, step=step)
             del optimizer  # its states were there until now
-        return {name: parts for name, parts in ledger.peaks(rest=REST).items() if name != COMPILED}
+        return {name: parts for name, parts in tracker.peaks(rest=REST).items() if name != COMPILED}
 
-    def pass_through(self, task: Task, module: NestedLM, ledger: Ledger, *, step: int) -> None:
+    def pass_through(self, task: Task, module: NestedLM, tracker: MemoryTracker, *, step: int) -> None:
         """Forward and backward passes of a step, each of which has its moments."""
         module.zero_grad()
-        ledger.moment = f"step {step}, forward 0"
+        tracker.moment = f"step {step}, forward 0"
         for number, term in enumerate(task.objective.terms(task.models, self.batch(), step=step)):
-            ledger.moment = f"step {step}, backward {number}" + ("" if term.is_last else HELD)
+            tracker.moment = f"step {step}, backward {number}" + ("" if term.is_last else HELD)
             term.loss.backward()
-            ledger.tell(GRADIENTS, [parameter.grad for parameter in module.parameters()])
-            ledger.moment = f"step {step}, forward {number + 1}"
+            tracker.tell(GRADIENTS, [parameter.grad for parameter in module.parameters()])
+            tracker.moment = f"step {step}, forward {number + 1}"
             del term
 
-    def task(self, ledger: Ledger, num_blocks: int) -> Task | None:
+    def task(self, tracker: MemoryTracker, num_blocks: int) -> Task | None:
         """What the stage trains; None where it trains nothing. Routers and what learns along are small, and real."""
         settings = self.shortened(num_blocks)
-        decoder = self.decoder(ledger, settings)
+        decoder = self.decoder(tracker, settings)
         if self.stage == "pretrain":
             return pretrain_task(settings, decoder)
         router = settings.make_router()
         if self.stage == "router":
             signal = settings.make_signal(router)
             return None if signal is None else router_task(settings, decoder, router=router, signal=signal)
-        teacher = self.decoder(ledger, settings, teaches=True) if settings.teacher.needs_teacher else None
+        teacher = self.decoder(tracker, settings, teaches=True) if settings.teacher.needs_teacher else None
         if self.stage == "elastic":
             return elastic_task(settings, decoder, teacher=teacher)
         routed = router if isinstance(router, DynamicRouter) else Typical(router)
         return joint_task(settings, decoder, teacher=teacher, router=routed)
 
-    def decoder(self, ledger: Ledger, settings: Settings, *, teaches: bool = False) -> Decoder:
+    def decoder(self, tracker: MemoryTracker, settings: Settings, *, teaches: bool = False) -> Decoder:
         """The model, or as `Context.teacher` holds one."""
         decoder = Decoder.on_meta(
             settings.model.decoder_config(), activation_checkpointing=settings.activation_checkpointing
@@ -135,7 +136,7 @@ class Rehearsal:
             hold_linear(decoder, self.precision.dtype)
         if self.on_cuda:
             with_cuda_kernels(decoder)
-        ledger.without_storage(decoder)
+        tracker.without_storage(decoder)
         return decoder
 
     def batch(self) -> Batch:
@@ -231,21 +232,21 @@ def level(drawn: Sample, space: SearchSpace) -> float:
     return float((chosen.flatten(1).float().mean(1) / (counts - 1).clamp_min(1)).mean())
 
 
-def update(module: NestedLM, ledger: Ledger, *, on_cuda: bool) -> Optimizer:
+def update(module: NestedLM, tracker: MemoryTracker, *, on_cuda: bool) -> Optimizer:
     """The update of the step before, whose states are there from then on."""
     (optimizer,), _ = module.configure_optimizers()
     for parameter in module.parameters():
         parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
-    ledger.tell(GRADIENTS, [parameter.grad for parameter in module.parameters()])
+    tracker.tell(GRADIENTS, [parameter.grad for parameter in module.parameters()])
     if on_cuda and "foreach" in optimizer.defaults:  # torch's default there, unless fused
         for group in optimizer.param_groups:
             group["foreach"] = not group.get("fused") if group["foreach"] is None else group["foreach"]
     compiled = type(optimizer).__module__.startswith(COMPILING)
-    ledger.moment = COMPILED if compiled else UPDATE
+    tracker.moment = COMPILED if compiled else UPDATE
     with torch.compiler.set_stance("force_eager" if compiled else "default"):
         optimizer.step()
-    ledger.tell(STATES, states(optimizer))
-    ledger.moment = UPDATE
+    tracker.tell(STATES, states(optimizer))
+    tracker.moment = UPDATE
     torch.empty(1)  # so that what is there now is seen
     return optimizer
 
@@ -262,7 +263,7 @@ def states(optimizer: Optimizer) -> list[Tensor]:
     return parts
 
 
-def mark_blocks(decoder: Decoder, ledger: Ledger) -> None:
+def mark_blocks(decoder: Decoder, tracker: MemoryTracker) -> None:
     """Have moments of their own in a backward pass: the loss, the blocks from the last on, the first, the embedding.
 
     A norm is what has its gradient last, of a block and of what is above.
@@ -272,7 +273,7 @@ def mark_blocks(decoder: Decoder, ledger: Ledger) -> None:
     norms = {"last": decoder.norm, "first": above_first, "embedding": blocks[0].attn_norm}
 
     def mark(name: str) -> None:
-        ledger.moment = f"{ledger.moment.partition(PART_OF_BACKWARD)[0]}{PART_OF_BACKWARD}{name}"
+        tracker.moment = f"{tracker.moment.partition(PART_OF_BACKWARD)[0]}{PART_OF_BACKWARD}{name}"
 
     for name, norm in norms.items():
         if norm.weight.requires_grad:

@@ -18,10 +18,10 @@ from nestlm.estimate.fake_step import (
     TEACHER,
     UPDATE,
     WEIGHTS,
-    Rehearsal,
+    FakeStep,
 )
 from nestlm.nn.decoder import Decoder
-from nestlm.train.settings import Settings
+from nestlm.pipeline.settings import Settings
 
 Parts = Mapping[str, float]
 GATHERED_BLOCKS = 2  # the one that runs, and what it arrived in
@@ -40,13 +40,13 @@ def predict(stage: str, settings: Settings, *, layout: Layout, precision: Precis
         precision: of its trainer.
     """
     rows, num_blocks = settings.data.batch_size // layout.ranks, settings.model.num_layers
-    rehearsal = Rehearsal(stage, settings, rows, precision, on_cuda=layout.on_cuda)
+    fake_step = FakeStep(stage, settings, rows, precision, on_cuda=layout.on_cuda)
     if layout.shards is None:
-        moments = lengthen(rehearsal.moments(1), rehearsal.moments(2), num_blocks=num_blocks)
+        moments = lengthen(fake_step.moments(1), fake_step.moments(2), num_blocks=num_blocks)
     else:
-        one, two = (rehearsal.moments(blocks, passes=False) for blocks in (1, 2))
+        one, two = (fake_step.moments(blocks, passes=False) for blocks in (1, 2))
         at_rest = lengthen(one, two, num_blocks=num_blocks)
-        gathering = Rehearsal(stage, settings, rows, precision, on_cuda=layout.on_cuda, gathered=True)
+        gathering = FakeStep(stage, settings, rows, precision, on_cuda=layout.on_cuda, gathered=True)
         passes = lengthen(gathering.moments(1), gathering.moments(2), num_blocks=num_blocks)
         moments = shard(at_rest, passes, settings, shards=layout.shards, precision=precision)
     return max(moments.values(), key=lambda parts: sum(parts.values()), default={})

@@ -21,7 +21,7 @@ CHOOSING = {ATEN.argmax.default, ATEN.argmin.default}
 SMALL = 2**20  # elements; what is larger and made from nothing has no storage
 
 
-class Ledger(TorchDispatchMode):
+class MemoryTracker(TorchDispatchMode):
     """Notes when memory of tensors comes and goes.
 
     Tensors without storage make tensors without storage. What is computed of others, such as draws of choices, has its

@@ -20,9 +20,9 @@ from nestlm.data.prepared_data import PreparedData
 from nestlm.data.sources.base import PreparedSource
 from nestlm.data.special_tokens import SpecialTokens
 from nestlm.errors import ConfigError
+from nestlm.nn.config import DecoderConfig
 from nestlm.nn.decoder import Decoder
 from nestlm.nn.policy import Policy
-from nestlm.train.settings import Settings
 from nestlm.utils.console import console
 
 RunTasks = Callable[[Policy], dict[str, float]]
@@ -42,13 +42,14 @@ class HeldOut:
 
 
 @contextmanager
-def held_out(data: DataSettings | None, *, settings: Settings, own: PackedTokens) -> Iterator[HeldOut]:
+def held_out(data: DataSettings | None, *, config: DecoderConfig, seed: int, own: PackedTokens) -> Iterator[HeldOut]:
     """Text in the run's tokens: a validation split, or all of a text that nothing is trained on.
 
     Args:
         data: where it comes from; None: the run's own. What is not prepared yet is prepared for the while; where its
             `heldout_share` is None, all of it counts, unless it is the very text of the run.
-        settings: of the run.
+        config: sizes of the model.
+        seed: of the run.
         own: the run's tokens.
 
     Raises:
@@ -57,13 +58,12 @@ def held_out(data: DataSettings | None, *, settings: Settings, own: PackedTokens
     if data is None:
         yield HeldOut.of(own)
         return
-    config = settings.model.decoder_config()
     if data.sequence_length > config.context_length:
         raise ConfigError(
             f"data.sequence_length: got {data.sequence_length}, wanted at most model.context_length="
             f"{config.context_length}"
         )
-    tokens = partial(PackedTokens, data, seed=settings.seed, stream="validation")
+    tokens = partial(PackedTokens, data, seed=seed, stream="validation")
     like_run = {"vocab_size": config.vocab_size, "tokenizer_file": own.prepared.tokenizer_file}
     special = replace(data.special, in_text=own.prepared.manifests[0].special_tokens)
     with TemporaryDirectory(prefix="nestlm-evaluate-") as place:

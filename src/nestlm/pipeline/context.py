@@ -20,18 +20,18 @@ from nestlm.distributed import collectives
 from nestlm.distributed.device_layout import Precision
 from nestlm.distributed.fsdp import Placement, whole_state
 from nestlm.distributed.strategy import placement_of
-from nestlm.estimate.flops import flops_per_token
 from nestlm.eval.policy_scores import Scores, evaluate
 from nestlm.model.weights_io import load_weights, save_weights
 from nestlm.nn.decoder import Decoder
 from nestlm.nn.linear import hold_linear
 from nestlm.nn.policy import Policy
+from nestlm.pipeline.flops import flops_per_token
+from nestlm.pipeline.settings import View
 from nestlm.router.base import Router
 from nestlm.router.calibration_data import CalibrationData
 from nestlm.train.callbacks.throughput import StageThroughput
 from nestlm.train.lightning_module import NestedLM
-from nestlm.train.settings import View
-from nestlm.train.tasks import Task
+from nestlm.train.task import Task
 from nestlm.train.trainer import fit, make_trainer, trainer_device
 from nestlm.utils.checksums import matches_checksum, write_with_checksum
 from nestlm.utils.console import track

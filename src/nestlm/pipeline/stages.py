@@ -22,12 +22,13 @@ from nestlm.elastic.axes.base import search_space
 from nestlm.elastic.axes.depth import with_layers
 from nestlm.elastic.ranking.base import order
 from nestlm.elastic.surgery import sort_units
-from nestlm.estimate.flops import flops_table
 from nestlm.eval.latency_profile import profile as measure
 from nestlm.eval.policy_scores import Scores, Spending, forward_seconds
 from nestlm.nn.decoder import Decoder
 from nestlm.nn.policy import fixed, full
 from nestlm.pipeline.context import LATENCY_TABLE, MODEL, RECORD, ROUTER, SKIPPABLE, Context
+from nestlm.pipeline.flops import flops_table
+from nestlm.pipeline.tasks import elastic_task, joint_task, pretrain_task, router_task
 from nestlm.router.base import Answer, Router
 from nestlm.router.calibration_data import CalibrationData
 from nestlm.router.static.uniform import UniformRouter
@@ -35,7 +36,6 @@ from nestlm.spec import DEPTH, Budget
 from nestlm.train.callbacks.elastic_probe import Probe
 from nestlm.train.objective.base import StageModels
 from nestlm.train.objective.elastic import ElasticObjective
-from nestlm.train.tasks import elastic_task, joint_task, pretrain_task, router_task
 from nestlm.utils.console import track
 from nestlm.utils.json_files import write_json
 

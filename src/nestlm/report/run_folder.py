@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from nestlm.model.parent_files import ParentFiles
+from nestlm.pipeline.run import FinishedStage
 from nestlm.report.provenance import provenance
 from nestlm.report.record import PROVENANCE, begin, write_record
 from nestlm.report.tables import write_csv
@@ -41,16 +41,6 @@ KEPT = (
     "validation-*",
     "portion-*/*",
 )
-
-
-@dataclass(frozen=True)
-class FinishedStage:
-    """A stage's folder and result, and whether it came from the cache."""
-
-    name: str
-    folder: Path
-    result: dict[str, Any]
-    cached: bool
 
 
 def write_run_folder(

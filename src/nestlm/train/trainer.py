@@ -13,11 +13,12 @@ from pathlib import Path
 
 import lightning as L
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import Logger
 
 from nestlm.data.datamodule import PackedTokens
 from nestlm.distributed import collectives
-from nestlm.distributed.strategy import Sharded
+from nestlm.distributed.strategy import Sharded, starts_ranks
 from nestlm.errors import ConfigError, DivergenceError
 from nestlm.train.callbacks.stage_progress import StageProgress
 from nestlm.train.callbacks.timed_checkpoint import CheckpointFile, TimedCheckpoint, last_good_checkpoint
@@ -83,6 +84,20 @@ def same_handler(signum: signal.Signals) -> Iterator[None]:
 def trainer_device(factory: Callable[..., L.Trainer]) -> torch.device:
     """Where the config's trainer computes."""
     return make_trainer(factory).strategy.root_device
+
+
+def check_trainer(factory: Callable[..., L.Trainer]) -> None:
+    """Raise ConfigError when this machine cannot run the configured trainer."""
+    try:
+        make_trainer(factory)
+    except (MisconfigurationException, ValueError, TypeError) as error:
+        raise ConfigError(f"trainer: {str(error).splitlines()[0]}") from error
+
+
+def ranks_to_start(factory: Callable[..., L.Trainer]) -> int:
+    """Count the ranks that a config asks for on this machine and nobody has started yet; 0: this process will do."""
+    check_trainer(factory)
+    return starts_ranks(make_trainer(factory))
 
 
 def is_sharded(trainer: L.Trainer) -> bool:

@@ -1,35 +1,17 @@
-"""What each training stage trains: its models, its objective, and learning rates. Nothing is loaded here."""
+"""What each training stage trains."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 from torch import nn
 
 from nestlm.nn.decoder import Decoder
+from nestlm.pipeline.settings import Settings, View
 from nestlm.router.base import Router
-from nestlm.train.objective.base import Objective, Signal, StageModels
+from nestlm.train.objective.base import Signal, StageModels
 from nestlm.train.objective.elastic import ElasticObjective
 from nestlm.train.objective.joint import JointObjective
 from nestlm.train.objective.pretrain import PretrainObjective
-from nestlm.train.settings import Settings, View
-
-
-@dataclass(frozen=True)
-class Task:
-    """What a stage trains.
-
-    Attributes:
-        models: the model, and its teacher and router where the objective needs them.
-        objective: yields the loss terms of a step.
-        trained: name, module and peak learning rate of what is trained.
-        steps: of the stage.
-    """
-
-    models: StageModels
-    objective: Objective
-    trained: dict[str, tuple[nn.Module, float]]
-    steps: int
+from nestlm.train.task import Task
 
 
 def pretrain_task(settings: Settings | View, decoder: Decoder) -> Task:

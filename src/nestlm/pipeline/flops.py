@@ -7,7 +7,7 @@ import torch
 from nestlm.cost.static import Flops
 from nestlm.cost.table import CostTable
 from nestlm.elastic.sampler.base import MixedSpecs, Sample
-from nestlm.train.settings import Settings, View
+from nestlm.pipeline.settings import Settings, View
 
 SAMPLED_STEPS = 64  # draws from which the mean cost of a sampler's step is taken
 BACKWARD = 3.0  # a forward and backward pass costs three forward passes
