@@ -18,12 +18,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from nestlm.data import tokenizer as tokenizers
-from nestlm.data.packed_rows import StepLoader
 from nestlm.data.preparation import batch_documents, prepare_source
 from nestlm.data.prepared_data import PreparedData
 from nestlm.data.sources.base import Portion
 from nestlm.data.sources.stdlib import Stdlib
 from nestlm.data.sources.text import TextFolder
+from nestlm.data.step_loader import StepLoader
 from nestlm.utils.devices import cpu_name
 
 REPEATS = 7

@@ -1,48 +1,48 @@
-"""What can go wrong by a user's hand. Each message says what it got, what it wanted, and the cure."""
+"""Errors that a user can cause and fix. Each message says what it got, what it wanted, and the cure."""
 
 EXIT_USER_ERROR = 2
-EXIT_PREEMPTED = 143  # as a process that SIGTERM ended
+EXIT_PREEMPTED = 143  # 128 + SIGTERM
 
 
 class NestlmError(ValueError):
-    """Base of all errors that a user can cause and cure; the command line prints them without a traceback."""
+    """Base of all errors that a user can cause and fix; the command line prints them without a traceback."""
 
 
 class ConfigError(NestlmError):
-    """A name, a type or a value in the configuration that cannot be used."""
+    """A name, type or value in the configuration is invalid."""
 
 
 class NotAllowedError(ConfigError):
-    """A config that names code which it may not run; see `nestlm.config.allowlist`."""
+    """A config names code that it may not run; see `nestlm.config.allowlist`."""
 
 
 class BudgetError(NestlmError):
-    """A budget that no sub-network meets, or that is not a budget at all."""
+    """A budget cannot be parsed, or no sub-network meets it."""
 
 
 class DataError(NestlmError):
-    """Text, tokens or a folder that cannot be read."""
+    """Text, tokens or another data file is missing, damaged or unsuitable."""
 
 
 class CheckpointError(NestlmError):
-    """Weights that are missing, damaged, or of another model."""
+    """Weights are missing, damaged, or belong to another model."""
 
 
 class DivergenceError(NestlmError):
-    """Training that has left the finite numbers."""
+    """The training loss or its gradient is infinite or NaN."""
 
 
 class Preempted(NestlmError):  # noqa: N818 (nothing went wrong)
-    """Training that was told to end, and can go on."""
+    """A signal ended training; the same command resumes it."""
 
 
 class ResourceError(NestlmError):
-    """Space, permission, open files or memory that the machine lacks."""
+    """The machine lacks disk space, permissions, open files or memory."""
 
 
 class DeviceMemoryError(NestlmError):
-    """A step that needs more memory than a device has."""
+    """A step needs more memory than a device has."""
 
 
 class ExportError(NestlmError):
-    """A model that a format cannot hold, or a place that it cannot be written to."""
+    """A format cannot represent the model, or the export cannot be written."""

@@ -1,4 +1,11 @@
-"""Sites, sub-network specs, search spaces and budgets: frozen values, free of torch."""
+"""The vocabulary of nested models as frozen values, without torch.
+
+- A *site* is one elastic place: an axis (such as the MLP width) in a layer.
+- A *choice* is one of the widths that a site can take, in units of its axis (neurons, KV groups; 0 or 1 for depth).
+- A *spec* is one choice per site: it names one sub-network.
+- A *search space* lists the choices of every site, and so all sub-networks.
+- A *budget* is a set of limits on costs (FLOPs, latency, memory, parameters) that a sub-network must keep.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +22,7 @@ MLP_WIDTH = "mlp_width"
 ATTN_HEADS = "attn_heads"
 DEPTH = "depth"
 
-# What can be limited, and the unit that a plain number of it counts.
+# The kinds of cost that a budget can limit, each with the base unit in which it is counted.
 KINDS = {
     "latency": "ms",
     "flops": "FLOPs a token",
@@ -23,7 +30,7 @@ KINDS = {
     "params": "parameters",
     "active_params": "parameters",
 }
-# A unit of its own: the kind that it measures, and how many of the kind's own units it is.
+# Units of absolute limits: the kind of cost that each measures, and its factor to that kind's base unit.
 UNITS = {
     "us": ("latency", 1e-3),
     "ms": ("latency", 1.0),
@@ -41,7 +48,7 @@ QUANTITY = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*([A-Za-
 
 @dataclass(frozen=True, order=True)
 class Site:
-    """One elastic place: an axis in a layer."""
+    """One elastic place of the model: an axis in a layer."""
 
     axis: str
     layer: int
@@ -52,7 +59,12 @@ class Site:
 
 @dataclass(frozen=True)
 class SubnetSpec:
-    """One width per site, in units of the site's axis (neurons, KV groups): it names one sub-network."""
+    """One width per site: it names one sub-network.
+
+    Attributes:
+        sites: all sites of the search space, in its order.
+        widths: the width at each of them, in units of the site's axis (neurons, KV groups; 0 or 1 for depth).
+    """
 
     sites: tuple[Site, ...]
     widths: tuple[int, ...]
@@ -68,15 +80,15 @@ class SubnetSpec:
         return self._by_site[site]
 
     def get(self, site: Site) -> int | None:
-        """Width at a site, or None where the site is not elastic (it then runs whole)."""
+        """Return the width at a site, or None for a site that is not elastic and always runs at full width."""
         return self._by_site.get(site)
 
     def items(self) -> Iterator[tuple[Site, int]]:
-        """Pairs of site and width, in the order of the space."""
+        """Iterate over pairs of site and width, in the order of the search space."""
         return zip(self.sites, self.widths, strict=True)
 
     def widths_by_axis(self) -> dict[str, list[int]]:
-        """Widths as lists over layers, one an axis: the form in which a spec is stored."""
+        """Return, for each axis, the widths over its layers. Files store a spec in this form."""
         lists: dict[str, list[int]] = {}
         for site, width in self.items():
             lists.setdefault(site.axis, []).append(width)
@@ -85,13 +97,17 @@ class SubnetSpec:
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """The choices at every site: ascending widths, the last one the full width."""
+    """The choices of every site, and so all sub-networks.
+
+    Attributes:
+        choices: the widths of each site in ascending order; the last one is the full width.
+    """
 
     choices: Mapping[Site, tuple[int, ...]]
 
     @cached_property
     def sites(self) -> tuple[Site, ...]:
-        """All sites, in the one order that specs, costs and routers share."""
+        """All sites, in the order that specs, costs and routers share."""
         return tuple(self.choices)
 
     @cached_property
@@ -104,13 +120,13 @@ class SearchSpace:
 
     @cached_property
     def depth_sites(self) -> dict[Site, Site]:
-        """By site the depth site of its block, where the block may be skipped."""
+        """For each other site of a block that can be skipped: the depth site of that block."""
         depth = {site.layer: site for site in self.sites if site.axis == DEPTH}
         return {site: depth[site.layer] for site in self.sites if site.axis != DEPTH and site.layer in depth}
 
     @property
     def size(self) -> int:
-        """Number of sub-networks; a skipped block has no widths."""
+        """Number of different sub-networks; widths inside a skipped block do not count."""
         by_layer: dict[int, int] = {}
         for site, widths in self.choices.items():
             if site.axis != DEPTH:
@@ -121,32 +137,41 @@ class SearchSpace:
 
     @property
     def max_choices(self) -> int:
-        """K of the site with the most choices."""
+        """Largest number of choices at any site, K."""
         return max(len(widths) for widths in self.choices.values())
 
     def runs(self, site: Site, indices: Mapping[Site, int]) -> bool:
-        """Whether a site's choice matters: its block is not skipped."""
+        """Return whether a site's choice has an effect, that is, whether its block is not skipped.
+
+        Args:
+            site: the site.
+            indices: the choice index at every site.
+        """
         depth = self.depth_sites.get(site)
         return depth is None or indices[depth] != 0
 
     def spec(self, indices: Mapping[Site, int]) -> SubnetSpec:
-        """The spec that takes, at each site, the choice of that index (-1 is the full width).
+        """Build the spec with the given choice index at each site; -1 is the full width.
 
-        Sites of a skipped block take their smallest choice, so that a sub-network has one spec.
+        Sites of a skipped block take their smallest choice, so that each sub-network has exactly one spec.
         """
         indices = {site: indices[site] if self.runs(site, indices) else 0 for site in self.sites}
         return SubnetSpec(self.sites, tuple(self.choices[site][indices[site]] for site in self.sites))
 
     def full(self) -> SubnetSpec:
-        """The whole model."""
+        """Return the spec of the full model."""
         return self.spec(dict.fromkeys(self.sites, -1))
 
     def smallest(self) -> SubnetSpec:
-        """The narrowest choice everywhere."""
+        """Return the spec with the smallest choice at every site."""
         return self.spec(dict.fromkeys(self.sites, 0))
 
     def spec_from_axes(self, lists: Mapping[str, list[int]]) -> SubnetSpec:
-        """The spec that `SubnetSpec.widths_by_axis` gave as lists. Raises ValueError where it is none of this space."""
+        """Build a spec from the lists that `SubnetSpec.widths_by_axis` returns.
+
+        Raises:
+            ValueError: axes, numbers of layers or widths are not those of this space.
+        """
         if set(lists) != set(self.axes):
             raise ValueError(f"got widths of {sorted(lists)}, wanted those of {sorted(self.axes)}")
         widths = {
@@ -157,17 +182,17 @@ class SearchSpace:
         return spec
 
     def indices(self, spec: SubnetSpec) -> tuple[int, ...]:
-        """Choice index per site. Raises ValueError when a width is none of the site's choices."""
+        """Return the choice index at every site. Raises ValueError for a width that is not among the site's choices."""
         return tuple(self.choices[site].index(spec[site]) for site in self.sites)
 
 
 @dataclass(frozen=True)
 class Limit:
-    """At most so much of one kind of cost.
+    """An upper limit on one kind of cost.
 
     Attributes:
-        amount: a share of the whole model's cost, or an absolute number.
-        unit: None (a share of the run's own cost), a kind of cost, or a unit of `UNITS`.
+        amount: a share of the full model's cost, or an absolute number.
+        unit: None for a share of the cost that the run counts, else a kind of cost or a unit of `UNITS`.
     """
 
     amount: float
@@ -175,10 +200,10 @@ class Limit:
 
     @classmethod
     def parse(cls, value: Any) -> Limit:
-        """Read `0.6`, `60%`, `0.6memory`, `3.4e9params` or `12ms`.
+        """Parse `0.6`, `60%`, `0.6memory`, `3.4e9params` or `12ms`.
 
         Raises:
-            BudgetError: no such quantity, an unknown unit, not positive, or a share above the whole model.
+            BudgetError: the text has another form, the unit is unknown, the amount is not positive or a share above 1.
         """
         found = QUANTITY.fullmatch(f"{value!r}" if isinstance(value, int | float) else str(value))
         if found is None or isinstance(value, bool) or not math.isfinite(amount := float(found.group(1))):
@@ -199,17 +224,17 @@ class Limit:
 
     @property
     def kind(self) -> str | None:
-        """The kind of cost that is limited; None is the run's own."""
+        """The kind of cost that is limited; None for the cost that the run counts."""
         return UNITS[self.unit][0] if self.unit in UNITS else self.unit
 
     @property
     def is_share(self) -> bool:
-        """Whether the amount counts whole models."""
+        """Whether the amount is a share of the full model's cost; False for an absolute number."""
         return self.unit not in UNITS and (self.unit is None or self.amount <= 1.0)
 
     @property
     def factor(self) -> float:
-        """How many of its kind's own units an absolute limit's unit is."""
+        """Factor from the limit's unit to the base unit of its kind, such as 1e9 for GB."""
         return UNITS[self.unit][1] if self.unit in UNITS else 1.0
 
     def __str__(self) -> str:
@@ -218,21 +243,21 @@ class Limit:
 
 @dataclass(frozen=True)
 class Budget:
-    """What a deployment allows: limits that hold together."""
+    """What a deployment allows: limits that a sub-network must all keep."""
 
     limits: tuple[Limit, ...]
 
     @classmethod
     def from_share(cls, share: float) -> Budget:
-        """A share of the whole model's cost, of the kind that the run counts."""
+        """Build a budget from a share, such as 0.6, of the full model's cost, of the kind that the run counts."""
         return cls((Limit(float(share), None),))
 
     @classmethod
     def parse(cls, value: Any) -> Budget:
-        """Read one budget as written in a config: one limit, or a list of limits that hold together.
+        """Parse one budget of a config: one limit, or a list of limits that hold together.
 
         Raises:
-            BudgetError: an empty list, or what `Limit.parse` refuses.
+            BudgetError: the list is empty, or `Limit.parse` refuses an item.
         """
         values = value if isinstance(value, list | tuple) else [value]
         if not values:
@@ -241,29 +266,32 @@ class Budget:
 
     @classmethod
     def from_str(cls, text: str) -> Budget:
-        """The budget that `str` gives: limits that hold together are joined by `+`.
+        """Parse the text that `str(budget)` returns: limits joined by `+`.
 
         Raises:
-            BudgetError: what `Limit.parse` refuses.
+            BudgetError: `Limit.parse` refuses a part.
         """
         return cls(tuple(Limit.parse(part) for part in re.split(r"(?<![eE])\+", text)))
 
     @classmethod
     def parse_all(cls, value: Any) -> tuple[Budget, ...]:
-        """Read one budget or a list of them, without repeats: bare shares first, the largest first.
+        """Parse one budget or a list of budgets; returns them without repeats, plain shares first, the largest first.
 
         A list inside the list is one budget of several limits: `[[0.6, "4GiB"], 0.5]`.
+
+        Raises:
+            BudgetError: the list is empty, or `Limit.parse` refuses an item.
         """
         values = value if isinstance(value, list | tuple) else [value]
         if not values:
             raise BudgetError("budget: got an empty list, wanted at least one budget, such as budget=[0.8,0.6]")
         budgets = dict.fromkeys(cls.parse(item) for item in values)
 
-        def place(budget: Budget) -> float:
-            bare = len(budget.limits) == 1 and budget.limits[0].unit is None
-            return -budget.limits[0].amount if bare else 0.0
+        def sort_key(budget: Budget) -> float:
+            is_share = len(budget.limits) == 1 and budget.limits[0].unit is None
+            return -budget.limits[0].amount if is_share else 0.0
 
-        return tuple(sorted(budgets, key=place))
+        return tuple(sorted(budgets, key=sort_key))
 
     def __str__(self) -> str:
         return "+".join(map(str, self.limits))

@@ -12,11 +12,12 @@ import torch
 from models import decoder_config, random_decoder
 from nestlm.data.document_scan import DocumentScan
 from nestlm.data.manifest import SPLITS, Manifest
-from nestlm.data.packed_rows import PackedRows, StepLoader, collate_rows, rows_of_step
+from nestlm.data.packed_rows import PackedRows
 from nestlm.data.preparation import prepare_source
 from nestlm.data.sources.base import Document
 from nestlm.data.sources.synthetic import Synthetic
 from nestlm.data.sources.text import TextFolder
+from nestlm.data.step_loader import StepLoader, collate_rows, rows_of_step
 from nestlm.data.tokenizer import load_tokenizer
 from nestlm.distributed.collectives import RowShard
 from nestlm.errors import DataError

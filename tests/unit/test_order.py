@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from nestlm.data.mixed_rows import BLOCK_SAMPLES, MixedRows, block_counts
-from nestlm.data.packed_rows import StepLoader
 from nestlm.data.preparation import prepare_source
 from nestlm.data.prepared_data import PreparedData
 from nestlm.data.sources.base import Portion
 from nestlm.data.sources.synthetic import Synthetic
+from nestlm.data.step_loader import StepLoader
 from nestlm.distributed.collectives import RowShard
 from nestlm.errors import ConfigError
 

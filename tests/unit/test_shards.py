@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from nestlm.data.datamodule import DataSettings, PackedTokens
-from nestlm.data.manifest import BLOCK_BYTES, SPLITS, Manifest
+from nestlm.data.manifest import SPLITS, Manifest
 from nestlm.data.preparation import NO_SETTINGS, prepare_source
 from nestlm.data.prepared_data import PreparedData
+from nestlm.data.shard_files import BLOCK_BYTES
 from nestlm.data.sources.base import Portion
 from nestlm.data.sources.shards import ShardMixture
 from nestlm.data.sources.synthetic import Synthetic
@@ -146,7 +147,9 @@ def kept(folder, others, tmp_path) -> tuple[Path, list[Path]]:
     stage.mkdir()
     for source, copy in zip((folder, others[0]), copies, strict=True):
         shutil.copytree(source, copy)
-    PreparedData.open([Portion(path, weight) for path, weight in zip(copies, (1.0, 3.0), strict=True)]).keep(stage)
+    PreparedData.open([Portion(path, weight) for path, weight in zip(copies, (1.0, 3.0), strict=True)]).copy_heldout(
+        stage
+    )
     for copy in copies:
         shutil.rmtree(copy)
     return stage.rename(tmp_path / "moved"), copies

@@ -216,7 +216,7 @@ class NestedModel:
             tokenizers.make_text_encoder(self.tokenizer, special_tokens=True) if special_tokens else self.tokenizer
         )
         cure = "special_tokens=True (--special-tokens)"
-        SpecialTokenWarner(encoder, where="prompt: holds", cure=cure).look(prompt)
+        SpecialTokenWarner(encoder, where="prompt: holds", cure=cure).check(prompt)
         ids = tokenizers.encode_prompt(encoder, prompt, begin=self.special_tokens.begin)
         tokenizers.check_token_ids(encoder, ids, vocab_size=self.decoder.config.vocab_size, where="prompt:")
         return ids

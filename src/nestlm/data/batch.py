@@ -1,4 +1,4 @@
-"""A batch of packed rows."""
+"""The batch that loaders yield and objectives take."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from nestlm.distributed.collectives import ALL_ROWS, RowShard
 
 
 class Batch(NamedTuple):
-    """Rows of tokens with their targets.
+    """Packed rows with their targets.
 
     Attributes:
         tokens_BL: token ids, int64.
-        targets_BL: the token after each, int64.
-        documents_BL: number of the document within its row, or None where all rows hold one document, or where
-            documents may attend to each other.
-        share: which rows of the step these are.
-        is_counted: False for rows that are there only so that every rank runs as many batches as the others.
+        targets_BL: the next token id at each position, int64.
+        documents_BL: for each token, the number of its document within the row; None when every row holds one document,
+            or when documents may attend to each other.
+        row_shard: which rows of the step this batch holds.
+        is_counted: False for a batch that repeats rows so that all ranks run the same number of batches; its loss is
+            not counted.
     """
 
     tokens_BL: Tensor
@@ -28,6 +29,6 @@ class Batch(NamedTuple):
     is_counted: bool = True
 
     def head(self, rows: int) -> Batch:
-        """The first rows."""
+        """Return a batch of the first `rows` rows."""
         documents_BL = None if self.documents_BL is None else self.documents_BL[:rows]
         return Batch(self.tokens_BL[:rows], self.targets_BL[:rows], documents_BL)

@@ -1,4 +1,4 @@
-"""The DataModule: the settings of the data group, and the loaders of a stage."""
+"""The settings of the `data` config group, and the Lightning DataModule that builds a stage's loaders."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from torch.utils.data import DataLoader
 
 from nestlm.data import tokenizer as tokenizers
 from nestlm.data.mixed_rows import MixedRows
-from nestlm.data.packed_rows import HeldOutBatches, PackedRows, StepLoader
+from nestlm.data.packed_rows import PackedRows
 from nestlm.data.prepared_data import PreparedData
 from nestlm.data.sources.base import PreparedSource, Source, StreamSource, fingerprint_documents
 from nestlm.data.special_tokens import SpecialTokenSettings
+from nestlm.data.step_loader import HeldOutBatches, StepLoader
 from nestlm.data.stream_loader import StreamLoader
 from nestlm.distributed import collectives
 from nestlm.distributed.collectives import RowShard
@@ -23,24 +24,24 @@ from nestlm.errors import ConfigError
 
 @dataclass(frozen=True)
 class DataSettings:
-    """The data group.
+    """The settings of the `data` config group.
 
     Attributes:
-        source: where documents come from, or folders of tokens.
-        tokenizer: a tokenizer.json; None trains a byte-level BPE of the model's vocabulary size. Folders of tokens have
-            theirs, and must have this one where it is given.
-        begin_token: the token before each document; None: the one that the files beside the tokenizer name.
-        end_tokens: the tokens that end a text, the main one first; None: likewise.
-        special_tokens: whether the name of a special token in a text becomes that token, and not plain text.
-        sequence_length: tokens a row, L.
-        batch_size: rows a step over all ranks together, B.
-        eval_batch_size: rows at once when evaluating.
-        heldout_share: share of the bytes in each of calibration and validation; folders of tokens are split already.
-            None, for text that is only scored: nothing is split, all of it counts.
-        separate_documents: documents packed into one row don't attend to each other.
-        num_workers: loader processes a rank.
-        path: folder of a source that reads one; its YAML hands it on.
-        sources: folders of a mixture; its YAML hands them on.
+        source: the documents to tokenize, or prepared folders.
+        tokenizer: a tokenizer.json; None trains a byte-level BPE of the model's vocabulary size. Prepared folders have
+            their own tokenizer, which must equal this one if it is given.
+        begin_token: the token before each document; None takes the one that the files beside the tokenizer name.
+        end_tokens: the tokens that end a text, the main one first; None takes those that the files name.
+        special_tokens: whether the name of a special token in a text becomes that token instead of plain text.
+        sequence_length: tokens of a row, L.
+        batch_size: rows of a training step over all ranks, B.
+        eval_batch_size: rows of an evaluation batch.
+        heldout_share: share of the bytes in each of calibration and validation; prepared folders are split already.
+            None puts all documents into validation, for text that is only scored.
+        separate_documents: whether documents packed into one row do not attend to each other.
+        num_workers: loader processes of each rank.
+        path: the folder that some sources read; their YAML interpolates it.
+        sources: the folders of a mixture; its YAML interpolates them.
     """
 
     source: Source | PreparedSource | StreamSource
@@ -70,23 +71,23 @@ class DataSettings:
 
     @property
     def special(self) -> SpecialTokenSettings:
-        """What the user says about special tokens."""
+        """The user's settings for special tokens."""
         return SpecialTokenSettings(self.begin_token, self.end_tokens, self.special_tokens)
 
     @property
     def prepared(self) -> PreparedData | None:
-        """The folders of a source that is prepared already; None where there is something to tokenize."""
+        """The prepared folders of the source, read and checked; None for a source that yields documents."""
         return PreparedData.open(self.source.portions()) if isinstance(self.source, PreparedSource) else None
 
     @property
     def identity(self) -> str:
-        """Tells whether the source has changed: of documents by reading them, of tokens by their manifests."""
+        """A text that changes with the content. Documents are read for it; of prepared folders, only the manifests."""
         prepared = self.prepared
         return self.fingerprint if prepared is None else prepared.identity
 
     @property
     def fingerprint(self) -> str:
-        """Of all texts, also of those that are tokens by now."""
+        """Fingerprint of all texts; for prepared folders, that of the texts that they were made from."""
         if isinstance(self.source, PreparedSource):
             return PreparedData.open(self.source.portions()).fingerprint
         if isinstance(self.source, StreamSource):
@@ -94,25 +95,25 @@ class DataSettings:
         return fingerprint_documents(self.source.documents())
 
     def check_ranks(self, num_ranks: int) -> None:
-        """Raise ConfigError unless a step's rows divide over the ranks."""
+        """Check that the rows of a step divide evenly over the ranks. Raises ConfigError otherwise."""
         if self.batch_size % num_ranks:
             raise ConfigError(f"data.batch_size: got {self.batch_size}, wanted a multiple of the {num_ranks} ranks")
 
 
 class PackedTokens(L.LightningDataModule):
-    """Packed rows of a prepared folder, for one stage of a run."""
+    """Loaders of packed rows for one stage of a run."""
 
     def __init__(
         self, settings: DataSettings, prepared: PreparedData, *, seed: int, stream: str, num_steps: int = 0
     ) -> None:
-        """Take the folder.
+        """Keep the settings; files are opened by the loaders.
 
         Args:
-            settings: the data group.
-            prepared: what the data stage left.
-            seed: seed of the order.
-            stream: the stage; each stage has its own order.
-            num_steps: steps that the stage trains.
+            settings: the `data` config group.
+            prepared: the output of the data stage.
+            seed: seed of the order of rows.
+            stream: name of the stage; each stage has an order of its own.
+            num_steps: number of training steps.
         """
         super().__init__()
         self.settings = settings
@@ -123,10 +124,10 @@ class PackedTokens(L.LightningDataModule):
         self.separator = self.prepared.special_tokens.begin if settings.separate_documents else None
 
     def rows(self, split: str) -> PackedRows | MixedRows:
-        """The rows of a split.
+        """Open the rows of a split: `train`, `calibration` or `validation`.
 
         Raises:
-            DataError: the folders with the training tokens are absent, or have changed.
+            DataError: the folders with the training tokens are missing, or have changed since the run began.
         """
         prepared = self.prepared
         if split == "train" and isinstance(self.settings.source, PreparedSource):
@@ -137,10 +138,10 @@ class PackedTokens(L.LightningDataModule):
         return prepared.rows(split, sequence_length=self.settings.sequence_length)
 
     def train_dataloader(self) -> StepLoader | StreamLoader:
-        """This rank's share of every step's rows.
+        """Create the loader of this rank's rows of every training step.
 
         Raises:
-            ConfigError: the batch does not divide over the ranks.
+            ConfigError: `batch_size` is not a multiple of the number of ranks.
         """
         row_shard = RowShard(collectives.rank(), collectives.num_ranks())
         self.settings.check_ranks(row_shard.num_ranks)
@@ -171,20 +172,20 @@ class PackedTokens(L.LightningDataModule):
         )
 
     def heldout_dataloader(self, split: str, *, num_rows: int | None = None, shared: bool = True) -> DataLoader[Any]:
-        """Batches of a held-out split in its order; each rank has its share of them, as many as every other.
+        """Create the loader of a held-out split. Batches are dealt out to the ranks, the same number to each.
 
         Args:
-            split: its name.
-            num_rows: rows spread over all documents; None: all rows.
-            shared: False where every rank is to see all batches.
+            split: `calibration` or `validation`.
+            num_rows: number of rows to read, evenly spaced over the split; None reads all.
+            shared: False gives all batches to every rank.
         """
         rows = self.rows(split)
-        number = len(rows) if num_rows is None else min(num_rows, len(rows))
-        chosen = [index * len(rows) // number for index in range(number)]
+        count = len(rows) if num_rows is None else min(num_rows, len(rows))
+        chosen = [index * len(rows) // count for index in range(count)]
         size = self.settings.eval_batch_size
-        batches = [list(chosen[start : start + size]) for start in range(0, len(chosen), size)]
+        batches = [chosen[start : start + size] for start in range(0, count, size)]
         row_shard = RowShard(collectives.rank(), collectives.num_ranks()) if shared else RowShard()
-        fillers = -len(batches) % row_shard.num_ranks
-        own = [*batches, *[batches[-1]] * fillers][row_shard.rank :: row_shard.num_ranks]
-        last_counts = row_shard.rank < row_shard.num_ranks - fillers
+        num_fillers = -len(batches) % row_shard.num_ranks
+        own = [*batches, *[batches[-1]] * num_fillers][row_shard.rank :: row_shard.num_ranks]
+        last_counts = row_shard.rank < row_shard.num_ranks - num_fillers
         return DataLoader(HeldOutBatches(rows, own, separator=self.separator, last_counts=last_counts), batch_size=None)

@@ -1,4 +1,4 @@
-"""The first pass over a source: which documents there are, and which split each belongs to."""
+"""The first pass over a source: sizes and name hashes of its documents, and the split of each."""
 
 from __future__ import annotations
 
@@ -14,51 +14,51 @@ from nestlm.data.sources.base import Document, Fingerprint
 from nestlm.errors import DataError
 from nestlm.utils.console import console
 
-LARGEST_HELDOUT = 0.2  # of a held-out split, for one document
-HELDOUT = ("validation", "calibration")  # in the order in which they are filled
+LARGEST_HELDOUT = 0.2  # share of a held-out split that one document may have
+HELDOUT = ("validation", "calibration")  # filled in this order
 
 
 @dataclass(frozen=True)
 class DocumentScan:
-    """All documents of a source, 16 bytes each.
+    """Sizes and name hashes of a source's documents, in their order: 16 bytes a document.
 
     Attributes:
-        ranks: the first 64 bits of the hash of each name.
-        sizes: bytes of each text.
-        fingerprint: of all names and texts.
+        name_hashes: the first 64 bits of the SHA-256 of each name, uint64.
+        sizes: bytes of each text in UTF-8, uint64.
+        fingerprint: SHA-256 over all names and texts.
     """
 
-    ranks: np.ndarray
+    name_hashes: np.ndarray
     sizes: np.ndarray
     fingerprint: str
 
     @classmethod
     def of(cls, documents: Iterable[Document]) -> DocumentScan:
-        """Go through the documents once."""
-        ranks, sizes, fingerprint = array("Q"), array("Q"), Fingerprint()
+        """Read all documents once."""
+        hashes, sizes, fingerprint = array("Q"), array("Q"), Fingerprint()
         for name, text in documents:
-            ranks.append(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big"))
+            hashes.append(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big"))
             sizes.append(fingerprint.add(name, text))
-        return cls(np.array(ranks, np.uint64), np.array(sizes, np.uint64), fingerprint.hexdigest())
+        return cls(np.array(hashes, np.uint64), np.array(sizes, np.uint64), fingerprint.hexdigest())
 
     @property
     def num_bytes(self) -> int:
-        """Of all texts."""
+        """Bytes of all texts together."""
         return int(self.sizes.sum())
 
     def splits(self, *, heldout_share: float | None) -> np.ndarray:
-        """Split by document, in the order of their names' hashes, so that adding one moves few others.
+        """Assign each document to a split, in the order of the name hashes, so that adding a document moves few others.
 
         Args:
-            heldout_share: share of all bytes that each of validation and calibration is filled up to. A document
-                larger than a fifth of that goes to training, so that none dominates what is measured, unless too few
-                are smaller; where nothing would be left to train on, less is held out. None: all is validation.
+            heldout_share: share of all bytes in each of validation and calibration. A document larger than a fifth of
+                such a split goes to training, so that none dominates an evaluation, unless too few are smaller. If no
+                training text were left, less is held out. None puts all documents into validation.
 
         Returns:
-            Each document's split, as an index into SPLITS.
+            The split of each document as an index into SPLITS, uint8.
 
         Raises:
-            DataError: there are too few documents to split.
+            DataError: there are fewer documents than splits.
         """
         if heldout_share is None:
             return np.full(len(self.sizes), SPLITS.index("validation"), dtype=np.uint8)
@@ -67,10 +67,10 @@ class DocumentScan:
                 f"data: got {len(self.sizes)} documents, wanted at least {len(SPLITS)}: each belongs to one of "
                 f"{', '.join(SPLITS)}; cut the text into more files, or lines of a .jsonl file"
             )
-        share, splits = heldout_share, self.split_at(heldout_share)
+        share, splits = heldout_share, self.fill_splits(heldout_share)
         while len(np.unique(splits)) != len(SPLITS):
             share /= 2
-            splits = self.split_at(share, largest_last=True)
+            splits = self.fill_splits(share, largest_last=True)
         if share != heldout_share:
             console.print(
                 f"data: a share of {share:.3g} is held out for validation, and for calibration, instead of "
@@ -79,11 +79,19 @@ class DocumentScan:
             )
         return splits
 
-    def split_at(self, share: float, *, largest_last: bool = False) -> np.ndarray:
-        """Each document's split with so much held out; perhaps nothing is left to train on."""
+    def fill_splits(self, share: float, *, largest_last: bool = False) -> np.ndarray:
+        """Fill validation, then calibration, up to `share` of all bytes; the rest, which may be nothing, is training.
+
+        Args:
+            share: share of all bytes in each held-out split.
+            largest_last: hold out the largest document only after all others.
+
+        Returns:
+            The split of each document as an index into SPLITS, uint8.
+        """
         target = share * self.num_bytes
         is_last = (np.arange(len(self.sizes)) == np.argmax(self.sizes)) & largest_last
-        order = np.lexsort((self.ranks, self.sizes > target * LARGEST_HELDOUT, is_last))  # large ones last
+        order = np.lexsort((self.name_hashes, self.sizes > target * LARGEST_HELDOUT, is_last))  # large ones last
         splits, start = np.zeros(len(order), dtype=np.uint8), 0
         for split in HELDOUT:
             filled = np.cumsum(self.sizes[order[start:]])

@@ -1,4 +1,4 @@
-"""Readers of text files, by their suffix; each may be compressed with gzip, zstandard, xz or bzip2."""
+"""Readers of text files by suffix. All but parquet may be compressed with gzip, zstandard, xz or bzip2."""
 
 from __future__ import annotations
 
@@ -14,53 +14,58 @@ from pathlib import Path
 from types import ModuleType
 from typing import IO, Any
 
+from typing_extensions import override
+
 from nestlm.data.optional_imports import import_optional
 from nestlm.data.sources.base import Document
 from nestlm.errors import DataError
 
-PLAIN = (".txt", ".md", ".py")  # a document a file
+PLAIN = (".txt", ".md", ".py")  # one document per file
 LINES = (".jsonl", ".ndjson")
 COMPRESSED = ("", ".gz", ".zst", ".xz", ".bz2")
 OPENERS = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 COMPRESSIBLE = (*PLAIN, *LINES, ".json", ".csv")
 SUFFIXES = (*COMPRESSIBLE, ".parquet")
-CHUNK_BYTES = 2**20  # bytes of a compressed file that are read at once
-ROWS_AT_ONCE = 1024  # of a parquet file that are read at once
+CHUNK_BYTES = 2**20  # read at once from a compressed file
+ROWS_AT_ONCE = 1024  # read at once from a parquet file
 LONGEST_FIELD = 2**31 - 1  # characters of a CSV field
-UTF16 = (b"\xff\xfe", b"\xfe\xff")  # what files of UTF-16 begin with
-QUOTED_LENGTH = 100  # characters of an error, or a value, that a message quotes
+UTF16 = (b"\xff\xfe", b"\xfe\xff")  # byte order marks of UTF-16 files
+QUOTED_LENGTH = 100  # characters of an error or a value that a message quotes
 
 
 class NoTextError(DataError):
-    """A file of a known suffix that holds no text under the key at all, such as a .json file of settings."""
+    """A file of a known suffix holds no text under the key, such as a .json file of settings. Folders leave it out."""
 
 
 def has_reader(path: Path) -> bool:
-    """Whether a file's name ends in one of SUFFIXES, perhaps packed."""
+    """Return whether `read_documents` can read a file, judged by its name."""
     return format_suffix(path) in SUFFIXES
 
 
 def format_suffix(path: Path) -> str:
-    """The suffix that tells what a file holds, in small letters, without that of a packer."""
+    """Return the suffix of a file's format in lower case, such as `.jsonl` for both A.jsonl and A.JSONL.GZ.
+
+    The result is empty for a compressed file of a format that is only read uncompressed.
+    """
     name = path.name.lower()
-    for packed in COMPRESSED[1:]:
-        if name.endswith(packed):
-            kind = Path(name.removesuffix(packed)).suffix
-            return kind if kind in COMPRESSIBLE else ""
+    for compression in COMPRESSED[1:]:
+        if name.endswith(compression):
+            suffix = Path(name.removesuffix(compression)).suffix
+            return suffix if suffix in COMPRESSIBLE else ""
     return Path(name).suffix
 
 
 def read_documents(path: Path, *, name: str, text_key: str) -> Iterator[Document]:
-    """The documents of a file that `is_read`.
+    """Yield the documents of a file for which `has_reader` is true.
 
     Args:
         path: the file.
-        name: of the file in names of documents.
-        text_key: key of a JSON object, or column of a table, that holds the text.
+        name: the prefix of the documents' names.
+        text_key: key of JSON objects, or column of tables, that holds the text.
 
     Raises:
-        NoText: a .json or .csv file without that key or column.
-        DataError: the file cannot be read, is cut short, or holds something else.
+        NoTextError: a .json or .csv file has no such key or column.
+        DataError: the file cannot be read, is truncated, or is not of its suffix's format.
     """
     kind = format_suffix(path)
     if kind == ".parquet":
@@ -85,19 +90,19 @@ def read_documents(path: Path, *, name: str, text_key: str) -> Iterator[Document
 
 
 def open_text(path: Path) -> IO[str]:
-    """A file of UTF-8 text, unpacked on the way, without a byte order mark."""
-    packed = path.suffix.lower()
+    """Open a UTF-8 text file, decompressing it by its suffix and skipping a byte order mark."""
+    compression = path.suffix.lower()
     options: dict[str, Any] = {"encoding": "utf-8-sig", "newline": "" if format_suffix(path) == ".csv" else None}
-    if packed in OPENERS:
-        return OPENERS[packed](path, "rt", **options)
-    if packed == ".zst":
+    if compression in OPENERS:
+        return OPENERS[compression](path, "rt", **options)
+    if compression == ".zst":
         zstandard = import_optional("zstandard", wanted_for=str(path))
         return io.TextIOWrapper(io.BufferedReader(ZstdFile(path, zstandard), CHUNK_BYTES), **options)
     return path.open(**options)
 
 
 def read_plain_text(file: IO[str], name: str) -> str:
-    """The text of a file. Raises DataError where it holds NUL characters."""
+    """Read all text of a file. Raises DataError if it holds NUL characters."""
     text = file.read()
     if "\0" in text:
         raise DataError(f"data: {name} holds NUL characters, as binary files and UTF-16 do; remove or convert it")
@@ -105,18 +110,22 @@ def read_plain_text(file: IO[str], name: str) -> str:
 
 
 class ZstdFile(io.RawIOBase):
-    """Unpacks the frames of a zstandard file, one after the other. The library's own reader takes a cut for the end."""
+    """A raw stream over all frames of a zstandard file.
+
+    It raises EOFError for a truncated file, which the library's own reader takes for a complete one.
+    """
 
     def __init__(self, path: Path, zstandard: ModuleType) -> None:
         self.file, self.zstandard = path.open("rb"), zstandard
         self.frame, self.packed, self.ready = None, b"", memoryview(b"")
 
+    @override
     def readable(self) -> bool:
-        """It is."""
         return True
 
+    @override
     def readinto(self, buffer: Any, /) -> int:
-        """Unpack more. Raises EOFError for a file that is cut short, OSError for one that is no zstandard file."""
+        """Decompress into `buffer`. Raises EOFError for a truncated file, OSError for one that is not zstandard."""
         while not self.ready:
             self.packed = self.packed or self.file.read(CHUNK_BYTES)
             if not self.packed:
@@ -137,14 +146,14 @@ class ZstdFile(io.RawIOBase):
         self.ready = self.ready[number:]
         return number
 
+    @override
     def close(self) -> None:
-        """Close the file."""
         self.file.close()
         super().close()
 
 
 def read_json_lines(file: IO[str], *, name: str, text_key: str) -> Iterator[Document]:
-    """The documents of JSON lines. Raises DataError, naming the line, when one has no such key."""
+    """Yield a document for each line of JSON. Raises DataError, naming the line, if a line holds no such key."""
     for number, line in enumerate(file, start=1):
         if not line.strip():
             continue
@@ -158,11 +167,11 @@ def read_json_lines(file: IO[str], *, name: str, text_key: str) -> Iterator[Docu
 
 
 def read_json_array(file: IO[str], *, name: str, text_key: str) -> Iterator[Document]:
-    """The documents of one JSON value: an array of texts or of objects with one, or such an object.
+    """Yield the documents of one JSON value: an array of texts or of objects with a text, or one such object.
 
     Raises:
-        NoText: it holds none.
-        DataError: it is damaged, or an element holds none while others do.
+        NoTextError: no element holds a text.
+        DataError: the file is not JSON, or an element holds no text while others do.
     """
     try:
         value = json.load(file)
@@ -184,7 +193,7 @@ def read_json_array(file: IO[str], *, name: str, text_key: str) -> Iterator[Docu
 
 
 def get_text(value: Any, key: str) -> str:
-    """The text of a JSON object. Raises ValueError where it has none, or no Unicode text."""
+    """Return the text under a key of a JSON object. Raises ValueError if there is none, or it is not valid Unicode."""
     if not isinstance(value, dict) or key not in value:
         raise ValueError(f"no {key!r}")
     text = value[key]
@@ -195,11 +204,11 @@ def get_text(value: Any, key: str) -> str:
 
 
 def read_csv(file: IO[str], *, name: str, text_key: str) -> Iterator[Document]:
-    """The documents of a column of comma-separated values; rows without a text are left out.
+    """Yield a document for each row of a CSV file that has a text in the column `text_key`.
 
     Raises:
-        NoText: there is no such column.
-        DataError: it is no such table.
+        NoTextError: there is no such column.
+        DataError: the file is not CSV.
     """
     csv.field_size_limit(LONGEST_FIELD)
     rows = csv.DictReader(file, strict=True)
@@ -214,7 +223,11 @@ def read_csv(file: IO[str], *, name: str, text_key: str) -> Iterator[Document]:
 
 
 def read_parquet(path: Path, *, name: str, text_key: str) -> Iterator[Document]:
-    """The documents of a column; rows without a text are left out."""
+    """Yield a document for each row of a parquet file that has a text in the column `text_key`.
+
+    Raises:
+        DataError: the file cannot be read, or has no such column, or the column holds something else than text.
+    """
     parquet = import_optional("pyarrow.parquet", wanted_for=str(path))
     arrow = import_optional("pyarrow", wanted_for=str(path))
     number = 0

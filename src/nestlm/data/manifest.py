@@ -1,7 +1,7 @@
-"""Prepared folders: token shards with checksums of their blocks, and the manifest that vouches for them.
+"""The manifest of a prepared folder, which lists its shards and their checksums.
 
 The manifest holds a checksum of itself, the hash of the tokenizer, and for each shard the hash of its file of block
-checksums. So opening a folder reads little, and a row is checked by the blocks that it touches.
+checksums. Opening a folder therefore reads little, and a row is checked by the blocks in which it lies.
 """
 
 from __future__ import annotations
@@ -10,33 +10,29 @@ import hashlib
 import json
 import os
 import re
-import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from nestlm.data.special_tokens import SpecialTokens
 from nestlm.errors import DataError
 
 DTYPES = ("<u2", "<u4")
 SPLITS: tuple[str, ...] = ("train", "calibration", "validation")
-NUMBERS = ("documents", "tokens", "bytes", "bound")  # fields of a split
+COUNTS = ("documents", "tokens", "bytes", "bound")  # fields of a split
 SHARD_NAME = re.compile(r"(train|calibration|validation)-\d{5,}\.bin")
-BLOCK_BYTES = 2**14  # bytes that one checksum covers
 MANIFEST, TOKENIZER = "manifest.json", "tokenizer.json"
-JOURNAL = "journal.json"  # of a folder that is not finished
+JOURNAL = "journal.json"  # only in an unfinished folder
 CURE = "copy the folder again, or prepare it again"
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A file of tokens.
+    """The manifest's entry for a file of tokens.
 
     Attributes:
-        name: of the file; its block checksums (CRC-32, 4 bytes each) lie beside it as NAME.crc.
-        tokens: how many.
+        name: name of the file; NAME.crc beside it holds the CRC-32 of each of its blocks, 4 bytes each.
+        tokens: number of tokens.
         checksums: SHA-256 of NAME.crc.
     """
 
@@ -47,14 +43,14 @@ class Shard:
 
 @dataclass(frozen=True)
 class Split:
-    """What a split holds.
+    """The manifest's entry for a split.
 
     Attributes:
-        shards: its files.
-        documents: how many.
-        tokens: how many.
-        bytes: of its texts.
-        bound: all its token ids are below.
+        shards: its files, in order.
+        documents: number of documents.
+        tokens: number of tokens.
+        bytes: bytes of its texts in UTF-8.
+        bound: all token ids are below this.
     """
 
     shards: tuple[Shard, ...] = ()
@@ -65,30 +61,30 @@ class Split:
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Split:
-        """As `asdict` wrote it. Raises ValueError for a name that may lead out of the folder, or no number."""
+        """Build an entry from its JSON form. Raises ValueError for an unsafe file name or an invalid number."""
         shards = tuple(Shard(**shard) for shard in fields["shards"])
         for shard in shards:
             if not SHARD_NAME.fullmatch(shard.name):
                 raise ValueError(f"shard {shard.name[:80]!r}")
-        check_counts(*(shard.tokens for shard in shards), *(fields[name] for name in NUMBERS))
+        check_counts(*(shard.tokens for shard in shards), *(fields[name] for name in COUNTS))
         return cls(**{**fields, "shards": shards})
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a prepared folder holds, and what it was made from.
+    """The content of a prepared folder, and the settings with which it was made.
 
     Attributes:
-        fingerprint: of the documents' names and texts.
+        fingerprint: SHA-256 over the names and texts of the documents.
         tokenizer_hash: SHA-256 of tokenizer.json, as the library writes it.
-        vocab_size: all token ids are below.
+        vocab_size: all token ids are below this.
         begin: id of the token before each document.
-        ends: ids at which a text ends, the main one first.
+        ends: ids of the tokens that end a text, the main one first.
         special_tokens: whether names of special tokens in texts became special tokens.
-        dtype: of the tokens in a shard, `<u2` or `<u4`.
-        heldout_share: share of the bytes in each of calibration and validation; None: all of it is validation.
-        shard_tokens: a shard is closed at this many.
-        splits: by name.
+        dtype: dtype of a token id in the shards, `<u2` or `<u4`.
+        heldout_share: share of the bytes in each of calibration and validation; None if all documents are validation.
+        shard_tokens: a shard was closed when it had this many tokens.
+        splits: the entry of each split, by name.
     """
 
     fingerprint: str
@@ -104,7 +100,7 @@ class Manifest:
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Manifest:
-        """As `asdict` and JSON leave it."""
+        """Build a manifest from its JSON form without the checksum. Raises ValueError or KeyError for a damaged one."""
         splits = {name: Split.from_json(fields["splits"][name]) for name in SPLITS}
         check_counts(fields["begin"], *fields["ends"], fields["vocab_size"], fields["shard_tokens"])
         if fields["dtype"] not in DTYPES or not fields["ends"]:
@@ -113,22 +109,22 @@ class Manifest:
 
     @property
     def special_token_ids(self) -> SpecialTokens:
-        """Ids of the tokens around a text."""
+        """Ids of the tokens that begin and end a text."""
         return SpecialTokens(self.begin, self.ends)
 
     @property
     def num_tokens(self) -> int:
-        """Of all splits."""
+        """Number of tokens in all splits."""
         return sum(split.tokens for split in self.splits.values())
 
     @property
     def checksum(self) -> str:
-        """Of all that is in it, and so of every token: equal for equal folders."""
+        """SHA-256 of the manifest, which covers every token: equal for equal folders."""
         return hashlib.sha256(render_json(asdict(self)).encode()).hexdigest()
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
-        """Read and check `manifest.json`. Raises DataError when there is none, or it is not as it was written."""
+        """Read and check `manifest.json`. Raises DataError when it is missing, damaged or of another version."""
         path = path_inside(folder, MANIFEST)
         if not path.is_file():
             raise DataError(f"data: {folder} holds no {MANIFEST}; wanted a folder that nestlm prepare has finished")
@@ -151,22 +147,22 @@ class Manifest:
         return manifest
 
     def write(self, folder: Path) -> None:
-        """Write `manifest.json`, whole or not at all."""
+        """Write `manifest.json` atomically."""
         write_file(folder / MANIFEST, self.text().encode())
 
     def text(self) -> str:
-        """The content of `manifest.json`."""
+        """Return the content of `manifest.json`."""
         return render_json(asdict(self) | {"checksum": self.checksum})
 
 
 def check_counts(*numbers: Any) -> None:
-    """Raise ValueError unless all are whole numbers from 0 on."""
+    """Check that all values are whole numbers from 0 on. Raises ValueError otherwise."""
     if not all(type(number) is int and number >= 0 for number in numbers):
         raise ValueError("wanted numbers from 0 on")
 
 
 def path_inside(folder: Path, name: str) -> Path:
-    """A file of a folder. Raises DataError where it is a link that leads out of it."""
+    """Return the path of a file of a folder. Raises DataError if it is a link that leads out of the folder."""
     path = folder / name
     if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
         raise DataError(f"data: {path} is a link out of its folder; wanted a file, copy it there (cp -rL)")
@@ -174,78 +170,15 @@ def path_inside(folder: Path, name: str) -> Path:
 
 
 def render_json(fields: dict[str, Any]) -> str:
-    """JSON, in one way only."""
+    """Format as JSON with sorted keys, so that equal content gives equal bytes."""
     return json.dumps(fields, indent=2, sort_keys=True) + "\n"
 
 
 def write_file(path: Path, content: bytes | memoryview) -> None:
-    """Write a file whole or not at all, also when the machine stops."""
+    """Write a file atomically and sync it to disk, so that it survives a power failure."""
     partial = path.with_name(f".{path.name}.partial")
     with partial.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
-
-
-def write_shard(folder: Path, name: str, tokens: np.ndarray) -> Shard:
-    """Write tokens and their block checksums."""
-    content = memoryview(tokens.tobytes())
-    sums = [zlib.crc32(content[start : start + BLOCK_BYTES]) for start in range(0, len(content), BLOCK_BYTES)]
-    checksums = np.array(sums, dtype="<u4").tobytes()
-    write_file(folder / name, content)
-    write_file(folder / f"{name}.crc", checksums)
-    return Shard(name, len(tokens), hashlib.sha256(checksums).hexdigest())
-
-
-class ShardReader:
-    """Reads a shard's tokens. Its size and its file of checksums are checked now, its blocks when they are read."""
-
-    def __init__(self, folder: Path, shard: Shard, *, dtype: str, vocab_size: int) -> None:
-        self.path, self.tokens = path_inside(folder, shard.name), shard.tokens
-        self.dtype, self.vocab_size = np.dtype(dtype), vocab_size
-        try:
-            size = self.path.stat().st_size
-            checksums = path_inside(folder, f"{shard.name}.crc").read_bytes()
-        except OSError as error:
-            raise DataError(f"data: cannot read {error.filename} ({error.strerror}); {CURE}") from error
-        if size != shard.tokens * self.dtype.itemsize:
-            raise DataError(
-                f"data: {self.path} has {size} bytes, wanted {shard.tokens * self.dtype.itemsize}: it was cut or "
-                f"exchanged; {CURE}"
-            )
-        if hashlib.sha256(checksums).hexdigest() != shard.checksums:
-            raise DataError(f"data: {self.path}.crc is not what the manifest says: damaged or exchanged; {CURE}")
-        self.checksums = np.frombuffer(checksums, dtype="<u4")
-
-    def open(self) -> np.ndarray:
-        """The mapped bytes."""
-        try:
-            return np.memmap(self.path, dtype=np.uint8, mode="r", shape=(self.tokens * self.dtype.itemsize,))
-        except (OSError, ValueError) as error:
-            raise DataError(f"data: cannot map {self.path} ({error}); {CURE}") from error
-
-    def read(self, mapped: np.ndarray, start: int, stop: int) -> np.ndarray:
-        """Tokens start to stop, copied.
-
-        Raises:
-            DataError: a block that they lie in is not what was written, or an id is beyond the vocabulary.
-        """
-        size = self.dtype.itemsize
-        first, last = start * size // BLOCK_BYTES, (stop * size - 1) // BLOCK_BYTES
-        offset = first * BLOCK_BYTES
-        content = mapped[offset : (last + 1) * BLOCK_BYTES].tobytes()  # checked and used: the same copy
-        for block in range(first, last + 1):
-            begin = block * BLOCK_BYTES - offset
-            if zlib.crc32(content[begin : begin + BLOCK_BYTES]) != self.checksums[block]:
-                raise DataError(
-                    f"data: {self.path} is damaged in bytes {block * BLOCK_BYTES} to {(block + 1) * BLOCK_BYTES}; "
-                    f"{CURE}"
-                )
-        tokens = np.frombuffer(content, dtype=self.dtype)[start - offset // size : stop - offset // size]
-        if tokens.size and int(tokens.max()) >= self.vocab_size:
-            raise DataError(
-                f"data: {self.path} holds token {int(tokens.max())}, the vocabulary has {self.vocab_size}; "
-                "prepare it again with the model's tokenizer"
-            )
-        return tokens

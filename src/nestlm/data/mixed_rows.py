@@ -1,4 +1,4 @@
-"""Rows of several prepared folders, drawn in proportion to their weights."""
+"""Rows of several prepared folders, sampled in proportion to their weights."""
 
 from __future__ import annotations
 
@@ -11,17 +11,25 @@ from torch.utils.data import Dataset
 from nestlm.data.packed_rows import PackedRows, permute_epoch
 from nestlm.errors import ConfigError
 
-BLOCK_SAMPLES = 10_000  # within each block of the order, the parts have exactly their shares
+BLOCK_SAMPLES = 10_000  # each block of the order holds every part's exact share
 
 
 class MixedRows(Dataset[np.ndarray]):
-    """The rows of all parts, one part after the other; `sample` draws from each in proportion to its weight."""
+    """The concatenated rows of several parts, and an order that samples each part in proportion to its weight.
+
+    Args:
+        parts: the rows of each prepared folder.
+        weights: the sampling weight of each part; they need not sum to 1.
+
+    Raises:
+        ConfigError: a weight is too small for one sample in a block.
+    """
 
     def __init__(self, parts: Sequence[PackedRows], weights: Sequence[float]) -> None:
         self.parts = list(parts)
         self.starts = np.concatenate([[0], np.cumsum([len(part) for part in parts])])
         self.counts = block_counts(weights)
-        self.block: tuple[int, str, int] | None = None  # the last one that was looked at
+        self.block: tuple[int, str, int] | None = None  # the block that `part_of` and `place_of` describe
         self.part_of = self.place_of = np.zeros(0, dtype=np.int64)
 
     def __len__(self) -> int:
@@ -32,7 +40,13 @@ class MixedRows(Dataset[np.ndarray]):
         return self.parts[number][index - int(self.starts[number])]
 
     def sample(self, position: int, *, seed: int, stream: str) -> int:
-        """Number of the row at a position of the order; each part's rows come in epochs of their own."""
+        """Return the index of the row at a position of the endless order. Each part has epochs of its own.
+
+        Args:
+            position: position in the order, counted from 0.
+            seed: seed of the order.
+            stream: name of the stage; each stage has an order of its own.
+        """
         block, slot = divmod(position, BLOCK_SAMPLES)
         if self.block != (seed, stream, block):
             shuffled = permute_epoch(BLOCK_SAMPLES, seed, f"{stream}/mixture", block)
@@ -46,10 +60,10 @@ class MixedRows(Dataset[np.ndarray]):
 
 
 def block_counts(weights: Sequence[float]) -> list[int]:
-    """Samples of each part in a block: shares of BLOCK_SAMPLES, rounded by the largest remainders.
+    """Return how many samples of a block each part gets: BLOCK_SAMPLES divided by the largest-remainder method.
 
     Raises:
-        ConfigError: a weight is so small that a block has no sample of it.
+        ConfigError: a weight is so small that its part would get no sample.
     """
     total = math.fsum(weights)
     shares = [weight / total * BLOCK_SAMPLES for weight in weights]

@@ -1,4 +1,4 @@
-"""Packages that only some sources need."""
+"""Imports of packages that only some data sources need."""
 
 from __future__ import annotations
 
@@ -9,7 +9,16 @@ from nestlm.errors import DataError
 
 
 def import_optional(module: str, *, wanted_for: str, cure: str = "pip install 'nestlm[data]'") -> ModuleType:
-    """Import a module of an optional extra, by default `data`. Raises DataError with the cure when it is absent."""
+    """Import a module of an optional dependency.
+
+    Args:
+        module: dotted name of the module.
+        wanted_for: the file or dataset that needs it, for the message.
+        cure: the end of the message, which says how to install the package.
+
+    Raises:
+        DataError: the package is not installed.
+    """
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

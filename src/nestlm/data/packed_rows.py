@@ -1,40 +1,54 @@
-"""Packed rows from memory-mapped shards, in an order that is a pure function of (seed, stream, step)."""
+"""Packed rows of a split in memory-mapped shards, and their order as a pure function of (seed, stream, position)."""
 
 from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from nestlm.data.batch import Batch
-from nestlm.data.manifest import Manifest, ShardReader
-from nestlm.distributed.collectives import ALL_ROWS, RowShard
+from nestlm.data.manifest import Manifest
+from nestlm.data.shard_files import ShardReader
 from nestlm.errors import DataError
 
-OPEN_SHARDS = 128  # mapped at once; a mapping holds a file descriptor
+OPEN_SHARDS = 128  # shards that stay mapped; each holds a file descriptor
 
 
 class Rows(Protocol):
-    """Rows of tokens, and the order in which training meets them."""
+    """Rows of token ids, and the order in which training reads them."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> np.ndarray: ...
 
     def sample(self, position: int, *, seed: int, stream: str) -> int:
-        """Number of the row at a position of the order, which has no end."""
+        """Return the index of the row at a position of the endless order.
+
+        Args:
+            position: position in the order, counted from 0.
+            seed: seed of the order.
+            stream: name of the stage; each stage has an order of its own.
+        """
         ...
 
 
 class PackedRows(Dataset[np.ndarray]):
-    """Row i of a split: L + 1 tokens, the last of which is the first of row i + 1."""
+    """The rows of one split of one prepared folder.
+
+    A row has L + 1 tokens. Its last token, which is only a target, is the first token of the next row. No row crosses
+    the end of a shard.
+
+    Args:
+        folder: the prepared folder.
+        split: `train`, `calibration` or `validation`.
+        sequence_length: L.
+
+    Raises:
+        DataError: the manifest or a shard is missing or damaged, or the split is shorter than one row.
+    """
 
     def __init__(self, folder: Path, split: str, *, sequence_length: int) -> None:
         self.sequence_length = sequence_length
@@ -54,7 +68,7 @@ class PackedRows(Dataset[np.ndarray]):
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        """For a process of its own, which maps the files itself."""
+        """Leave out mapped files and cached orders, which a worker process makes anew."""
         return self.__dict__ | {"mapped": OrderedDict(), "epochs": OrderedDict()}
 
     def __len__(self) -> int:
@@ -70,99 +84,16 @@ class PackedRows(Dataset[np.ndarray]):
         return self.shards[number].read(self.mapped[number], start, start + self.sequence_length + 1)
 
     def sample(self, position: int, *, seed: int, stream: str) -> int:
-        """Number of the row at a position of the order. Epochs follow each other without a break."""
+        """Return the index of the row at a position of the endless order; each epoch is a new permutation."""
         epoch, place = divmod(position, len(self))
         if (seed, stream, epoch) not in self.epochs:
             self.epochs[seed, stream, epoch] = permute_epoch(len(self), seed, stream, epoch)
-            if len(self.epochs) > 2:  # a batch may lie across the end of one
+            if len(self.epochs) > 2:  # a batch may cross the boundary between two epochs
                 self.epochs.popitem(last=False)
         return int(self.epochs[seed, stream, epoch][place])
 
 
 def permute_epoch(number: int, seed: int, stream: str, epoch: int) -> np.ndarray:
-    """The order of an epoch's rows."""
+    """Return the order of an epoch: a permutation of range(number) that depends on the arguments alone."""
     digest = hashlib.sha256(f"{seed}/{stream}/{epoch}".encode()).digest()
     return np.random.Generator(np.random.Philox(int.from_bytes(digest[:16], "big"))).permutation(number)
-
-
-def rows_of_step(step: int, *, rows: Rows, batch_size: int, seed: int, stream: str) -> list[int]:
-    """Row numbers of a step's global batch."""
-    return [rows.sample(p, seed=seed, stream=stream) for p in range(step * batch_size, (step + 1) * batch_size)]
-
-
-def collate_rows(
-    rows: Sequence[np.ndarray], *, separator: int | None, row_shard: RowShard = ALL_ROWS, is_counted: bool = True
-) -> Batch:
-    """Stack rows into a batch; with a separator, number the documents of each row."""
-    tokens = torch.from_numpy(np.stack(rows).astype(np.int64))
-    inputs_BL, targets_BL = tokens[:, :-1], tokens[:, 1:]
-    documents_BL = None
-    if separator is not None and bool((inputs_BL[:, 1:] == separator).any()):
-        documents_BL = (inputs_BL == separator).cumsum(dim=1)
-    return Batch(inputs_BL.contiguous(), targets_BL.contiguous(), documents_BL, row_shard, is_counted)
-
-
-class HeldOutBatches(Dataset[Batch]):
-    """Batches of a held-out split that one rank sees, in its order; the last may not count."""
-
-    def __init__(self, rows: Rows, batches: list[list[int]], *, separator: int | None, last_counts: bool) -> None:
-        self.rows, self.batches, self.separator, self.last_counts = rows, batches, separator, last_counts
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, index: int) -> Batch:
-        is_counted = self.last_counts or index < len(self) - 1
-        return collate_rows(
-            [self.rows[row] for row in self.batches[index]], separator=self.separator, is_counted=is_counted
-        )
-
-
-class StepLoader:
-    """Batches of the steps from 0 to `num_steps`, as one rank sees them; its state is the next step's number.
-
-    It has a length, so that Lightning fetches no batch ahead and the saved state is exact.
-    """
-
-    def __init__(
-        self,
-        rows: Rows,
-        *,
-        num_steps: int,
-        batch_size: int,
-        seed: int,
-        stream: str,
-        separator: int | None,
-        row_shard: RowShard = ALL_ROWS,
-        num_workers: int = 0,
-    ) -> None:
-        self.rows = rows
-        self.num_steps = num_steps
-        self.next_step = 0
-        self.num_workers = num_workers
-        self.collate = partial(collate_rows, separator=separator, row_shard=row_shard)
-        self.own = slice(row_shard.rank, None, row_shard.num_ranks)
-        self.order = partial(rows_of_step, rows=rows, batch_size=batch_size, seed=seed, stream=stream)
-
-    def __len__(self) -> int:
-        return self.num_steps
-
-    def __iter__(self) -> Iterator[Batch]:
-        batches = (self.order(step)[self.own] for step in range(self.next_step, self.num_steps))
-        loader: DataLoader[Any] = DataLoader(
-            self.rows,  # pyright: ignore[reportArgumentType]
-            batch_sampler=batches,  # pyright: ignore[reportArgumentType]
-            collate_fn=self.collate,
-            num_workers=self.num_workers,
-        )
-        for batch in loader:
-            self.next_step += 1
-            yield batch
-
-    def state_dict(self) -> dict[str, int]:
-        """The position, for a checkpoint."""
-        return {"next_step": self.next_step}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from a position."""
-        self.next_step = state["next_step"]

@@ -1,4 +1,4 @@
-"""Items that a thread fetches while the last one is worked on."""
+"""Prefetching of iterables in a background thread."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ T = TypeVar("T")
 
 
 def prefetch(items: Iterable[T], *, depth: int = 2) -> Iterator[T]:
-    """The same items, up to `depth` of them fetched by a thread in advance. An error is raised where it belongs."""
+    """Iterate over items that a thread fetches ahead of the caller.
+
+    An exception of the iterable is raised after the items that came before it.
+
+    Args:
+        items: the iterable; only the thread uses it.
+        depth: number of items that are fetched ahead.
+    """
     ready: queue.Queue[tuple[bool, T | BaseException | None]] = queue.Queue(depth)
     stopped = threading.Event()
 
@@ -30,7 +37,7 @@ def prefetch(items: Iterable[T], *, depth: int = 2) -> Iterator[T]:
                 if stopped.is_set():
                     return
             offer(False, None)
-        except BaseException as error:  # noqa: BLE001 (raised below, in the thread that asked)
+        except BaseException as error:  # noqa: BLE001 (raised again below, in the caller's thread)
             offer(False, error)
 
     thread = threading.Thread(target=fetch, daemon=True)

@@ -1,4 +1,4 @@
-"""What the data stage left: a prepared folder of its own, or the held-out parts of those that a run reads in place."""
+"""The prepared folders of a run: the data stage's own, or those of the user with copies of their held-out parts."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from nestlm.errors import DataError
 from nestlm.utils.json_files import read_json
 
 POINTER = "portions.json"
-PORTION = "portion-{}"  # folder of a portion's held-out part
+PORTION = "portion-{}"  # folder with the held-out splits of a portion
 
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Prepared folders of one tokenizer, with their manifests.
+    """Prepared folders with one tokenizer.
 
     Attributes:
-        portions: the folders and their weights.
-        manifests: one a folder.
-        tokenizer_file: the tokenizer.json of all of them.
-        special_tokens: ids of the tokens around a text.
+        portions: the folders and their sampling weights.
+        manifests: the manifest of each folder.
+        tokenizer_file: the tokenizer.json that all of them share.
+        special_tokens: ids of the tokens that begin and end a text.
     """
 
     portions: tuple[Portion, ...]
@@ -39,16 +39,24 @@ class PreparedData:
 
     @classmethod
     def open(cls, portions: Sequence[Portion]) -> PreparedData:
-        """Read and check the manifests of whole folders.
+        """Open complete prepared folders.
 
         Raises:
-            DataError: a folder is not prepared or damaged, or the tokenizers differ.
+            DataError: a folder is not prepared or is damaged, or the tokenizers differ.
         """
-        return cls.checked(portions, [path_inside(path, TOKENIZER) for path, _ in portions])
+        return cls.open_checked(portions, [path_inside(path, TOKENIZER) for path, _ in portions])
 
     @classmethod
-    def checked(cls, portions: Sequence[Portion], tokenizer_files: Sequence[Path]) -> PreparedData:
-        """Read and check manifests, each with the tokenizer that goes with it."""
+    def open_checked(cls, portions: Sequence[Portion], tokenizer_files: Sequence[Path]) -> PreparedData:
+        """Read the manifests and compare their tokenizers.
+
+        Args:
+            portions: the folders.
+            tokenizer_files: the tokenizer.json of each folder.
+
+        Raises:
+            DataError: a folder is not prepared or is damaged, or tokenizers or begin tokens differ.
+        """
         manifests = tuple(Manifest.read(path) for path, _ in portions)
         first = manifests[0]
         for (path, _), manifest, file in zip(portions, manifests, tokenizer_files, strict=True):
@@ -68,10 +76,10 @@ class PreparedData:
 
     @classmethod
     def read(cls, folder: Path) -> PreparedData:
-        """What a data stage left in its folder; of folders that it read in place, the held-out parts.
+        """Open the output of a data stage: its prepared folder, or the held-out splits of folders that stay elsewhere.
 
         Raises:
-            DataError: it is damaged.
+            DataError: a file is missing or damaged.
         """
         pointer = folder / POINTER
         if not pointer.is_file():
@@ -83,21 +91,21 @@ class PreparedData:
                 for number, weight in enumerate(content["weights"])
             ]
             special = SpecialTokens(int(content["begin"]), tuple(map(int, content["ends"])))
-            prepared = cls.checked(portions, [folder / TOKENIZER] * len(portions))
+            prepared = cls.open_checked(portions, [folder / TOKENIZER] * len(portions))
         except (KeyError, TypeError, ValueError, IndexError) as error:
             if isinstance(error, DataError):
                 raise
             raise DataError(f"data: {pointer} is damaged ({error!r:.100}); do the run again") from error
         return replace(prepared, special_tokens=special)
 
-    def keep(self, folder: Path) -> None:
-        """Leave what is needed without the prepared folders in the data stage's folder: all but training shards.
+    def copy_heldout(self, folder: Path) -> None:
+        """Copy everything but the training shards into the data stage's folder, as hard links where possible.
 
-        The files are hard links where the file system allows, else copies.
+        Later stages can evaluate with it even if the prepared folders are gone.
         """
         for number, ((path, _), manifest) in enumerate(zip(self.portions, self.manifests, strict=True)):
             place = folder / PORTION.format(number)
-            shutil.rmtree(place, ignore_errors=True)  # of a call that was killed
+            shutil.rmtree(place, ignore_errors=True)  # left by an interrupted call
             place.mkdir()
             for split, held in manifest.splits.items():
                 if split != "train":
@@ -112,15 +120,15 @@ class PreparedData:
     def with_model_tokens(
         self, *, vocab_size: int, tokenizer_file: Path | None, special: SpecialTokenSettings
     ) -> PreparedData:
-        """Replace the end tokens of the folders by those of a model, or of the user.
+        """Check the folders against a model, and take the end tokens of the model or of the user.
 
         Args:
-            vocab_size: V of the model.
-            tokenizer_file: the model's tokenizer, where it has one.
-            special: what the user says about special tokens.
+            vocab_size: vocabulary size of the model, V.
+            tokenizer_file: the model's tokenizer.json; None if it has none.
+            special: the user's settings for special tokens.
 
         Raises:
-            DataError: the tokens are not the model's.
+            DataError: token ids, the tokenizer or the begin token do not match the model or the settings.
         """
         manifest, path = self.manifests[0], self.portions[0].path
         tokenizer = tokenizers.load_tokenizer(self.tokenizer_file)
@@ -147,24 +155,24 @@ class PreparedData:
         return replace(self, special_tokens=found)
 
     def check_same(self, other: PreparedData) -> None:
-        """Raise DataError unless other folders hold what these hold."""
+        """Check that other folders have the content of these. Raises DataError, naming a folder that has changed."""
         for number, (path, _) in enumerate(other.portions):
             if number >= len(self.manifests) or self.manifests[number].checksum != other.manifests[number].checksum:
                 raise DataError(f"data: {path} has changed since this run began; start the run again")
 
     @property
     def fingerprint(self) -> str:
-        """Of all texts."""
+        """Fingerprint of the texts that the folders were made from."""
         return "+".join(manifest.fingerprint for manifest in self.manifests)
 
     @property
     def identity(self) -> str:
-        """Of all tokens, the order of the folders, and their weights."""
+        """A text that changes with the tokens, the order of the folders or their weights."""
         pairs = zip(self.manifests, self.portions, strict=True)
         return render_json({"portions": [[manifest.checksum, portion.weight] for manifest, portion in pairs]})
 
     def split(self, name: str) -> Split:
-        """What a split holds, over all folders."""
+        """Combine the manifests' entries for a split over all folders."""
         splits = [manifest.splits[name] for manifest in self.manifests]
         return Split(
             shards=tuple(shard for split in splits for shard in split.shards),
@@ -175,18 +183,18 @@ class PreparedData:
         )
 
     def rows(self, split: str, *, sequence_length: int) -> PackedRows | MixedRows:
-        """The rows of a split. Held-out rows of several folders follow one another."""
+        """Open the rows of a split; rows of several folders are concatenated, and sampled by weight in training."""
         parts = [PackedRows(path, split, sequence_length=sequence_length) for path, _ in self.portions]
         return parts[0] if len(parts) == 1 else MixedRows(parts, [weight for _, weight in self.portions])
 
     def check(self, *, sequence_length: int) -> None:
-        """Raise DataError now, not when a split is first read, for one that is too short or damaged."""
+        """Open every split once. Raises DataError for one that is too short or damaged, before anything is trained."""
         for split in SPLITS:
             self.rows(split, sequence_length=sequence_length)
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Link a file, or copy it to another file system."""
+    """Create a hard link, or a copy where the file system allows no link."""
     try:
         os.link(source, target)
     except OSError:

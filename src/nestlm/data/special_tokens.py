@@ -1,4 +1,4 @@
-"""Which tokens begin and end a text: as named, as the files beside a tokenizer say, or by well-known names."""
+"""The tokens that begin and end a text: from settings, from the files beside a tokenizer, or by well-known names."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from nestlm.utils.console import console
 
 KNOWN_BEGINS = (SEPARATOR, "<|begin_of_text|>", "<s>", "</s>")
 KNOWN_ENDS = ("</s>", "<|end_of_text|>", "<|eot_id|>", "<|im_end|>")
-PREPARED = ("portions.json", "manifest.json")  # files of ours, which hold what was read when they were written
+PREPARED = ("portions.json", "manifest.json")  # files of nestlm that hold the ids found when they were written
 TOKENIZER_CONFIG, SPECIAL_MAP = "tokenizer_config.json", "special_tokens_map.json"
 CONFIG, GENERATION = "config.json", "generation_config.json"
-MAX_NAMED = 8  # special tokens that a message names
+MAX_NAMED = 8  # special tokens that a message lists
 
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """Ids of the tokens around a text.
+    """Ids of the tokens that begin and end a text.
 
     Attributes:
         begin: id of the token before each document.
-        ends: ids at which a text ends, the main one first.
+        ends: ids of the tokens that end a text, the main one first.
     """
 
     begin: int
@@ -38,32 +38,32 @@ class SpecialTokens:
 
     @property
     def stops(self) -> frozenset[int]:
-        """Ids at which generation stops: the ends of a text, and the begin of the next one."""
+        """Ids at which generation stops: those that end a text, and the one that begins the next."""
         return frozenset({self.begin, *self.ends})
 
 
 @dataclass(frozen=True)
 class SpecialTokenSettings:
-    """What a user says about special tokens.
+    """The user's settings for special tokens.
 
     Attributes:
-        begin: content of the token that begins documents; None: as the files beside the tokenizer say.
-        ends: contents of the tokens that end texts; None: likewise.
-        in_text: whether the name of a special token in a text becomes that token, and not plain tokens.
+        begin: the token that begins documents; None takes the one that the files beside the tokenizer name.
+        ends: the tokens that end texts, the main one first; None takes those that the files name.
+        in_text: whether the name of a special token in a text becomes that token instead of plain text.
     """
 
     begin: str | None = None
     ends: Sequence[str] | None = None
     in_text: bool = False
 
-    def plain_name_warner(self, tokenizer: Tokenizer) -> SpecialTokenWarner:
-        """What warns of texts that the encoder of texts does not take as the user may have meant them."""
+    def make_warner(self, tokenizer: Tokenizer) -> SpecialTokenWarner:
+        """Create a warner for training texts that `tokenizer` encodes."""
         return SpecialTokenWarner(
             tokenizer, where="data: texts hold", cure="data.special_tokens=true (nestlm prepare --special-tokens)"
         )
 
     def read(self, tokenizer: Tokenizer, folder: Path | None) -> SpecialTokens:
-        """The tokens around a text; see `read_special_tokens`."""
+        """Find the tokens that begin and end texts; see `read_special_tokens`."""
         return read_special_tokens(tokenizer, folder, begin=self.begin, ends=self.ends)
 
 
@@ -72,60 +72,77 @@ def read_special_tokens(
 ) -> SpecialTokens:
     """Find the tokens that begin and end texts.
 
-    Begins: the named token; `bos_token` of the tokenizer's files; the token that the tokenizer itself puts before a
-    text; `bos_token_id`; a well-known name; the main end. Ends: the named tokens; `eos_token_id` of
-    generation_config.json, else of config.json; `eos_token`; well-known names; the begin.
+    The begin token is the first that exists of: `begin`; `bos_token` of the tokenizer's files; the token that the
+    tokenizer itself puts before a text; `bos_token_id`; a well-known name; the main end token. The end tokens are the
+    first that exist of: `ends`; `eos_token_id` of generation_config.json, else of config.json; `eos_token`; well-known
+    names; the begin token.
 
     Args:
         tokenizer: the tokenizer.
-        folder: the folder that holds its tokenizer.json and perhaps other files of a checkpoint; None: there is none.
-        begin: content of the begin token; None: as the files say.
-        ends: contents of the end tokens; None: as the files say.
+        folder: the folder of its tokenizer.json, which may hold other files of a checkpoint; None if there is none.
+        begin: the begin token; None takes it from the files.
+        ends: the end tokens; None takes them from the files.
 
     Raises:
-        DataError: a named token that the tokenizer lacks, a damaged file, files that disagree on what begins a text,
-            or a tokenizer without any such token.
+        DataError: the tokenizer lacks a named token or has none of the tokens above, a file is damaged, or files
+            disagree about the begin token.
     """
     files = TokenizerConfigs(tokenizer, folder)
     end_ids = (
-        files.ends() if ends is None else tuple(dict.fromkeys(files.named(end, "data.end_tokens") for end in ends))
+        files.find_ends()
+        if ends is None
+        else tuple(dict.fromkeys(files.find_id(end, "data.end_tokens") for end in ends))
     )
-    begin_id = files.begin(end_ids) if begin is None else files.named(begin, "data.begin_token")
+    begin_id = files.find_begin(end_ids) if begin is None else files.find_id(begin, "data.begin_token")
     return SpecialTokens(begin_id, end_ids or (begin_id,))
 
 
 @dataclass(frozen=True)
 class TokenizerConfigs:
-    """The JSON files beside a tokenizer.json, read as transformers reads them.
+    """The JSON files beside a tokenizer.json, with the precedence that transformers gives them.
 
     Attributes:
         tokenizer: the tokenizer.
-        folder: where the files are; None: there are none.
+        folder: the folder of the files; None if there are none.
+        contents: contents of the files that were read, by name.
     """
 
     tokenizer: Tokenizer
     folder: Path | None
-    read: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    contents: dict[str, Mapping[str, Any]] = field(default_factory=dict)
 
-    def begin(self, ends: Sequence[int]) -> int:
-        """Id of the begin token. Raises DataError where there is none, or files disagree."""
+    def find_begin(self, ends: Sequence[int]) -> int:
+        """Find the id of the begin token.
+
+        Args:
+            ends: ids of the end tokens; the first of them is the last resort.
+
+        Raises:
+            DataError: there is no begin token, or files disagree about it.
+        """
         for name in PREPARED:
-            if isinstance(found := self.content(name).get("begin"), int):
+            if isinstance(found := self.read_file(name).get("begin"), int):
                 return found
-        said, put = self.declared("bos_token"), self.put_before
-        if said is not None and put and said not in put:
+        declared, prefix = self.find_declared("bos_token"), self.prefix_ids
+        if declared is not None and prefix and declared not in prefix:
             raise DataError(
-                f"data.tokenizer: bos_token is {self.show(said)} in {self.folder}, but the tokenizer puts "
-                f"{self.show(put[0])} before a text; name the one that begins texts (data.begin_token, --begin-token)"
+                f"data.tokenizer: bos_token is {self.quote_token(declared)} in {self.folder}, but the tokenizer puts "
+                f"{self.quote_token(prefix[0])} before a text; name the one that begins texts "
+                "(data.begin_token, --begin-token)"
             )
-        if said is not None:
-            return said
-        if len(put) == 1:
-            return put[0]
+        if declared is not None:
+            return declared
+        if len(prefix) == 1:
+            return prefix[0]
         special = {index for index, token in self.tokenizer.get_added_tokens_decoder().items() if token.special}
         known = (self.tokenizer.token_to_id(name) for name in KNOWN_BEGINS)
         candidates = [
-            *(index for name in (CONFIG, GENERATION) for index in self.ids(name, "bos_token_id") if index in special),
+            *(
+                index
+                for name in (CONFIG, GENERATION)
+                for index in self.read_ids(name, "bos_token_id")
+                if index in special
+            ),
             *(index for index in known if index is not None),
             *ends,
         ]
@@ -136,32 +153,36 @@ class TokenizerConfigs:
             )
         return candidates[0]
 
-    def ends(self) -> tuple[int, ...]:
-        """Ids of the end tokens, the main one first; none where nothing names one."""
+    def find_ends(self) -> tuple[int, ...]:
+        """Find the ids of the end tokens, the main one first; the tuple is empty if no file names one."""
         for name in PREPARED:
-            if self.content(name).get("ends"):
-                return tuple(self.ids(name, "ends"))
-        listed = self.ids(GENERATION, "eos_token_id") or self.ids(CONFIG, "eos_token_id")
+            if self.read_file(name).get("ends"):
+                return tuple(self.read_ids(name, "ends"))
+        listed = self.read_ids(GENERATION, "eos_token_id") or self.read_ids(CONFIG, "eos_token_id")
         if not listed:
-            main = self.declared("eos_token")
+            main = self.find_declared("eos_token")
             known = (self.tokenizer.token_to_id(name) for name in KNOWN_ENDS)
             return tuple(index for index in known if index is not None) if main is None else (main,)
-        text = self.token("eos_token")
+        text = self.declared_text("eos_token")
         main = None if text is None else self.tokenizer.token_to_id(text)
-        order = sorted(dict.fromkeys(listed), key=lambda index: (index != main, not self.has(index)))
+        order = sorted(dict.fromkeys(listed), key=lambda index: (index != main, not self.has_id(index)))
         return tuple(order)
 
     @cached_property
-    def put_before(self) -> list[int]:
+    def prefix_ids(self) -> list[int]:
         """Ids that the tokenizer itself puts before a text."""
         is_plain = self.tokenizer.padding is None and self.tokenizer.truncation is None
         encoding = (self.tokenizer if is_plain else make_text_encoder(self.tokenizer)).encode("a")
         mask = encoding.special_tokens_mask
         return encoding.ids[: mask.index(0)] if 0 in mask else []
 
-    def declared(self, name: str) -> int | None:
-        """Id of a token of the tokenizer's files. Raises DataError where the tokenizer lacks it."""
-        text = self.token(name)
+    def find_declared(self, name: str) -> int | None:
+        """Return the id of the token that the files declare under `name`, such as `bos_token`, or None.
+
+        Raises:
+            DataError: the tokenizer lacks the declared token.
+        """
+        text = self.declared_text(name)
         if text is None:
             return None
         index = self.tokenizer.token_to_id(text)
@@ -173,10 +194,13 @@ class TokenizerConfigs:
             )
         return index
 
-    def token(self, name: str) -> str | None:
-        """Content of a token of the tokenizer's files; special_tokens_map.json goes first where it is read."""
-        config = self.content(TOKENIZER_CONFIG)
-        maps = [config] if "added_tokens_decoder" in config else [self.content(SPECIAL_MAP), config]
+    def declared_text(self, name: str) -> str | None:
+        """Return the text of the token that the files declare under `name`, or None.
+
+        special_tokens_map.json takes precedence, except over a tokenizer_config.json that lists its added tokens.
+        """
+        config = self.read_file(TOKENIZER_CONFIG)
+        maps = [config] if "added_tokens_decoder" in config else [self.read_file(SPECIAL_MAP), config]
         for content in maps:
             value = content.get(name)
             text = value.get("content") if isinstance(value, dict) else value
@@ -188,9 +212,9 @@ class TokenizerConfigs:
                 return text
         return None
 
-    def ids(self, name: str, key: str) -> list[int]:
-        """Token ids that a file holds under a key: one, several, or none. Raises DataError for anything else."""
-        value = self.content(name).get(key)
+    def read_ids(self, name: str, key: str) -> list[int]:
+        """Read the token ids, none to several, under a key of a file. Raises DataError for any other value."""
+        value = self.read_file(name).get(key)
         found = [] if value is None else value if isinstance(value, list) else [value]
         if not all(isinstance(index, int) and not isinstance(index, bool) for index in found):
             raise DataError(
@@ -199,36 +223,44 @@ class TokenizerConfigs:
             )
         return [index for index in found if index >= 0]
 
-    def content(self, name: str) -> Mapping[str, Any]:
-        """A file's content; empty where there is no such file. Raises DataError for a damaged one."""
-        if name not in self.read:
+    def read_file(self, name: str) -> Mapping[str, Any]:
+        """Read a file once; returns an empty dictionary if it does not exist. Raises DataError if it is damaged."""
+        if name not in self.contents:
             path = None if self.folder is None else self.folder / name
-            self.read[name] = read_json_object(path) if path is not None and path.is_file() else {}
-        return self.read[name]
+            self.contents[name] = read_json_object(path) if path is not None and path.is_file() else {}
+        return self.contents[name]
 
-    def has(self, index: int) -> bool:
-        """Whether the tokenizer has a token of this id."""
+    def has_id(self, index: int) -> bool:
+        """Return whether the tokenizer has a token with this id."""
         return index < 2**32 and self.tokenizer.id_to_token(index) is not None
 
-    def named(self, text: str, setting: str) -> int:
-        """Id of a token that a setting names. Raises DataError where the tokenizer lacks it."""
+    def find_id(self, text: str, setting: str) -> int:
+        """Return the id of a token.
+
+        Args:
+            text: the token.
+            setting: the config key that names it, for the message.
+
+        Raises:
+            DataError: the tokenizer lacks the token.
+        """
         index = self.tokenizer.token_to_id(text)
         if index is None:
             raise DataError(f"{setting}: got {text[:80]!r}, which the tokenizer lacks{self.suggestion()}")
         return index
 
     def suggestion(self) -> str:
-        """The end of a message: special tokens that could be named."""
+        """Return the end of an error message, which lists special tokens of the tokenizer."""
         names = list(special_token_names(self.tokenizer))[:MAX_NAMED]
         return f"; it has {', '.join(names)}" if names else ""
 
-    def show(self, index: int) -> str:
-        """A token as messages name it."""
+    def quote_token(self, index: int) -> str:
+        """Return a token in quotes for an error message."""
         return repr(self.tokenizer.id_to_token(index))
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """An object of a JSON file. Raises DataError for anything else."""
+    """Read a JSON file that holds an object. Raises DataError for any other content."""
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
@@ -241,22 +273,22 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def special_token_names(tokenizer: Tokenizer) -> Iterator[str]:
-    """Contents of a tokenizer's special tokens, by id."""
+    """Yield the names of a tokenizer's special tokens in the order of their ids."""
     for _, token in sorted(tokenizer.get_added_tokens_decoder().items()):
         if token.special:
             yield token.content
 
 
 class SpecialTokenWarner:
-    """Warns, once, of texts that hold names of special tokens which are taken as plain text."""
+    """Warns once about texts with names of special tokens that are encoded as plain text."""
 
     def __init__(self, tokenizer: Tokenizer, *, where: str, cure: str) -> None:
-        """Take the names.
+        """Compile the names into a pattern.
 
         Args:
-            tokenizer: as texts are encoded; one that makes special tokens of names has no plain ones.
-            where: what holds them, as the message begins.
-            cure: the setting that makes special tokens of them.
+            tokenizer: the tokenizer that encodes the texts; one that turns names into special tokens needs no warning.
+            where: the beginning of the warning, which says what holds the names.
+            cure: the setting that turns names into special tokens.
         """
         names = (
             [] if not tokenizer.encode_special_tokens else sorted(special_token_names(tokenizer), key=len, reverse=True)
@@ -264,8 +296,8 @@ class SpecialTokenWarner:
         self.pattern = re.compile("|".join(map(re.escape, names))) if names else None
         self.where, self.cure = where, cure
 
-    def look(self, text: str) -> None:
-        """Look at a text; the first that holds a name is the last that is looked at."""
+    def check(self, text: str) -> None:
+        """Print the warning for the first text that holds a name; later texts are not searched."""
         if self.pattern is not None and self.pattern.search(text):
             found = ", ".join(list(dict.fromkeys(self.pattern.findall(text)))[:MAX_NAMED])
             console.print(

@@ -1,4 +1,4 @@
-"""Rows of documents that are tokenized while training reads them."""
+"""The loader of a stream source: it tokenizes documents while training reads them."""
 
 from __future__ import annotations
 
@@ -10,22 +10,33 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from nestlm.data.batch import Batch
-from nestlm.data.packed_rows import collate_rows
 from nestlm.data.prefetch import prefetch
 from nestlm.data.sources.base import StreamSource
 from nestlm.data.special_tokens import SpecialTokenSettings
+from nestlm.data.step_loader import collate_rows
 from nestlm.data.tokenizer import check_token_ids, prepend_begin
 from nestlm.distributed.collectives import ALL_ROWS, RowShard
 from nestlm.errors import DataError
 
-TOGETHER = 64  # documents that the tokenizer's threads share out
+DOCUMENTS_AT_ONCE = 64  # the tokenizer's threads divide them among themselves
 
 
 class StreamLoader:
-    """Batches of the steps from 0 to `num_steps`, as one rank sees them, in the stream's own order.
+    """Iterates over one rank's batches of the steps 0 to `num_steps` - 1, in the order of the stream.
 
     Every rank reads the whole stream and takes its rows of each step, so the order is the same for any number of ranks.
-    The state is the next token's document and its place in that: a resume goes on with it, on any number of ranks.
+    The state is the next token's document and its offset there, so training resumes exactly on any number of ranks.
+
+    Args:
+        source: the stream; its first documents are held out and not read here.
+        tokenizer: the tokenizer as `make_text_encoder` returns it.
+        num_steps: number of training steps.
+        batch_size: rows of a step over all ranks, B.
+        sequence_length: tokens of a row, L.
+        document_separator: id of the token before each document.
+        vocab_size: vocabulary size of the model, V.
+        separate_documents: whether documents within a row do not attend to each other.
+        row_shard: which rows of a step this rank takes.
     """
 
     def __init__(
@@ -46,7 +57,7 @@ class StreamLoader:
         self.document_separator = document_separator
         self.collate_separator = document_separator if separate_documents else None
         self.row_shard = row_shard
-        self.vocab_size, self.plain_name_warner = vocab_size, SpecialTokenSettings().plain_name_warner(tokenizer)
+        self.vocab_size, self.warner = vocab_size, SpecialTokenSettings().make_warner(tokenizer)
         self.next_step, self.number, self.offset = 0, source.heldout_documents, 0
 
     def __len__(self) -> int:
@@ -54,7 +65,7 @@ class StreamLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         step_tokens = self.batch_size * self.sequence_length
-        documents = prefetch(self.encoded(self.number))
+        documents = prefetch(self.tokenized(self.number))
         waiting: deque[tuple[int, np.ndarray]] = deque()
         have, offset = -self.offset, self.offset
         while self.next_step < self.num_steps:
@@ -70,15 +81,19 @@ class StreamLoader:
             own = list(rows[self.row_shard.rank :: self.row_shard.num_ranks])
             yield collate_rows(own, separator=self.collate_separator, row_shard=self.row_shard)
 
-    def encoded(self, start: int) -> Iterator[tuple[int, np.ndarray]]:
-        """Numbers and tokens of the documents from one on; after the last comes the first that is not held out."""
+    def tokenized(self, start: int) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield number and token ids of each document from `start` on, and begin again after the last one.
+
+        Raises:
+            DataError: the stream ends with the held-out documents, or a document holds a token that the model lacks.
+        """
         while True:
             texts, found = self.source.numbered_texts(start), False
-            while group := list(islice(texts, TOGETHER)):
+            while group := list(islice(texts, DOCUMENTS_AT_ONCE)):
                 found = True
                 encodings = self.tokenizer.encode_batch_fast([text for _, text in group], add_special_tokens=False)
                 for (number, text), encoding in zip(group, encodings, strict=True):
-                    self.plain_name_warner.look(text)
+                    self.warner.check(text)
                     check_token_ids(
                         self.tokenizer, encoding.ids, vocab_size=self.vocab_size, where=f"data: document {number}"
                     )
@@ -89,9 +104,9 @@ class StreamLoader:
             start = self.source.heldout_documents
 
     def state_dict(self) -> dict[str, int]:
-        """The position, for a checkpoint."""
+        """Return the position, for a checkpoint."""
         return {"next_step": self.next_step, "number": self.number, "offset": self.offset}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from a position."""
+        """Continue from the position in a checkpoint."""
         self.next_step, self.number, self.offset = state["next_step"], state["number"], state["offset"]

@@ -1,4 +1,4 @@
-"""The files of a text folder: which are read, and which are left out."""
+"""The search for text files in a folder."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from pathlib import Path
 from nestlm.data.file_readers import COMPRESSED, has_reader
 from nestlm.errors import DataError
 
-MAX_NAMED = 12  # left-out files and suffixes that a message names
+MAX_NAMED = 12  # left-out files and suffixes that a message lists
 
 
 @dataclass(frozen=True)
 class TextFiles:
-    """What a folder holds.
+    """The files of a text folder.
 
     Attributes:
-        files: to read, sorted.
-        left_out: names of other files, with the reason; without one it is the suffix.
+        files: files that can be read, sorted.
+        left_out: names of all other files, each with the reason; an empty reason means that the suffix is unknown.
     """
 
     files: list[Path] = field(default_factory=list)
     left_out: list[tuple[str, str]] = field(default_factory=list)
 
     @classmethod
-    def below(cls, root: Path) -> TextFiles:
-        """Go through a folder, then through what links in it lead to; no folder and no file is met twice.
+    def find(cls, root: Path) -> TextFiles:
+        """Search a folder and its subfolders, then the targets of links in them. Each file and folder is taken once.
 
         Raises:
             DataError: a folder cannot be read.
         """
         found, folders, links = cls(), deque([(root, root.resolve())]), deque[Path]()
-        walked, linked = set[Path](), set[Path]()  # real paths of folders, and of files that links lead to
+        walked, linked = set[Path](), set[Path]()  # resolved folders, and resolved files that links lead to
 
         def take(path: Path) -> None:
             if has_reader(path):
@@ -70,7 +70,7 @@ class TextFiles:
         return found
 
     def summary(self) -> str:
-        """The left-out files: how many of which suffix, and the names of those with a reason of their own."""
+        """Describe the left-out files: the number by suffix, and the names of those left out for another reason."""
         counts = Counter(describe_suffix(name) for name, reason in self.left_out if not reason)
         parts = [f"{number} {kind}" for kind, number in sorted(counts.items())]
         parts += [f"{name} ({reason})" for name, reason in sorted(self.left_out) if reason]
@@ -79,7 +79,7 @@ class TextFiles:
 
 
 def list_entries(folder: Path) -> list[os.DirEntry[str]]:
-    """What a folder holds, by name, but hidden entries. Raises DataError where it cannot be read."""
+    """List the entries of a folder that are not hidden, sorted by name. Raises DataError if it cannot be read."""
     try:
         with os.scandir(folder) as found:
             return sorted((entry for entry in found if not is_hidden(entry.name)), key=lambda entry: entry.name)
@@ -91,17 +91,17 @@ def list_entries(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file's or folder's name begins with a dot."""
+    """Return whether a name begins with a dot."""
     return name.startswith(".")
 
 
 def describe_suffix(name: str) -> str:
-    """How a message calls files of a kind."""
+    """Return the suffix of a file name for a message, such as `.tar.gz`, or `without a suffix`."""
     path = Path(name)
     kinds = path.suffixes[-2:] if path.suffix.lower() in COMPRESSED[1:] else path.suffixes[-1:]
     return "".join(kinds) or "without a suffix"
 
 
 def printable_path(path: Path | str) -> str:
-    """A name that can be printed and encoded, also of a file whose name is no UTF-8."""
+    """Convert a path to text that can be printed; bytes that are not UTF-8 become escapes."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")

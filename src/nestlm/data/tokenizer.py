@@ -1,4 +1,4 @@
-"""Byte-level BPE tokenizers, trained here or brought along with a model."""
+"""Tokenizers: training, loading, checks against a model, and encoding."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from nestlm.errors import DataError
 
-SEPARATOR = "<|endoftext|>"
+SEPARATOR = "<|endoftext|>"  # the special token of trained tokenizers, with id 0
 QUOTED_LENGTH = 80  # characters of a text or an error that a message quotes
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
-    """A byte-level BPE whose token 0 separates documents.
+    """Train a byte-level BPE tokenizer whose token 0 separates documents.
 
     Raises:
-        DataError: the text is too small to yield that many tokens.
+        DataError: the text is too short to yield `vocab_size` tokens.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -40,7 +40,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Read a tokenizer.json. Raises DataError when there is none, or it is damaged."""
+    """Load a tokenizer.json. Raises DataError if it is missing or damaged."""
     if not path.is_file():
         raise DataError(
             f"data.tokenizer: {path} does not exist; wanted a tokenizer.json, as AutoTokenizer.save_pretrained of "
@@ -53,29 +53,32 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 
 def parse_tokenizer(content: bytes) -> Tokenizer:
-    """The tokenizer of a tokenizer.json's content. Raises an exception of the library where it is none."""
+    """Build a tokenizer from the content of a tokenizer.json. Raises the library's Exception for any other content."""
     return Tokenizer.from_str(content.decode())
 
 
 def hash_tokenizer(tokenizer: Tokenizer) -> str:
-    """SHA-256 of the tokenizer as the library writes it: equal for equal ones, however their files are laid out."""
+    """Return the SHA-256 of the tokenizer's JSON as the library writes it, which ignores the layout of its file."""
     return hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
 
 
 def hash_tokenizer_file(file: Path) -> str:
-    """SHA-256 of a tokenizer.json that the library wrote."""
+    """Return the SHA-256 of a tokenizer.json that the library wrote; it equals `hash_tokenizer` of its tokenizer."""
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def id_bound(tokenizer: Tokenizer) -> int:
-    """The smallest number that all token ids are below; ids may have gaps."""
+    """Return the largest token id plus one. Ids may have gaps, so it can exceed the number of tokens."""
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
 def check_vocabulary(tokenizer: Tokenizer, *, vocab_size: int) -> None:
-    """Raise DataError where a tokenizer's own tokens are more than a model's.
+    """Check that a model has a row of its embedding for every token of the tokenizer's vocabulary.
 
-    Tokens that were added above the vocabulary may lack a row in the embedding as long as no text holds them.
+    Tokens that were added above the vocabulary may lack a row as long as no text holds them; see `check_token_ids`.
+
+    Raises:
+        DataError: the vocabulary is larger than `vocab_size`.
     """
     size = max(tokenizer.get_vocab(with_added_tokens=False).values(), default=-1) + 1
     if size > vocab_size:
@@ -85,7 +88,17 @@ def check_vocabulary(tokenizer: Tokenizer, *, vocab_size: int) -> None:
 
 
 def check_token_ids(tokenizer: Tokenizer, ids: Sequence[int] | np.ndarray, *, vocab_size: int, where: str) -> None:
-    """Raise DataError, naming the token, where ids hold one that a model's embedding has no row for."""
+    """Check that a model has a row of its embedding for every id.
+
+    Args:
+        tokenizer: names the token in the message.
+        ids: token ids.
+        vocab_size: vocabulary size of the model, V.
+        where: the beginning of the message, which says what the ids are from.
+
+    Raises:
+        DataError: an id is not below `vocab_size`.
+    """
     largest = max(ids) if len(ids) else 0
     if largest >= vocab_size:
         raise DataError(
@@ -95,11 +108,11 @@ def check_token_ids(tokenizer: Tokenizer, ids: Sequence[int] | np.ndarray, *, vo
 
 
 def make_text_encoder(tokenizer: Tokenizer, *, special_tokens: bool = False) -> Tokenizer:
-    """A copy that takes texts as they are: none is cut or filled up.
+    """Copy a tokenizer without its truncation and padding, to encode whole texts.
 
     Args:
-        tokenizer: the tokenizer.
-        special_tokens: whether the name of a special token in a text becomes that token; otherwise it is plain text.
+        tokenizer: the tokenizer, which is not changed.
+        special_tokens: whether the name of a special token in a text becomes that token instead of plain text.
     """
     copy = Tokenizer.from_str(tokenizer.to_str())
     copy.no_truncation()
@@ -109,15 +122,15 @@ def make_text_encoder(tokenizer: Tokenizer, *, special_tokens: bool = False) -> 
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str, *, begin: int) -> list[int]:
-    """Token ids of a text, after the token that begins a document.
+    """Encode a prompt, with the token that begins a document in front.
 
     Args:
-        tokenizer: as `for_texts` returns it; where it makes special tokens of names, a prompt may bring its own begin.
+        tokenizer: the tokenizer as `make_text_encoder` returns it.
         text: the prompt.
         begin: id of the token that begins a document.
 
     Raises:
-        DataError: the tokenizer cannot say the text: it is no Unicode text, or characters would be left out.
+        DataError: the text is not valid Unicode, or the tokenizer has no tokens for some of its characters.
     """
     try:
         encoding = tokenizer.encode(text, add_special_tokens=False)
@@ -132,7 +145,7 @@ def encode_prompt(tokenizer: Tokenizer, text: str, *, begin: int) -> list[int]:
         if token != unknown
         for place in range(start, end)
     }
-    lost = "".join(" " if place in covered else sign for place, sign in enumerate(text)).split()
+    lost = "".join(" " if place in covered else character for place, character in enumerate(text)).split()
     if lost:
         shown = ", ".join(map(repr, dict.fromkeys(lost)))
         raise DataError(f"prompt: the tokenizer has no token for {shown:.{QUOTED_LENGTH}}; leave it out")
@@ -140,8 +153,8 @@ def encode_prompt(tokenizer: Tokenizer, text: str, *, begin: int) -> list[int]:
 
 
 def prepend_begin(tokenizer: Tokenizer, ids: list[int], *, begin: int) -> list[int]:
-    """Token ids of a document after the token that begins it, unless the text named that token itself.
+    """Put the begin token before a document's ids, unless its text begins with the name of that token.
 
-    Chat templates write it. Where names are plain text, no text can name it.
+    Chat templates write that name. It counts only when the tokenizer turns names into special tokens.
     """
     return ids if not tokenizer.encode_special_tokens and ids[:1] == [begin] else [begin, *ids]

@@ -67,7 +67,7 @@ def prepare_data(context: Context) -> Result:
             vocab_size=vocab_size, tokenizer_file=tokenizer_file, special=settings.special
         )
         prepared.check(sequence_length=settings.sequence_length)
-        prepared.keep(context.folder)
+        prepared.copy_heldout(context.folder)
     else:
         prepare_source(
             settings.source,

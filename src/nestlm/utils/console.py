@@ -1,4 +1,4 @@
-"""Standard output for results, standard error for progress: bars on a terminal only, lines everywhere."""
+"""Rich consoles: results go to standard output, progress and notices to standard error."""
 
 from __future__ import annotations
 
@@ -12,18 +12,24 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 T = TypeVar("T")
 
 output = Console(soft_wrap=True, highlight=False)  # results
-output.width = max(output.width, 100)  # a narrow table would cut names off
+output.width = max(output.width, 100)  # in narrower tables Rich truncates names
 console = Console(stderr=True, soft_wrap=True)  # progress
 
 
 @lru_cache(maxsize=256)
 def print_once(line: str) -> None:
-    """Print a line on standard error, the first time that it is given."""
+    """Print a line on standard error unless this process has printed the same line before."""
     console.print(line, highlight=False, markup=False)
 
 
 def progress_bar(*columns: str) -> Progress:
-    """A bar with a name, extra text columns and the time left; silent and free where there is no terminal."""
+    """Create a progress bar with a description, a counter and the remaining time.
+
+    The bar prints nothing when standard error is not a terminal.
+
+    Args:
+        columns: templates of extra text columns, such as `"{task.fields[speed]} tokens/s"`.
+    """
     return Progress(
         TextColumn("{task.description:>12}"),
         BarColumn(),
@@ -37,6 +43,6 @@ def progress_bar(*columns: str) -> Progress:
 
 
 def track(items: Iterable[T], description: str, *, total: int | None = None) -> Iterator[T]:
-    """Go through items under a bar."""
+    """Iterate over items while a progress bar counts them. `total` is needed when `items` has no length."""
     with progress_bar() as progress:
         yield from progress.track(items, description=description, total=total)

@@ -1,4 +1,4 @@
-"""Annotation of config fields whose class is called later, with arguments that no config knows."""
+"""Annotation for config fields that name a class which nestlm instantiates later, with arguments of its own."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Deferred:
-    """How a class of `Annotated[Callable[..., C], Deferred(...)]` is called when the time comes.
+    """Describe the later call of a class in a field typed `Annotated[Callable[..., C], Deferred(...)]`.
 
     Attributes:
-        given: parameters whose values the caller knows; a config cannot set them.
-        takes: a TypedDict of the only parameters that a config may set; None: all others.
+        given: parameters that the caller passes; a config cannot set them.
+        takes: a TypedDict of the parameters that a config may set; None: all that are not in `given`.
     """
 
     given: tuple[str, ...] = ()

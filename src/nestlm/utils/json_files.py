@@ -1,4 +1,4 @@
-"""JSON files that this project writes and reads again."""
+"""JSON files that nestlm writes and reads back."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from typing import Any
 
 from nestlm.errors import DataError
 
-REASON_LENGTH = 100  # characters of a parser's own words
+REASON_LENGTH = 100  # characters of another library's error that a message quotes
 
 
 def to_json(content: Any) -> str:
-    """The text of a file."""
+    """Format a value as the JSON text that nestlm writes: indented by 2, ending in a newline."""
     return json.dumps(content, indent=2) + "\n"
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a file whole or not at all."""
+    """Write a value to a JSON file atomically."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(to_json(content), encoding="utf-8")
     partial.replace(path)
 
 
 def read_json(path: Path, *, cure: str, kind: type = dict) -> Any:
-    """The value in a file.
+    """Read a value from a JSON file.
 
     Args:
-        path: of the file.
-        cure: what a user does about a damaged one.
-        kind: class of the value.
+        path: the file.
+        cure: the end of the error message, which says what to do about a damaged file.
+        kind: the expected class of the value.
 
     Raises:
-        DataError: the file is absent, no JSON, nested too deeply, or holds a value of another class.
+        DataError: the file is missing, is not JSON, is nested too deeply, or holds a value of another class.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -49,10 +49,16 @@ def read_json(path: Path, *, cure: str, kind: type = dict) -> Any:
 
 @contextmanager
 def damaged_file_errors(place: Path, *, cure: str) -> Iterator[None]:
-    """Read values of our own files, which may have been edited.
+    """Turn errors about missing keys or wrong types into a DataError that names the damaged file.
+
+    Wrap code in it that picks values out of a file which nestlm wrote and somebody may have edited.
+
+    Args:
+        place: the file or folder that the message names.
+        cure: the end of the message.
 
     Raises:
-        DataError: a key or a column is absent, or a value is of another type.
+        DataError: a key or column is missing, or a value has another type.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Locks of folders between processes."""
+"""Locks on folders between processes."""
 
 from __future__ import annotations
 
@@ -16,10 +16,16 @@ LOCK = ".lock"
 
 @contextmanager
 def lock_folder(folder: Path, what: str) -> Iterator[None]:
-    """One process at a time works in a folder; another says that it waits. The lock of a killed one is free at once.
+    """Hold an exclusive lock on a folder; wait, with a notice, while another process holds it.
+
+    The operating system releases the lock when the process ends, also when it is killed.
+
+    Args:
+        folder: an existing folder; its lock file is `.lock`.
+        what: how the notice names the work that waits.
 
     Raises:
-        ConfigError: something else than a file is in the lock's place.
+        ConfigError: `.lock` is a link or a folder.
     """
     path = folder / LOCK
     if path.is_symlink() or path.is_dir():

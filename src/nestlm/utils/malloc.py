@@ -1,4 +1,4 @@
-"""How a process that computes on a CPU holds its memory."""
+"""Allocator settings of glibc for training on CPUs."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import sys
 
 import torch
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
-LARGEST_KEPT = 2**25  # bytes; glibc fetches larger blocks anew each time, whatever it is told
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # parameters of mallopt(3)
+LARGEST_KEPT = 2**25  # bytes; glibc always maps larger blocks afresh
 
 
 def keep_freed_blocks(device: torch.device) -> None:
-    """Have glibc keep what is freed for the next step, rather than give it back to the system, where a CPU computes.
+    """Make glibc keep freed memory for reuse instead of returning it to the system, when the device is a CPU.
 
-    Each step frees what the next one takes again, and a page that was given back takes microseconds to get: up to a
-    fifth of a step's time. Nothing happens where the C library has no such setting.
+    Each training step allocates what the last one freed, and a page that was returned takes microseconds to map again:
+    up to a fifth of a step's time. On other devices and C libraries this does nothing.
     """
     if device.type != "cpu" or sys.platform != "linux":
         return

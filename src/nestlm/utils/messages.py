@@ -1,4 +1,4 @@
-"""Texts in messages, and names that a config gives to folders."""
+"""Parts of error messages, and checks of texts and names that a config holds."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from typing import Any
 
 from nestlm.errors import ConfigError
 
-LONGEST_NAME = 255  # bytes between slashes, as file systems have it
+LONGEST_NAME = 255  # bytes between slashes, the limit of common file systems
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
 def suggest_name(name: str, candidates: Iterable[str]) -> str:
-    """The end of a message: the likeliest right name, or all of them."""
+    """Return the end of a message about an unknown name: the closest candidate, or the list of all.
+
+    The text is empty when no candidate is close and there are more than 20.
+    """
     names = list(candidates)
     matches = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     if matches:
@@ -23,13 +26,21 @@ def suggest_name(name: str, candidates: Iterable[str]) -> str:
 
 
 def quote_value(value: Any, *, longest: int = 80) -> str:
-    """A value as a message quotes it: in one line, its end left out where it is long."""
+    """Return `repr(value)` on one line, cut to `longest` characters, for an error message."""
     text = " ".join(repr(value).split())
     return text if len(text) <= longest else f"{text[: longest - 3]}..."
 
 
 def check_text(text: str, where: str) -> None:
-    """Raise ConfigError for a text that no name, path or number is."""
+    """Check that a text of a config can be a name, a path or a number.
+
+    Args:
+        text: the text.
+        where: the config key, for the message.
+
+    Raises:
+        ConfigError: it has control characters, is not valid UTF-8, or is too long.
+    """
     if CONTROL.search(text):
         raise ConfigError(f"{where}: got {quote_value(text)}, wanted a text without control characters")
     try:
@@ -41,7 +52,11 @@ def check_text(text: str, where: str) -> None:
 
 
 def check_name(name: str, where: str, *, parts: int) -> None:
-    """Raise ConfigError unless a text names a folder below another one, in at most so many parts between slashes."""
+    """Check that a text names a folder below another one, in at most `parts` parts between slashes.
+
+    Raises:
+        ConfigError: the name is empty, absolute, has too many parts, or leads out of the folder.
+    """
     split = name.split("/")
     if not name or len(split) > parts or any(part.strip() in ("", ".", "..") for part in split) or "\\" in name:
         wanted = "a name such as ablation/router" if parts > 1 else "a name"

@@ -1,4 +1,4 @@
-"""Dotted names of nested settings."""
+"""Nested dictionaries as dotted keys."""
 
 from __future__ import annotations
 
@@ -7,7 +7,12 @@ from typing import Any
 
 
 def flat_items(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """All dotted keys of a nested mapping, with their values."""
+    """Yield every dotted key of a nested dictionary with its value, inner dictionaries included.
+
+    Args:
+        node: the dictionary; any other value yields nothing.
+        prefix: text before each key.
+    """
     if isinstance(node, dict):
         for key, value in node.items():
             yield f"{prefix}{key}", value

@@ -1,4 +1,4 @@
-"""What a machine lacks: space, permissions, open files, memory. One line says what, where, and the cure."""
+"""Errors about disk space, permissions, open files and memory, as one line with what, where and the cure."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ CURES = {
     errno.ENFILE: FILES,
     errno.ENOMEM: MEMORY,
     errno.EAGAIN: "raise the limits of processes (ulimit -u) and memory (ulimit -v)",
-    errno.ENOSYS: "mount /dev/shm, which processes share memory by, or set data.num_workers=0",
+    errno.ENOSYS: "mount /dev/shm, through which processes share memory, or set data.num_workers=0",
 }
 WRITING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
-# What libraries say without an error number.
+# Parts of messages of libraries that raise such errors without an errno.
 TEXTS = {
     "can't allocate memory": errno.ENOMEM,
     "not enough memory": errno.ENOMEM,
@@ -45,10 +45,10 @@ TEXTS = {
 
 @contextmanager
 def resource_errors(place: Path | None = None) -> Iterator[None]:
-    """Raise what the machine lacks as a ResourceError.
+    """Re-raise errors about missing resources as ResourceError; other errors pass through.
 
     Args:
-        place: the folder that is named where an error names no file.
+        place: the path that the message names when the error names none.
     """
     try:
         yield
@@ -62,11 +62,14 @@ def resource_errors(place: Path | None = None) -> Iterator[None]:
 
 
 def resource_error(error: BaseException, *, place: Path | None = None) -> ResourceError | None:
-    """What the machine lacks, where an error or what led to it says so; None for any other error, such as a bug.
+    """Translate an error about a missing resource, or one that such an error caused, into a ResourceError.
 
     Args:
-        error: of any kind.
-        place: the folder that is named where an error names no file.
+        error: any exception.
+        place: the path that the message names when the error names none.
+
+    Returns:
+        The ResourceError, or None when the error has another reason, such as a bug.
     """
     for each in iter_causes(error):
         if isinstance(each, OSError) and raised_by_semaphores(each):
@@ -85,7 +88,7 @@ def resource_error(error: BaseException, *, place: Path | None = None) -> Resour
 
 
 def iter_causes(error: BaseException) -> Iterator[BaseException]:
-    """An error, and those that led to it."""
+    """Yield an exception, then its causes and contexts, from the last raised to the first."""
     seen: set[int] = set()
     current: BaseException | None = error
     while current is not None and id(current) not in seen:
@@ -95,27 +98,31 @@ def iter_causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def raised_by_semaphores(error: OSError) -> bool:
-    """Whether an error comes from Python's semaphores, which need /dev/shm and name no file."""
+    """Return whether an error comes from multiprocessing's semaphores, which need /dev/shm and name no file."""
     frames = traceback.extract_tb(error.__traceback__)
     return bool(frames) and Path(frames[-1].filename).match("multiprocessing/synchronize.py")
 
 
 def first_line(error: BaseException) -> str:
-    """An error's own words, its first line."""
+    """Return the first line of an exception's message."""
     return next(iter(str(error).splitlines()), "")
 
 
 def shorten(text: object, *, longest: int = 200) -> str:
-    """A text of at most so many characters, its beginning cut off."""
+    """Convert to text and keep the last `longest` characters, with `...` in place of the rest."""
     shown = os.fsdecode(text) if isinstance(text, bytes) else str(text)
     return shown if len(shown) <= longest else f"...{shown[-longest:]}"
 
 
 def check_writable(folder: Path, *, setting: str) -> None:
-    """Look whether files can be written to a folder, or to the nearest one above it that exists.
+    """Check that files can be created in a folder, or, when it does not exist, in its nearest existing parent.
+
+    Args:
+        folder: where a command will write.
+        setting: the config key or option that named the folder, for the message.
 
     Raises:
-        ConfigError: it is no folder, or may not be written to.
+        ConfigError: the path is not a folder, or is read-only.
     """
     place = folder.absolute()
     while not os.path.lexists(place):

@@ -1,4 +1,4 @@
-"""The source that a path asks for."""
+"""The choice of a source by the form of `data.path`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,16 @@ from nestlm.errors import DataError
 
 
 def source_from_path(path: str | None, text_key: str = "text") -> Source | PreparedSource:
-    """The source code of the standard library, a prepared folder, a dataset (`hf:NAME`), or a folder of text files."""
+    """Choose a source by the form of a path.
+
+    Args:
+        path: None for the source code of the standard library; `hf:NAME` for a Hugging Face dataset; else a prepared
+            folder, a folder of text files, or a text file.
+        text_key: key or column that holds the text in datasets and structured files.
+
+    Raises:
+        DataError: the path cannot be read.
+    """
     if path is None:
         return Stdlib()
     if path.startswith(PREFIX):

@@ -1,4 +1,4 @@
-"""What a data source is: named documents that are yet to be tokenized, or folders that `nestlm prepare` made."""
+"""The three kinds of data sources: documents, prepared folders, and streams of documents."""
 
 from __future__ import annotations
 
@@ -12,46 +12,51 @@ from nestlm.errors import ConfigError
 
 
 class Document(NamedTuple):
-    """A text and the name that decides which split it belongs to."""
+    """A text and its name.
+
+    Attributes:
+        name: a unique name; its hash decides which split the document belongs to.
+        text: the text, not empty.
+    """
 
     name: str
     text: str
 
 
 class Source(Protocol):
-    """Where text comes from. The data stage tokenizes it."""
+    """A source of documents, which the data stage tokenizes and stores."""
 
     def documents(self) -> Iterator[Document]:
-        """All documents, in an order that never changes while the source doesn't.
+        """Yield all documents, each time in the same order.
 
         Raises:
-            DataError: there is nothing to read, or it cannot be read.
+            DataError: there are no documents, or they cannot be read.
         """
         ...
 
 
 class Portion(NamedTuple):
-    """A prepared folder, and its weight among others: samples are drawn in proportion."""
+    """A prepared folder and its sampling weight in a mixture; weights need not sum to 1."""
 
     path: Path
     weight: float
 
 
 class PreparedSource(ABC):
-    """Where tokens come from. The data stage checks them and copies nothing."""
+    """A source of tokens that `nestlm prepare` stored. Training reads its folders in place."""
 
     @abstractmethod
     def portions(self) -> list[Portion]:
-        """The folders, always in the same order."""
+        """Return the prepared folders and their weights, always in the same order."""
 
 
 class StreamSource(ABC):
-    """Where text comes from that is tokenized while training reads it, in its own order, not stored.
+    """A source of documents that are tokenized while training reads them, in the order of the source, and not stored.
 
-    The first documents are held out: the data stage prepares them.
+    Its first documents are held out: the data stage tokenizes and stores them.
 
     Attributes:
-        heldout_documents: how many.
+        heldout_documents: number of held-out documents.
     """
 
     heldout_documents: int
@@ -62,14 +67,17 @@ class StreamSource(ABC):
 
     @abstractmethod
     def numbered_texts(self, start: int) -> Iterator[tuple[int, str]]:
-        """Texts with their numbers, from a number on to the end. Numbers rise; those of empty texts may be left out."""
+        """Yield the numbers and texts of documents from number `start` to the end, in ascending order.
+
+        Numbers of empty texts may be skipped.
+        """
 
     @abstractmethod
     def identity(self) -> str:
-        """Tells whether the stream has changed, without reading it."""
+        """Return a text that changes when the stream's content changes, without reading the documents."""
 
     def documents(self) -> Iterator[Document]:
-        """The held-out documents."""
+        """Yield the held-out documents."""
         for number, text in self.numbered_texts(0):
             if number >= self.heldout_documents:
                 return
@@ -77,13 +85,13 @@ class StreamSource(ABC):
 
 
 class Fingerprint:
-    """SHA-256 over names and texts, document by document: equal for equal documents, on every machine."""
+    """An incremental SHA-256 over the names and texts of documents."""
 
     def __init__(self) -> None:
         self.digest = hashlib.sha256()
 
     def add(self, name: str, text: str) -> int:
-        """Take a document; returns the bytes of its text."""
+        """Add a document, and return the number of bytes of its text in UTF-8."""
         content = text.encode()
         for part in (name.encode(), content):
             self.digest.update(len(part).to_bytes(8, "big"))
@@ -91,12 +99,12 @@ class Fingerprint:
         return len(content)
 
     def hexdigest(self) -> str:
-        """Of all documents so far."""
+        """Return the hash of all documents added so far."""
         return self.digest.hexdigest()
 
 
 def fingerprint_documents(documents: Iterable[Document]) -> str:
-    """SHA-256 over names and texts."""
+    """Return the SHA-256 over the names and texts of all documents, in hexadecimal."""
     whole = Fingerprint()
     for name, text in documents:
         whole.add(name, text)

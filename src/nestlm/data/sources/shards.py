@@ -1,4 +1,4 @@
-"""Folders that `nestlm prepare` made: one, or several in a mixture."""
+"""Sources of tokens that `nestlm prepare` stored: one folder, or a mixture of several."""
 
 from __future__ import annotations
 
@@ -8,28 +8,35 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import override
+
 from nestlm.data.sources.base import Portion, PreparedSource
 from nestlm.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class Shards(PreparedSource):
-    """One prepared folder. The order of its rows is a pure function of (seed, step), for any ranks and workers."""
+    """One prepared folder. The order of its rows is a pure function of (seed, step), on any number of ranks.
+
+    Attributes:
+        path: the folder.
+    """
 
     path: str
 
+    @override
     def portions(self) -> list[Portion]:
         return [Portion(Path(self.path), 1.0)]
 
 
 @dataclass(frozen=True)
 class ShardMixture(PreparedSource):
-    """Several prepared folders of one tokenizer, drawn in proportion to their weights.
+    """Several prepared folders with one tokenizer, sampled in proportion to their weights.
 
-    The order is a pure function of (seed, step), as that of one folder. Each folder's rows come in epochs of their own.
+    The order is a pure function of (seed, step). Each folder has epochs of its own.
 
     Attributes:
-        sources: a `path` and a `weight` each.
+        sources: a mapping with `path` and `weight` for each folder.
     """
 
     sources: Sequence[Mapping[str, Any]]
@@ -45,5 +52,6 @@ class ShardMixture(PreparedSource):
                     f"data.sources: got {dict(source)}, wanted {{path: FOLDER, weight: a positive number}}"
                 )
 
+    @override
     def portions(self) -> list[Portion]:
         return [Portion(Path(source["path"]), source["weight"]) for source in self.sources]

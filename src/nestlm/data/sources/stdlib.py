@@ -1,4 +1,4 @@
-"""The default source: the source code of the running interpreter's standard library."""
+"""The default source, which needs no download: the source code of Python's standard library."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from nestlm.data.sources.base import Document
+from typing_extensions import override
+
+from nestlm.data.sources.base import Document, Source
 from nestlm.errors import DataError
 
 # Tests are absent from some distributions; site-packages is not the standard library.
@@ -15,9 +17,10 @@ LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__p
 
 
 @dataclass(frozen=True)
-class Stdlib:
-    """Real text that is on every machine: about 11 MB of Python. It differs between Python versions."""
+class Stdlib(Source):
+    """The Python source code of the standard library, about 11 MB. It differs between Python versions."""
 
+    @override
     def documents(self) -> Iterator[Document]:
         root = Path(sysconfig.get_paths()["stdlib"])
         names = sorted(
@@ -28,7 +31,7 @@ class Stdlib:
         if not names:
             raise DataError(f"data=stdlib: no source code in {root}; use data=text data.path=FOLDER")
         for name in names:
-            # A few files are in another encoding; what is not UTF-8 in them becomes U+FFFD.
+            # A few files have another encoding; their bytes that are not UTF-8 become U+FFFD.
             text = (root / name).read_bytes().decode("utf-8", errors="replace")
             if text.strip():
                 yield Document(name, text)

@@ -1,4 +1,4 @@
-"""Local text files."""
+"""The source of local text files."""
 
 from __future__ import annotations
 
@@ -6,26 +6,33 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from typing_extensions import override
+
 from nestlm.data.file_readers import SUFFIXES, NoTextError, has_reader, read_documents
-from nestlm.data.sources.base import Document
+from nestlm.data.sources.base import Document, Source
 from nestlm.data.text_files import TextFiles, printable_path
 from nestlm.errors import DataError
 from nestlm.utils.console import print_once
 
 
 @dataclass(frozen=True)
-class TextFolder:
-    """A folder, or a single file.
+class TextFolder(Source):
+    """The texts of a folder, or of a single file.
 
-    Every .txt, .md and .py file is a document; so is every line of a .jsonl or .ndjson file, every element of a .json
-    file, and every row of a .csv or .parquet file, under `text_key`. All but parquet may be packed, as .gz, .zst, .xz
-    or .bz2. Links are followed, and each file is read once. Hidden files and folders are not read; what else is left
-    out is printed.
+    Every .txt, .md and .py file is a document. So is every line of a .jsonl or .ndjson file, every element of a .json
+    file, and every row of a .csv or .parquet file, with the text under `text_key`. All but parquet may be compressed as
+    .gz, .zst, .xz or .bz2. Links are followed, and each file is read once. Hidden files and folders are skipped; all
+    other files that are left out are named on standard error.
+
+    Attributes:
+        path: the folder or file.
+        text_key: key of JSON objects, or column of tables, that holds the text.
     """
 
     path: str
     text_key: str = "text"
 
+    @override
     def documents(self) -> Iterator[Document]:
         root = Path(self.path)
         try:
@@ -46,7 +53,7 @@ class TextFolder:
             raise DataError(
                 f"data.path: {printable_path(root)} is no folder; wanted one that holds {', '.join(SUFFIXES)} files"
             )
-        found = TextFiles.below(root)
+        found = TextFiles.find(root)
         if not found.files:
             rest = f"; left out: {found.summary()}" if found.left_out else ""
             raise DataError(
@@ -63,5 +70,5 @@ class TextFolder:
 
 
 def drop_blank(documents: Iterator[Document]) -> Iterator[Document]:
-    """Documents that hold more than blanks."""
+    """Leave out documents that hold only whitespace."""
     return (document for document in documents if document.text.strip())
