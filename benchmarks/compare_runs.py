@@ -10,13 +10,13 @@ import sys
 from pathlib import Path
 
 from nestlm.report.comparison import Cell, Comparison, Line, compare, number
-from nestlm.report.runs import Run, find_runs
+from nestlm.report.runs import RunResults, find_runs
 from nestlm.report.tables import markdown_table
 
 AGAINST = "knapsack"  # the router whose losses are subtracted in the second table
 
 
-def table(runs: list[Run], keys: list[str]) -> str:
+def table(runs: list[RunResults], keys: list[str]) -> str:
     """Rows by the keys, columns by budget.
 
     A cell is the validation loss, mean ± standard deviation over seeds, then what was used of the budget's cost and of

@@ -31,7 +31,7 @@ from nestlm.config.compose import build, compose, load
 from nestlm.cost.table import PriceList
 from nestlm.data.tokenizer import train_tokenizer
 from nestlm.elastic.surgery import extract
-from nestlm.export import gguf, hf
+from nestlm.export import gguf_file, hf_folder
 from nestlm.model.family import Family
 from nestlm.nn.decoder import Decoder
 from nestlm.router.static.search import random_spec
@@ -79,7 +79,7 @@ def export_row(run: str, options: list[str], scratch: Path) -> str:
 
 def in_transformers(decoder: Decoder, family: Family, folder: Path) -> Way:
     """Greedy decoding of an export in transformers."""
-    hf.export(decoder, family, folder)
+    hf_folder.export_hf(decoder, family, folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
     prompt = torch.arange(PROMPT)[None] + 1
     settings = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
@@ -88,8 +88,8 @@ def in_transformers(decoder: Decoder, family: Family, folder: Path) -> Way:
 
 def in_llama(decoder: Decoder, family: Family, path: Path, tokenizer: Path) -> Way:
     """Greedy decoding of an export in llama.cpp."""
-    gguf.write(
-        decoder, family, path, precision="f32", tokenizer=tokenizer, ends=gguf.Ends(0, 0), name=path.stem
+    gguf_file.write_gguf(
+        decoder, family, path, precision="f32", tokenizer=tokenizer, texts=gguf_file.TextFormat(0, 0), name=path.stem
     )  # fmt: skip
     llama_cpp = importlib.import_module("llama_cpp")
     model = llama_cpp.Llama(str(path), n_ctx=256, n_threads=torch.get_num_threads(), verbose=False)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from nestlm.data.sources.synthetic import Synthetic
 from nestlm.data.tokenizer import train_tokenizer
-from nestlm.export.hf import export
+from nestlm.export.hf_folder import export_hf
 from nestlm.model.checkpoint import CHECKSUMS, shard_files
 from nestlm.model.family import Family
 from nestlm.model.pretrained import family_from_checkpoint
@@ -133,7 +133,7 @@ def row(case: str) -> str:
         checkpoint(case, folder)
         family, decoder = imported(folder)
         difference, spread = largest_difference(decoder, opened(folder))
-        export(decoder, family, out, shard_size="30KB")
+        export_hf(decoder, family, out, shard_size="30KB")
         changed = differing(folder, out)
         again, _ = largest_difference(decoder, opened(out))
     same = "bit-equal" if not changed else f"{changed[0]} and {len(changed) - 1} more differ"

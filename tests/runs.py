@@ -7,10 +7,10 @@ from typing import Any
 import yaml
 
 from nestlm.report.record import write_record
-from nestlm.report.runs import Run
+from nestlm.report.runs import RunResults
 
 
-def run(name: str, seed: int, losses: dict[str, float], **provenance) -> Run:
+def run(name: str, seed: int, losses: dict[str, float], **provenance) -> RunResults:
     known = {
         "commit": "1234567890abcdef", "dirty": False, "data_fingerprint": "text", "tokenizer": "tokens", "packages": {},
         "device": "cpu", "threads": 1, "wall_seconds": 1.0, "command": ["train.py", f"seed={seed}"],
@@ -26,7 +26,7 @@ def run(name: str, seed: int, losses: dict[str, float], **provenance) -> Run:
     ]
     config = {"label": None, "seed": seed, "router": {"name": name, "network": {"seed": seed}}, "steps": 3}
     metrics = {"pretrain": {"val_loss": 3.0, "tokens": 10}, "evaluate": {"pareto_gap": 0.1}}
-    return Run(Path(f"{name}-{seed}"), config, rows, metrics, specs, known | provenance, {"pretrain": True})
+    return RunResults(Path(f"{name}-{seed}"), config, rows, metrics, specs, known | provenance, {"pretrain": True})
 
 
 def run_folder(folder: Path, config: dict[str, Any]) -> Path:

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import nestlm
 from nestlm.cli.app import app
 from nestlm.errors import ExportError
-from nestlm.export import gguf, job, llama_cpp, push
+from nestlm.export import exporter, gguf_file, hub_upload, llama_cpp_process
 from nestlm.model.checkpoint import check_sha256sums
 from nestlm.nn.policy import fixed
 
@@ -92,20 +92,22 @@ def test_a_dynamic_router_goes_along(dynamic_run, out):
 
 def test_a_gguf_file_is_checked_with_what_is_there(static_run, out, monkeypatch):
     said = export(static_run, "--budget", "0.8", "--format", "gguf", "--out", str(out))
-    assert ("llama.cpp did not run it" in said) == (llama_cpp.library() is None)
+    assert ("llama.cpp did not run it" in said) == (llama_cpp_process.llama_cpp_version() is None)
     assert sorted(path.name for path in out.iterdir()) == ["README.md", "SHA256SUMS", "out-f32.gguf"]
-    monkeypatch.setattr(llama_cpp, "library", lambda: None)
+    monkeypatch.setattr(llama_cpp_process, "llama_cpp_version", lambda: None)
     said = export(static_run, "--budget", "0.8", "--format", "gguf", "--dtype", "q8_0", "--out", f"{out}2")
     assert "llama.cpp did not run it, since llama-cpp-python is not installed" in said
 
 
 def test_an_export_that_computes_something_else_leaves_nothing_behind(static_run, tmp_path, monkeypatch):
     model = nestlm.load(static_run)
-    written = gguf.arranged
-    monkeypatch.setattr(gguf, "arranged", lambda label, value, config, back=False: written(label, value, config))
+    written = gguf_file.permute_rotary_rows
+    monkeypatch.setattr(
+        gguf_file, "permute_rotary_rows", lambda label, value, config, back=False: written(label, value, config)
+    )
     with pytest.raises(ExportError, match=r"differ by .*wanted at most 1e-03; nothing is left"):
         model.export(tmp_path / "out", budget=0.8, form="gguf")
-    monkeypatch.setattr(job, "LIMITS", {"hf": -1.0})
+    monkeypatch.setattr(exporter, "LIMITS", {"hf": -1.0})
     with pytest.raises(ExportError, match=r"differ by 0\.0e\+00, wanted at most"):
         model.export(tmp_path / "out", budget=0.8)
     assert list(tmp_path.iterdir()) == []
@@ -152,4 +154,4 @@ def test_the_hub_gets_the_whole_folder(static_run, out, monkeypatch):
 
     monkeypatch.setattr(Hub, "upload_folder", refuse)
     with pytest.raises(ExportError, match=r"is complete, but the hub did not take it \(no network\)"):
-        push.push(out, "me/small")
+        hub_upload.upload_model(out, "me/small")

@@ -16,7 +16,7 @@ from nestlm.elastic.axes.depth import Depth
 from nestlm.errors import BudgetError, CheckpointError, ConfigError, DataError
 from nestlm.eval.policy_scores import evaluate
 from nestlm.report import record
-from nestlm.report.runs import Run, find_runs
+from nestlm.report.runs import RunResults, find_runs
 from nestlm.report.tables import read_csv
 from nestlm.train.trainer import make_trainer
 
@@ -209,7 +209,7 @@ def test_a_file_that_the_run_did_not_write_is_named(change, name, static_run, dy
     place = copied(static_run, tmp_path / "run")
     other = copied(dynamic_run, tmp_path / "other")
     change(place, other)
-    for opened in (nestlm.load, reproduce.read, Run.read):
+    for opened in (nestlm.load, reproduce.read, RunResults.read):
         with pytest.raises(DataError) as refused:
             opened(place)
         assert name in str(refused.value)

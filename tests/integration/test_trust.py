@@ -27,7 +27,7 @@ from nestlm.model.parent_files import ParentFiles
 from nestlm.model.pretrained import family_from_checkpoint
 from nestlm.nn.decoder import Decoder
 from nestlm.report.record import write_record
-from nestlm.report.runs import Run
+from nestlm.report.runs import RunResults
 from nestlm.train.callbacks.timed_checkpoint import STATE, last_good_checkpoint
 from nestlm.utils.checksums import CHECKSUMS, XXH128, hash_files, list_files, read_checksums, write_checksums
 
@@ -105,7 +105,7 @@ def test_a_run_is_only_read(static_run, tmp_path):
     folder = Path(shutil.copytree(static_run, tmp_path / "run"))
 
     def door() -> None:
-        Run.read(folder)
+        RunResults.read(folder)
         model = nestlm.load(folder)
         model.at(0.8)
         next(iter(model.calibration.batches))

@@ -10,7 +10,7 @@ from nestlm.errors import ConfigError, DataError
 from nestlm.report.comparison import compare, telling_keys
 from nestlm.report.formats import to_csv, to_latex, to_markdown
 from nestlm.report.page import to_html
-from nestlm.report.runs import Run
+from nestlm.report.runs import RunResults
 from runs import run
 
 LOSSES = {
@@ -21,7 +21,7 @@ LOSSES = {
 
 
 @pytest.fixture
-def runs() -> list[Run]:
+def runs() -> list[RunResults]:
     return [run(name, seed, losses) for (name, seed), losses in LOSSES.items()]
 
 

@@ -17,10 +17,10 @@ from nestlm.data.tokenizer import load_tokenizer, train_tokenizer
 from nestlm.elastic.axes.base import search_space
 from nestlm.elastic.surgery import extract
 from nestlm.errors import ExportError
-from nestlm.export import hf, job, remote
-from nestlm.export.card import Facts
-from nestlm.export.hf import export
-from nestlm.export.routing import Routing, kind
+from nestlm.export import exporter, hf_folder, remote
+from nestlm.export.exported_router import ExportedRouter, router_kind
+from nestlm.export.hf_folder import export_hf
+from nestlm.export.model_card import CardFacts
 from nestlm.model.pretrained import find_families
 from nestlm.nn.config import BlockConfig
 from nestlm.nn.policy import fixed
@@ -53,7 +53,7 @@ def test_layers_of_different_widths_open_and_generate_with_a_cache(name, tmp_pat
     spec = nested.uneven()
     small = extract(nested.decoder, spec, axes=nested.axes)
     assert len(set(small.config.blocks)) == 2 == len(small.config.blocks), "one block is skipped"
-    export(small, nested.family, tmp_path / "out")
+    export_hf(small, nested.family, tmp_path / "out")
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config["per_layer_config"]["1"]["intermediate_size"] == small.config.blocks[1].mlp_width
     model = opened(tmp_path / "out")
@@ -86,10 +86,10 @@ def test_a_router_decides_in_the_modelling_file_as_it_does_here(name, tmp_path):
     option, granularity, depth = ROUTED[name]
     nested = nest(FAMILIES[name], tmp_path / "in", depth=depth)
     router, plan = routed(nested, Variant(option, "dynamic", granularity), share=0.85)
-    policy, routing = router.policy(plan), Routing.of(router, plan, config=nested.decoder.config)
+    policy, routing = router.policy(plan), ExportedRouter.from_plan(router, plan, config=nested.decoder.config)
     (tmp_path / "out").mkdir()
     small = extract(nested.decoder, routing.spec, axes=nested.axes)
-    hf.write(small, nested.family, tmp_path / "out", routing=routing)
+    hf_folder.write_hf_folder(small, nested.family, tmp_path / "out", routing=routing)
     model = opened(tmp_path / "out")
     x = tokens(1, 50)
     wanted = nested.decoder(x, policy).logits_BLV
@@ -108,9 +108,11 @@ def test_a_router_decides_in_the_modelling_file_as_it_does_here(name, tmp_path):
 def test_rows_of_a_padded_batch_decide_as_they_do_alone(tmp_path):
     nested = nest(FAMILIES["llama"], tmp_path / "in")
     router, plan = routed(nested, Variant("value", "dynamic"), share=0.85)
-    routing = Routing.of(router, plan, config=nested.decoder.config)
+    routing = ExportedRouter.from_plan(router, plan, config=nested.decoder.config)
     (tmp_path / "out").mkdir()
-    hf.write(extract(nested.decoder, routing.spec, axes=nested.axes), nested.family, tmp_path / "out", routing=routing)
+    hf_folder.write_hf_folder(
+        extract(nested.decoder, routing.spec, axes=nested.axes), nested.family, tmp_path / "out", routing=routing
+    )
     model = opened(tmp_path / "out")
     short, long = tokens(1, 18), tokens(1, 30, seed=1)
     padded = torch.cat((torch.cat((tokens(1, 12, seed=2), short), dim=1), long))
@@ -127,10 +129,10 @@ def test_heads_that_do_not_divide_the_hidden_size_open_as_well(tmp_path):
     three = (BlockConfig(num_heads=3, num_kv_groups=3, mlp_width=28),) * 2
     family = replace(nested.family, num_layers=2)
     decoder = random_decoder(replace(family.decoder_config(), blocks=three))
-    export(decoder, family, tmp_path / "out")
+    export_hf(decoder, family, tmp_path / "out")
     assert parity.largest_difference(decoder, opened(tmp_path / "out"))[0] < 1e-5
     plain = random_decoder(replace(decoder.config, blocks=(BlockConfig(2, 2, 28),) * 2))
-    export(plain, family, tmp_path / "plain")
+    export_hf(plain, family, tmp_path / "plain")
     assert type(opened(tmp_path / "plain")).__name__ == "LlamaForCausalLM"
 
 
@@ -149,7 +151,7 @@ def test_a_disk_that_is_full_leaves_nothing_behind(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
     try:
         with pytest.raises(ExportError, match=r"cannot write .*File too large.*nothing is left"):
-            export(nested.decoder, nested.family, tmp_path / "out")
+            export_hf(nested.decoder, nested.family, tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
@@ -157,26 +159,26 @@ def test_a_disk_that_is_full_leaves_nothing_behind(tmp_path):
 
 def test_a_router_of_another_kind_is_refused_by_name():
     with pytest.raises(ExportError, match=r"knows no torch.*Router; wanted a static router, or router=surrogate"):
-        kind(torch.nn.Identity())
+        router_kind(torch.nn.Identity())
 
 
 def test_an_empty_folder_may_be_there_and_a_full_one_may_not(tmp_path):
     nested = nest("Llama 2", tmp_path / "in")
     (tmp_path / "out").mkdir()
-    export(nested.decoder, nested.family, tmp_path / "out")
+    export_hf(nested.decoder, nested.family, tmp_path / "out")
     with pytest.raises(ExportError, match="is there already"):
-        export(nested.decoder, nested.family, tmp_path / "out")
+        export_hf(nested.decoder, nested.family, tmp_path / "out")
 
 
-FACTS = Facts("0.6", {"flops": ("6 FLOPs", 0.6)}, "knapsack", "owner/parent", "f" * 8, None, {"the parent": 3.0})
+FACTS = CardFacts("0.6", {"flops": ("6 FLOPs", 0.6)}, "knapsack", "owner/parent", "f" * 8, None, {"the parent": 3.0})
 
 
-def of_weights(case: str, folder: Path) -> job.Nested:
+def of_weights(case: str, folder: Path) -> exporter.ExportSource:
     """A checkpoint of its own, as a run holds it."""
     parity.checkpoint(case, folder)
     family, decoder = parity.imported(folder)
     tokenizer, special = folder / "tokenizer.json", SpecialTokens(0, (0,))
-    return job.Nested(decoder.eval(), family, family.parent(), AXES, tokenizer, special, tokens(2, 40))
+    return exporter.ExportSource(decoder.eval(), family, family.parent(), AXES, tokenizer, special, tokens(2, 40))
 
 
 @pytest.mark.parametrize("case", ["Llama 2, bfloat16", "Qwen2.5 (tied, YaRN)", "GPT-3 (Nemotron), biases"])
@@ -184,7 +186,9 @@ def test_what_lies_beside_a_parent_goes_along(case, tmp_path):
     nested = of_weights(case, tmp_path / "in")
     space = search_space(AXES, nested.decoder.config)
     spec = space.spec({site: (site.layer + 1) % len(row) for site, row in space.choices.items()})
-    check = job.run(nested, job.Chosen(spec), tmp_path / "out", form="hf", precision=None, facts=FACTS)
+    check = exporter.export_model(
+        nested, exporter.ExportChoice(spec), tmp_path / "out", form="hf", precision=None, facts=FACTS
+    )
     assert check.difference < (0.5 if "bfloat16" in case else 1e-5)
     assert check.parameters < check.full_parameters
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
@@ -202,7 +206,9 @@ def test_another_tokenizer_than_the_parents_replaces_its_files(tmp_path):
     train_tokenizer(["another text " * 9], vocab_size=257 + 8).save(str(own))
     spec = search_space(AXES, nested.decoder.config).full()
     nested = replace(nested, tokenizer=own)
-    job.run(nested, job.Chosen(spec), tmp_path / "out", form="hf", precision="f16", facts=FACTS)
+    exporter.export_model(
+        nested, exporter.ExportChoice(spec), tmp_path / "out", form="hf", precision="f16", facts=FACTS
+    )
     found = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert found("another").input_ids == [0, *load_tokenizer(own).encode("another").ids]
     assert not (tmp_path / "out/special_tokens_map.json").exists()

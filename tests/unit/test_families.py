@@ -15,7 +15,7 @@ from nestlm.elastic.axes.base import search_space
 from nestlm.elastic.axes.depth import Depth
 from nestlm.elastic.surgery import extract
 from nestlm.errors import CheckpointError, ConfigError, ExportError
-from nestlm.export.hf import export
+from nestlm.export.hf_folder import export_hf
 from nestlm.model import hub
 from nestlm.model.checkpoint import CHECKSUMS, check_sha256sums
 from nestlm.model.pretrained import family_from_checkpoint, find_families
@@ -54,7 +54,7 @@ def test_logits_equal_transformers_and_the_round_trip_is_bit_equal(case, tmp_pat
     difference, spread = parity.largest_difference(decoder, parity.opened(folder))
     assert difference < 1e-5
     assert spread > 0.1, "the comparison means something"
-    export(decoder, family, out, shard_size="30KB")
+    export_hf(decoder, family, out, shard_size="30KB")
     assert parity.differing(folder, out) == []
     assert (out / "tokenizer.json").is_file()
     assert (out / "generation_config.json").is_file()
@@ -204,7 +204,7 @@ def test_a_window_that_no_layer_uses_is_ignored_as_transformers_does(tmp_path, c
     (tmp_path / "in/config.json").write_text(json.dumps(config | changes))
     family, decoder = parity.imported(tmp_path / "in")
     assert parity.largest_difference(decoder, parity.opened(tmp_path / "in"))[0] < 1e-5
-    export(decoder, family, tmp_path / "out")
+    export_hf(decoder, family, tmp_path / "out")
     model, prompt = parity.opened(tmp_path / "out"), torch.arange(20)[None]
     settings = {"max_new_tokens": 12, "do_sample": False, "attention_mask": torch.ones_like(prompt)}
     with_cache, without = (model.generate(prompt, use_cache=use, **settings) for use in (True, False))
@@ -278,7 +278,7 @@ def damage(folder: Path, dice: random.Random) -> str:
 def test_a_hundred_random_damages_are_all_found(folder, tmp_path):
     """Of a checkpoint with checksums, such as we export."""
     family, decoder = parity.imported(folder)
-    export(decoder, family, tmp_path / "good", shard_size="30KB")
+    export_hf(decoder, family, tmp_path / "good", shard_size="30KB")
     dice = random.Random(0)
     kinds = set()
     for number in range(100):
@@ -321,10 +321,10 @@ def test_an_export_of_equal_widths_is_of_the_family_and_overwrites_nothing(folde
     config = family.decoder_config()
     small = Decoder(type(config)(**(vars(config) | {"blocks": (narrow,) * 3})))
     small.init_weights(seed=0)
-    export(small, family, tmp_path / "small")
+    export_hf(small, family, tmp_path / "small")
     assert parity.largest_difference(small, parity.opened(tmp_path / "small"))[0] < 1e-5
     with pytest.raises(ExportError, match="is there already"):
-        export(small, family, tmp_path / "small")
+        export_hf(small, family, tmp_path / "small")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["small", "weights"]
     check_sha256sums(tmp_path / "small")
 
@@ -335,7 +335,7 @@ def test_an_export_of_fewer_layers_says_how_many(folder, tmp_path):
     family, decoder = parity.imported(folder)
     axes = (Depth(share=0.3, layers=(1,)),)
     small = extract(decoder, search_space(axes, decoder.config).smallest(), axes=axes)
-    export(small, family, tmp_path / "small")
+    export_hf(small, family, tmp_path / "small")
     written = json.loads((tmp_path / "small/config.json").read_text())
     assert written["num_hidden_layers"] == 2
     assert "layer_types" not in written

@@ -15,14 +15,14 @@ from nestlm.data.tokenizer import load_tokenizer
 from nestlm.data.tokenizer import train_tokenizer as train_tokenizer
 from nestlm.elastic.surgery import extract
 from nestlm.errors import ExportError
-from nestlm.export import gguf, llama_cpp
-from nestlm.export.vocabulary import CONTROL, SPLITS, Vocabulary
+from nestlm.export import gguf_file, llama_cpp_process
+from nestlm.export.gguf_vocabulary import CONTROL, SPLITS, GgufVocabulary
 from nestlm.nn.decoder import Decoder
 
-TEXTS = gguf.TextFormat(0, 0)
+TEXTS = gguf_file.TextFormat(0, 0)
 LLAMA3 = next(pattern for pattern, name in SPLITS.items() if name == "llama-bpe")
 NEEDS_LLAMA = pytest.mark.skipif(
-    llama_cpp.library() is None, reason="llama-cpp-python is not installed: it compiles for minutes"
+    llama_cpp_process.llama_cpp_version() is None, reason="llama-cpp-python is not installed: it compiles for minutes"
 )
 
 
@@ -30,15 +30,15 @@ def prose() -> str:
     return "".join(text for _, (_, text) in zip(range(12), Stdlib().documents(), strict=False))
 
 
-def written(nested: Nest, path: Path, *, case: str, precision: gguf.Precision = "f32") -> Decoder:
+def written(nested: Nest, path: Path, *, case: str, precision: gguf_file.Precision = "f32") -> Decoder:
     small = extract(nested.decoder, nested.uneven(), axes=nested.axes)
     tokenizer = path.with_name("in") / "tokenizer.json"
-    gguf.write(small, nested.family, path, precision=precision, tokenizer=tokenizer, texts=TEXTS, name=case)
+    gguf_file.write_gguf(small, nested.family, path, precision=precision, tokenizer=tokenizer, texts=TEXTS, name=case)
     return small
 
 
 def file_of(path: Path):
-    return gguf.library().GGUFReader(path)
+    return gguf_file.import_gguf().GGUFReader(path)
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def file_of(path: Path):
 def test_a_file_read_back_is_the_sub_network(case, tmp_path):
     nested = nest(case, tmp_path / "in", depth=True)
     small = written(nested, tmp_path / "model.gguf", case=case)
-    back, reader = gguf.read(tmp_path / "model.gguf", nested.family), file_of(tmp_path / "model.gguf")
+    back, reader = gguf_file.read_gguf(tmp_path / "model.gguf", nested.family), file_of(tmp_path / "model.gguf")
     assert back.config.blocks == small.config.blocks
     for name, parameter in small.named_parameters():
         assert torch.equal(dict(back.named_parameters())[name], parameter), name
@@ -66,7 +66,9 @@ def test_precisions_and_what_they_cost(tmp_path):
         path = tmp_path / f"{precision}.gguf"
         small = written(nested, path, case="x", precision=precision)
         with torch.no_grad():
-            lost[precision] = float((gguf.read(path, nested.family)(x).logits_BLV - small(x).logits_BLV).abs().max())
+            lost[precision] = float(
+                (gguf_file.read_gguf(path, nested.family)(x).logits_BLV - small(x).logits_BLV).abs().max()
+            )
         kinds[precision] = {tensor.name: tensor.tensor_type.name for tensor in file_of(path).tensors}
         sizes[precision] = path.stat().st_size
     assert lost["f32"] == 0.0 < lost["f16"] < lost["bf16"] < 1.0
@@ -80,7 +82,7 @@ def test_precisions_and_what_they_cost(tmp_path):
 def test_equal_widths_are_a_plain_llama(tmp_path):
     nested = nest("Llama 3.2 (tied)", tmp_path / "in")
     path = tmp_path / "model.gguf"
-    gguf.write(
+    gguf_file.write_gguf(
         nested.decoder,
         nested.family,
         path,
@@ -94,22 +96,22 @@ def test_equal_widths_are_a_plain_llama(tmp_path):
     assert reader.get_field("llama.attention.head_count_kv").contents() == 2
     names = {tensor.name for tensor in reader.tensors}
     assert "output.weight" not in names, "tied"
-    assert gguf.FACTORS in names
+    assert gguf_file.FACTORS in names
 
 
 @pytest.mark.parametrize("name", ["qwen2", "qwen3", "nemotron"])
 def test_other_families_are_refused_with_the_reason(name, tmp_path):
     with pytest.raises(ExportError, match=r"for the Llama family only, this is .*ForCausalLM; try --format hf"):
-        gguf.check(nest(FAMILIES[name], tmp_path).family)
+        gguf_file.check_family_fits(nest(FAMILIES[name], tmp_path).family)
 
 
 def test_a_tensor_that_is_lost_is_named(tmp_path, monkeypatch):
     nested = nest("Llama 3", tmp_path / "in")
-    whole = gguf.tensors
-    monkeypatch.setattr(gguf, "tensors", lambda decoder: list(whole(decoder))[:-1])
+    whole = gguf_file.named_tensors
+    monkeypatch.setattr(gguf_file, "named_tensors", lambda decoder: list(whole(decoder))[:-1])
     written(nested, tmp_path / "model.gguf", case="x")
     with pytest.raises(ExportError, match=r"model\.gguf holds output\.weight, or lacks it"):
-        gguf.read(tmp_path / "model.gguf", nested.family)
+        gguf_file.read_gguf(tmp_path / "model.gguf", nested.family)
 
 
 def sentence_pieces(path: Path) -> Tokenizer:
@@ -155,14 +157,14 @@ KINDS = {
 
 def test_vocabularies_say_what_llama_cpp_has_to_know(tmp_path):
     KINDS["as GPT-2"](tmp_path / "tokenizer.json")
-    found = Vocabulary.read(tmp_path / "tokenizer.json", size=610)
+    found = GgufVocabulary.read(tmp_path / "tokenizer.json", size=610)
     assert (found.model, found.split, len(found.tokens)) == ("gpt2", "gpt-2", 610)
     assert found.kinds[0] == CONTROL
     assert found.tokens[605] == "[unused 605]"
     KINDS["as Llama 3"](tmp_path / "tokenizer.json")
-    assert Vocabulary.read(tmp_path / "tokenizer.json", size=600).split == "llama-bpe"
+    assert GgufVocabulary.read(tmp_path / "tokenizer.json", size=600).split == "llama-bpe"
     KINDS["sentence pieces"](tmp_path / "tokenizer.json")
-    found = Vocabulary.read(tmp_path / "tokenizer.json", size=859)
+    found = GgufVocabulary.read(tmp_path / "tokenizer.json", size=859)
     assert found.model == "llama"
     assert found.scores is not None
     assert found.leading_space
@@ -172,15 +174,15 @@ def test_tokenizers_that_llama_cpp_lacks_are_refused(tmp_path):
     path = tmp_path / "tokenizer.json"
     byte_pairs(path, pattern=r"\w+|\W+")
     with pytest.raises(ExportError, match=r"no name for how .* prepares texts.*try --format hf"):
-        Vocabulary.read(path, size=600)
+        GgufVocabulary.read(path, size=600)
     path.write_text("{}")
     with pytest.raises(ExportError, match=r"no tokenizer.json of byte pairs"):
-        Vocabulary.read(path, size=600)
+        GgufVocabulary.read(path, size=600)
     tokenizer = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(path))
     with pytest.raises(ExportError, match="byte pairs"):
-        Vocabulary.read(path, size=600)
+        GgufVocabulary.read(path, size=600)
 
 
 @NEEDS_LLAMA
@@ -193,7 +195,7 @@ def test_llama_cpp_computes_the_same(case, tmp_path):
     x = tokens(2, 40)
     with torch.no_grad():
         wanted = small(x).logits_BLV
-    found = torch.from_numpy(llama_cpp.logits(tmp_path / "model.gguf", x.numpy(), threads=1))
+    found = torch.from_numpy(llama_cpp_process.llama_cpp_logits(tmp_path / "model.gguf", x.numpy(), threads=1))
     assert float((found - wanted).abs().max()) < 1e-3
 
 
@@ -208,7 +210,7 @@ def test_llama_cpp_tokenizes_alike(kind, tmp_path):
     size = tokenizer.get_vocab_size()
     nested = Nest(replace(nested.family, vocab_size=size), nested.decoder, nested.axes)
     decoder = Decoder(nested.family.decoder_config())
-    gguf.write(
+    gguf_file.write_gguf(
         decoder, nested.family, tmp_path / "model.gguf", precision="f32", tokenizer=tmp_path / "in/tokenizer.json",
         texts=TEXTS, name="x",
     )  # fmt: skip
@@ -225,4 +227,4 @@ def test_llama_cpp_tokenizes_alike(kind, tmp_path):
 def test_a_file_that_llama_cpp_cannot_run_is_an_error_of_its_own(tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"GGUF nonsense")
     with pytest.raises(ChildProcessError, match="exit code"):
-        llama_cpp.logits(tmp_path / "model.gguf", np.zeros((1, 4), dtype=np.int64), threads=1)
+        llama_cpp_process.llama_cpp_logits(tmp_path / "model.gguf", np.zeros((1, 4), dtype=np.int64), threads=1)

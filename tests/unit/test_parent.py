@@ -18,14 +18,14 @@ from models import AXES
 from nestlm.data.special_tokens import SpecialTokens
 from nestlm.elastic.axes.base import search_space
 from nestlm.errors import CheckpointError, ExportError
-from nestlm.export import gguf, hf, job, place
-from nestlm.export.card import Facts
+from nestlm.export import exporter, gguf_file, hf_folder, new_folder
+from nestlm.export.model_card import CardFacts
 from nestlm.model.checkpoint import CHECKSUMS, check_sha256sums, read_config
 from nestlm.model.parent_files import ParentFiles
 from nestlm.pipeline.cache import contents_identity
 
 transformers = pytest.importorskip("transformers")
-FACTS = Facts("0.6", {"flops": ("6 FLOPs", 0.6)}, "knapsack", "owner/parent", "f" * 8, None, {"the parent": 3.0})
+FACTS = CardFacts("0.6", {"flops": ("6 FLOPs", 0.6)}, "knapsack", "owner/parent", "f" * 8, None, {"the parent": 3.0})
 CHAT, TOOLS = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}", "{{ tools }} {{ messages }}"
 CODE = "import pathlib\npathlib.Path({marker!r}).write_text('ran')\n"
 
@@ -42,17 +42,19 @@ def edit(path: Path, **changes) -> None:
     path.write_text(json.dumps(known | changes))
 
 
-def export(folder: Path, out: Path, *, uneven: bool = True, **options) -> job.Nested:
+def export(folder: Path, out: Path, *, uneven: bool = True, **options) -> exporter.ExportSource:
     """Export a sub-network of a checkpoint, by way of what a run keeps of it."""
     family, decoder = parity.imported(folder)
     kept = folder.with_name("kept")
     family.parent().write(kept)
     tokenizer, special = kept / "tokenizer.json", SpecialTokens(0, (0,))
-    nested = job.Nested(decoder.eval(), family, ParentFiles.read(kept), AXES, tokenizer, special, tokens(2, 40))
+    nested = exporter.ExportSource(
+        decoder.eval(), family, ParentFiles.read(kept), AXES, tokenizer, special, tokens(2, 40)
+    )
     space = search_space(AXES, decoder.config)
     level = {site: (site.layer + 1) % len(row) for site, row in space.choices.items()}
-    chosen = job.Chosen(space.spec(level) if uneven else space.full())
-    job.run(nested, chosen, out, facts=FACTS, **({"form": "hf", "precision": None} | options))
+    chosen = exporter.ExportChoice(space.spec(level) if uneven else space.full())
+    exporter.export_model(nested, chosen, out, facts=FACTS, **({"form": "hf", "precision": None} | options))
     return nested
 
 
@@ -82,7 +84,7 @@ def test_code_of_a_parent_neither_runs_nor_travels(folder, tmp_path, uneven):
 
 def test_an_export_with_other_code_than_ours_is_not_opened(folder, tmp_path):
     nested, out = export(folder, tmp_path / "out"), tmp_path / "out"
-    hf.check_code(out, nested.family, hf.NESTED)
+    hf_folder.check_code(out, nested.family, hf_folder.NESTED)
     config = (out / "config.json").read_text()
     for path, content in {
         "other.py": "pass",
@@ -95,12 +97,12 @@ def test_an_export_with_other_code_than_ours_is_not_opened(folder, tmp_path):
         (tmp_path / "bad/sub").mkdir()
         (tmp_path / "bad" / path).write_text(content)
         with pytest.raises(ExportError, match=path):
-            hf.check_code(tmp_path / "bad", nested.family, hf.NESTED)
+            hf_folder.check_code(tmp_path / "bad", nested.family, hf_folder.NESTED)
         shutil.rmtree(tmp_path / "bad")
     (out / "tokenizer.json").unlink()
     (out / "tokenizer.json").symlink_to(nested.tokenizer)
     with pytest.raises(ExportError, match=r"tokenizer\.json is not a file of nestlm"):
-        hf.check_code(out, nested.family, hf.NESTED)
+        hf_folder.check_code(out, nested.family, hf_folder.NESTED)
 
 
 def test_what_belongs_to_a_parent_travels_and_nothing_else(folder, tmp_path):
@@ -123,7 +125,9 @@ def test_what_belongs_to_a_parent_travels_and_nothing_else(folder, tmp_path):
     run.mkdir()
     nested = export(folder, tmp_path / "out")
     Tokenizer.from_str(plain).save(str(run / "tokenizer.json"), pretty=False)
-    assert job.brings_tokenizer(replace(nested, tokenizer=run / "tokenizer.json")), "laid out otherwise, and the same"
+    assert exporter.brings_tokenizer(replace(nested, tokenizer=run / "tokenizer.json")), (
+        "laid out otherwise, and the same"
+    )
     for name in ("tokenizer.json", "chat_template.jinja", "additional_chat_templates/tool_use.jinja"):
         assert (tmp_path / "out" / name).read_bytes() == (folder / name).read_bytes()
     ours = {
@@ -151,13 +155,13 @@ def test_a_gguf_file_has_the_parents_templates_and_ends(folder, tmp_path):
     assert nested.parent is not None
     nested = replace(nested, special_tokens=SpecialTokens(0, (5, 7)))
     tokenizer = Tokenizer.from_file(str(nested.tokenizer))
-    texts = job.text_format(nested)
+    texts = exporter.text_format(nested)
     assert (texts.begin, texts.end, texts.turn_end, texts.pad) == (0, 5, 7, tokenizer.token_to_id("w1"))
     assert not texts.adds_begin, "the tokenizer puts nothing before a text"
     path = tmp_path / "model.gguf"
     told = {"precision": "f32", "tokenizer": nested.tokenizer, "texts": texts, "name": "x"}
-    gguf.write(nested.decoder, nested.family, path, **told)
-    reader = gguf.library().GGUFReader(path)
+    gguf_file.write_gguf(nested.decoder, nested.family, path, **told)
+    reader = gguf_file.import_gguf().GGUFReader(path)
     said = {name: reader.get_field(f"tokenizer.{name}").contents() for name in (
         "chat_template", "chat_template.tool_use", "ggml.bos_token_id", "ggml.eos_token_id", "ggml.eot_token_id",
     )}  # fmt: skip
@@ -305,7 +309,7 @@ def test_weights_are_the_same_by_their_content(tmp_path):
 
 def test_numbers_beyond_a_dtype_are_refused_by_name(folder, tmp_path):
     family, decoder = parity.imported(folder)
-    weight, texts = decoder.blocks[1].mlp.up.weight, gguf.TextFormat(0, 0)
+    weight, texts = decoder.blocks[1].mlp.up.weight, gguf_file.TextFormat(0, 0)
     told = {"tokenizer": folder / "tokenizer.json", "texts": texts, "name": "x"}
     name, cure = r"model\.layers\.1\.mlp\.up_proj\.weight", "wanted a dtype of larger range: --dtype bf16 or f32"
 
@@ -313,8 +317,8 @@ def test_numbers_beyond_a_dtype_are_refused_by_name(folder, tmp_path):
         with torch.no_grad():
             weight[0, 0] = value
         for act in (
-            lambda: gguf.write(decoder, family, tmp_path / "x.gguf", precision=precision, **told),
-            lambda: hf.state(decoder, family, dtype=job.DTYPES.get(precision, torch.float16)),
+            lambda: gguf_file.write_gguf(decoder, family, tmp_path / "x.gguf", precision=precision, **told),
+            lambda: hf_folder.hf_state_dict(decoder, family, dtype=exporter.DTYPES.get(precision, torch.float16)),
         ):
             with pytest.raises(ExportError, match=said):
                 act()
@@ -346,11 +350,11 @@ def test_leftovers_of_killed_exports_are_removed(tmp_path):
     for name in (".out-killed", ".out-running", ".out-theirs", ".other-killed"):
         (tmp_path / name / "model").mkdir(parents=True)
     for name in (".out-killed", ".out-running", ".other-killed"):
-        (tmp_path / name / place.LOCK).touch()
-    with FileLock(tmp_path / ".out-running" / place.LOCK), place.new_folder(tmp_path / "out") as filled:
+        (tmp_path / name / new_folder.LOCK).touch()
+    with FileLock(tmp_path / ".out-running" / new_folder.LOCK), new_folder.new_folder(tmp_path / "out") as filled:
         (filled / "file").write_text("")
         (running,) = [path for path in tmp_path.glob(".out-*/*") if path == filled]
-        assert running.with_name(place.LOCK).is_file()
+        assert running.with_name(new_folder.LOCK).is_file()
     assert sorted(path.name for path in tmp_path.iterdir()) == [".other-killed", ".out-running", ".out-theirs", "out"]
 
 
@@ -358,7 +362,7 @@ def test_places_are_checked_before_anything_is_computed(tmp_path, monkeypatch):
     run = tmp_path / "run"
     run.mkdir()
     (tmp_path / "file").write_text("")
-    place.check_place(tmp_path / "new/out", run=run)
+    new_folder.check_can_be_made(tmp_path / "new/out", run=run)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "run"]
     for out, said in {
         run / "export": "lies in the run's folder",
@@ -368,21 +372,21 @@ def test_places_are_checked_before_anything_is_computed(tmp_path, monkeypatch):
         Path("/proc/out"): "cannot write /proc/out",
     }.items():
         with pytest.raises(ExportError, match=said):
-            place.check_place(out, run=run)
+            new_folder.check_can_be_made(out, run=run)
     (tmp_path / "mounted").mkdir()
     monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "mounted")
     with pytest.raises(ExportError, match="is a mount point"):
-        place.check_place(tmp_path / "mounted", run=run)
+        new_folder.check_can_be_made(tmp_path / "mounted", run=run)
 
 
 def test_a_record_of_the_parent_is_read_as_it_was_written(folder, tmp_path):
     parent = ParentFiles.from_checkpoint(folder, repository="owner/name")
     parent.write(tmp_path / "kept")
     assert ParentFiles.read(tmp_path / "kept") == parent
-    assert hf.parent_dtypes(parent)["lm_head.weight"] == torch.float32
+    assert hf_folder.parent_dtypes(parent)["lm_head.weight"] == torch.float32
     edit(tmp_path / "kept/parent.json", dtypes={"lm_head.weight": "I8"})
     with pytest.raises(ExportError, match="'I8'; copy the run again"):
-        hf.parent_dtypes(ParentFiles.read(tmp_path / "kept"))
+        hf_folder.parent_dtypes(ParentFiles.read(tmp_path / "kept"))
     for damage in ({"dtypes": []}, {"repository": "a](http://b)"}):
         edit(tmp_path / "kept/parent.json", **damage)
         with pytest.raises(CheckpointError, match=r"parent\.json is damaged"):

@@ -7,8 +7,8 @@ import torch
 
 from exports import FAMILIES, nest, routed, tokens
 from nestlm.elastic.surgery import extract
-from nestlm.export import hf
-from nestlm.export.routing import Routing
+from nestlm.export import hf_folder
+from nestlm.export.exported_router import ExportedRouter
 from routers import Variant
 
 transformers = pytest.importorskip("transformers")
@@ -25,9 +25,11 @@ def folder(request, tmp_path_factory):
     place = tmp_path_factory.mktemp(request.param)
     nested = nest(FAMILIES[name], place / "in", depth=depth)
     router, plan = routed(nested, variant, share=0.85)
-    routing = Routing.of(router, plan, config=nested.decoder.config)
+    routing = ExportedRouter.from_plan(router, plan, config=nested.decoder.config)
     (place / "out").mkdir()
-    hf.write(extract(nested.decoder, routing.spec, axes=nested.axes), nested.family, place / "out", routing=routing)
+    hf_folder.write_hf_folder(
+        extract(nested.decoder, routing.spec, axes=nested.axes), nested.family, place / "out", routing=routing
+    )
     return place / "out"
 
 

@@ -14,10 +14,10 @@ from nestlm.data.manifest import TOKENIZER
 from nestlm.data.prepared_data import PreparedData
 from nestlm.errors import CheckpointError, ExportError
 from nestlm.eval.policy_scores import spent_shares
-from nestlm.export import job
-from nestlm.export.card import Facts
-from nestlm.export.check import Check
-from nestlm.export.gguf import Precision
+from nestlm.export import exporter
+from nestlm.export.export_check import ExportCheck
+from nestlm.export.gguf_file import Precision
+from nestlm.export.model_card import CardFacts
 from nestlm.model.family import Family
 from nestlm.model.parent_files import ParentFiles
 from nestlm.model.weights_io import CURE
@@ -32,11 +32,11 @@ from nestlm.spec import Budget
 
 TEXT_ROWS, TEXT_TOKENS = 4, 256  # of validation text, on which an export is compared
 FORMATS = ("hf", "gguf")
-PRECISIONS = (*job.DTYPES, "q8_0")
+PRECISIONS = (*exporter.DTYPES, "q8_0")
 
 
 @dataclass(frozen=True)
-class Run:
+class LoadedRun:
     """A finished run.
 
     Attributes:
@@ -83,10 +83,12 @@ class Request:
             if value not in known:
                 wanted = ", ".join(filter(None, known))
                 raise ExportError(f"export: --{name} got {value!r}, wanted one of {wanted}")
-        job.check_target(family, self.out, run=run, form=self.form, push_to=self.push_to)
+        exporter.check_target(family, self.out, run=run, form=self.form, push_to=self.push_to)
 
 
-def export(run: Run, answer: Answer, request: Request, *, budget: Budget, router: str, achieved: float | None) -> Check:
+def export(
+    run: LoadedRun, answer: Answer, request: Request, *, budget: Budget, router: str, achieved: float | None
+) -> ExportCheck:
     """Write a stand-alone model, and check that it computes what the nested model does.
 
     Args:
@@ -104,7 +106,7 @@ def export(run: Run, answer: Answer, request: Request, *, budget: Budget, router
     loader = run.context.data(stream="validation").heldout_dataloader("validation", num_rows=TEXT_ROWS)
     text_BL = torch.cat([batch.tokens_BL for batch in loader])[:, :TEXT_TOKENS]
     kept = kept_parent(run)
-    nested = job.Nested(
+    nested = exporter.ExportSource(
         decoder=run.decoder,
         family=run.family,
         parent=kept,
@@ -113,7 +115,7 @@ def export(run: Run, answer: Answer, request: Request, *, budget: Budget, router
         special_tokens=PreparedData.read(run.context.inputs["data"]).special_tokens,
         text_BL=text_BL,
     )
-    facts = Facts(
+    facts = CardFacts(
         budget=str(budget),
         achieved=costs(run, answer, achieved=achieved, text_BL=text_BL),
         router=router,
@@ -122,28 +124,28 @@ def export(run: Run, answer: Answer, request: Request, *, budget: Budget, router
         commit=run.provenance["commit"],
         losses=losses(run, budget=budget, router=router),
     )
-    return job.run(
+    return exporter.export_model(
         nested,
         chosen(run, budget, answer),
         request.out,
-        form=cast(job.Format, request.form),
+        form=cast(exporter.Format, request.form),
         precision=cast(Precision | None, request.precision),
         facts=facts,
         push_to=request.push_to,
     )
 
 
-def chosen(run: Run, budget: Budget, answer: Answer) -> job.Chosen:
+def chosen(run: LoadedRun, budget: Budget, answer: Answer) -> exporter.ExportChoice:
     """What an answer means for an export."""
     if answer.spec is not None:
-        return job.Chosen(spec=answer.spec)
+        return exporter.ExportChoice(spec=answer.spec)
     assert isinstance(run.router, DynamicRouter), "only such a router has plans"
     assert answer.plan is not None, "tokens differ by a plan"
     tariffs = run.router.tariffs(run.router.planned.bounds(budget))
-    return job.Chosen(routed=(run.router, Plan.from_json(answer.plan, tariffs=tariffs)))
+    return exporter.ExportChoice(routed=(run.router, Plan.from_json(answer.plan, tariffs=tariffs)))
 
 
-def kept_parent(run: Run) -> ParentFiles | None:
+def kept_parent(run: LoadedRun) -> ParentFiles | None:
     """What the run keeps of the weights that it was made from. Raises CheckpointError where that is lost."""
     if run.family.weights is None:
         return None
@@ -160,7 +162,7 @@ def parent_name(family: Family, kept: ParentFiles | None) -> str:
     return kept.repository or Path(str(family.weights)).name or "a local checkpoint"
 
 
-def losses(run: Run, *, budget: Budget, router: str) -> dict[str, float]:
+def losses(run: LoadedRun, *, budget: Budget, router: str) -> dict[str, float]:
     """On the whole validation text, as the run measured them."""
     rows = read_csv(run.context.folder / "results.csv")
     found = {
@@ -174,7 +176,7 @@ def losses(run: Run, *, budget: Budget, router: str) -> dict[str, float]:
 
 
 @torch.no_grad()
-def costs(run: Run, answer: Answer, *, achieved: float | None, text_BL: Tensor) -> dict[str, tuple[str, float]]:
+def costs(run: LoadedRun, answer: Answer, *, achieved: float | None, text_BL: Tensor) -> dict[str, tuple[str, float]]:
     """What the choice costs, of each kind: amount and share of the whole model's.
 
     Where tokens differ it is of the run's own kind: the mean that the run measured, or that of the given text.

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 from tokenizers import Tokenizer
 
-from nestlm.api.export_run import Request, Run, export
+from nestlm.api.export_run import LoadedRun, Request, export
 from nestlm.api.reproduce import own_table
 from nestlm.cost.table import PriceList
 from nestlm.data import tokenizer as tokenizers
@@ -25,7 +25,7 @@ from nestlm.elastic.axes.base import Axis
 from nestlm.errors import CheckpointError, ConfigError
 from nestlm.eval.heldout import HeldOut, RunTasks, held_out, task_runner
 from nestlm.eval.policy_scores import evaluate
-from nestlm.export.check import Check
+from nestlm.export.export_check import ExportCheck
 from nestlm.generation.generate import generate
 from nestlm.generation.rows import policy_of_rows
 from nestlm.generation.sampling import GREEDY, Sampling
@@ -347,7 +347,7 @@ class NestedModel:
         router: str | None = None,
         precision: str | None = None,
         push_to: str | None = None,
-    ) -> Check:
+    ) -> ExportCheck:
         """Write a stand-alone model, on the CPU, and check that it computes what the nested model does.
 
         Args:
@@ -368,7 +368,7 @@ class NestedModel:
             raise ConfigError("export: got uniform and router=dynamic, wanted one of them")
         model = self if self.device.type == "cpu" else NestedModel.open(self.folder, self.settings, device="cpu")
         found = model.uniform(budget) if uniform else model.at(budget, router=router)
-        run = Run(model.context, model.decoder, model.router, model.prices, model.metrics, model.provenance)
+        run = LoadedRun(model.context, model.decoder, model.router, model.prices, model.metrics, model.provenance)
         return export(run, found.answer, request, budget=found.budget, router=found.router, achieved=found.achieved)
 
 

@@ -17,8 +17,8 @@ from lightning.pytorch.loggers import CSVLogger
 from nestlm.api.run_and_report import fill_run_folder
 from nestlm.distributed import collectives
 from nestlm.errors import CheckpointError, ConfigError, DataError
-from nestlm.export import hf
-from nestlm.export.place import new_folder
+from nestlm.export import hf_folder
+from nestlm.export.new_folder import new_folder
 from nestlm.model import hub
 from nestlm.model.family import Family
 from nestlm.model.parent_files import ParentFiles
@@ -99,7 +99,7 @@ def with_kept_weights(config: dict[str, Any], family: Family, *, folder: Path, p
         decoder = Decoder.empty(family.decoder_config())
         load_weights(decoder, parent.with_name(MODEL))
         with new_folder(copied) as new:
-            hf.write(decoder, family, new, parent=ParentFiles.read(parent))
+            hf_folder.write_hf_folder(decoder, family, new, parent=ParentFiles.read(parent))
     console.print(f"model.weights: {weights} is gone; the run's own copy of them serves", highlight=False, markup=False)
     return config | {"model": config["model"] | {"weights": str(copied)}}
 

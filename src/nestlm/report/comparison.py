@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from nestlm.errors import ConfigError, DataError
-from nestlm.report.runs import Run
+from nestlm.report.runs import RunResults
 from nestlm.utils.nested_dict import flat_items
 
 
@@ -88,7 +88,7 @@ class Line:
     """
 
     label: tuple[str, ...]
-    runs: tuple[Run, ...]
+    runs: tuple[RunResults, ...]
     cells: Mapping[str, Cell]
     achieved: Mapping[str, Cell]
 
@@ -175,7 +175,7 @@ class Comparison:
 
 
 def compare(
-    runs: Sequence[Run], *, keys: Sequence[str] = (), metric: str = "val_loss", force: bool = False
+    runs: Sequence[RunResults], *, keys: Sequence[str] = (), metric: str = "val_loss", force: bool = False
 ) -> Comparison:
     """Put runs into one table.
 
@@ -199,7 +199,7 @@ def compare(
     if problems and not force:
         raise DataError(f"{'; '.join(problems)}: such runs are not put into one table, unless with --force")
     chosen = tuple(keys) or telling_keys(settings)
-    groups: dict[tuple[str, ...], list[Run]] = defaultdict(list)
+    groups: dict[tuple[str, ...], list[RunResults]] = defaultdict(list)
     for run, each in zip(runs, settings, strict=True):
         groups[tuple(named(key, each.get(key)) for key in chosen)].append(run)
     lines = tuple(make_line(label, group, metric=metric) for label, group in sorted(groups.items(), key=by_label))
@@ -211,13 +211,13 @@ def compare(
     return Comparison(chosen, metric, tuple(sorted(budgets, key=by_size)), lines, tuple(notes))
 
 
-def make_line(label: tuple[str, ...], runs: Sequence[Run], *, metric: str) -> Line:
+def make_line(label: tuple[str, ...], runs: Sequence[RunResults], *, metric: str) -> Line:
     """One row of a table."""
     values: dict[str, dict[int, float]] = defaultdict(dict)
     achieved: dict[str, dict[int, float]] = defaultdict(dict)
-    by_budget: dict[str, list[Run]] = defaultdict(list)
+    by_budget: dict[str, list[RunResults]] = defaultdict(list)
     for run in runs:
-        for row in run.own:
+        for row in run.own_rows:
             budget = str(row["budget"])
             if run.seed in values[budget]:
                 other = next(each for each in by_budget[budget] if each.seed == run.seed)
@@ -235,7 +235,7 @@ def make_line(label: tuple[str, ...], runs: Sequence[Run], *, metric: str) -> Li
     )
 
 
-def differences(runs: Sequence[Run]) -> list[str]:
+def differences(runs: Sequence[RunResults]) -> list[str]:
     """Why the numbers of runs should not stand in one table."""
     found = []
     for name, called in (("data_fingerprint", "texts"), ("tokenizer", "tokenizers")):

@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from nestlm.report import plots
 from nestlm.report.comparison import METRICS, Comparison, Line
 from nestlm.report.formats import caption
-from nestlm.report.runs import Run
+from nestlm.report.runs import RunResults
 
 
 def to_html(comparison: Comparison, *, title: str) -> str:
@@ -47,7 +47,7 @@ def routed_specs(line: Line) -> list[dict[str, Any]]:
     return [spec for run in line.runs if run.seed == first for spec in run.specs]
 
 
-def run_row(run: Run) -> dict[str, Any]:
+def run_row(run: RunResults) -> dict[str, Any]:
     """Where a run's numbers come from."""
     known = run.provenance
     packages = ", ".join(f"{name} {version}" for name, version in known["packages"].items() if version)

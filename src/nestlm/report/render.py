@@ -10,7 +10,7 @@ from nestlm.report import plots
 from nestlm.report.comparison import Comparison
 from nestlm.report.formats import to_csv, to_latex, to_markdown
 from nestlm.report.page import to_html
-from nestlm.report.runs import Run
+from nestlm.report.runs import RunResults
 from nestlm.report.tables import HEADINGS, cells, markdown_table, read_csv, terminal_table
 from nestlm.utils.console import output
 
@@ -23,7 +23,7 @@ def render(run_dir: Path) -> None:
     Raises:
         DataError: the folder is no finished run.
     """
-    run = Run.read(run_dir)
+    run = RunResults.read(run_dir)
     cost = run.results[0]["cost"]
     plots.pareto(run_dir / "pareto.png", run.results, teacher_loss=run.metrics["pretrain"]["val_loss"], cost=cost)
     plots.routing(run_dir / "routing.png", run.specs)

@@ -39,7 +39,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Run:
+class RunResults:
     """What a run left behind.
 
     Attributes:
@@ -62,7 +62,7 @@ class Run:
     stages: dict[str, bool]
 
     @classmethod
-    def read(cls, folder: Path) -> Run:
+    def read(cls, folder: Path) -> RunResults:
         """The run of a folder.
 
         Raises:
@@ -70,10 +70,10 @@ class Run:
         """
         check_record(folder)
         with damaged_file_errors(folder, cure=CURE):
-            return cls.of_files(folder)
+            return cls.from_files(folder)
 
     @classmethod
-    def of_files(cls, folder: Path) -> Run:
+    def from_files(cls, folder: Path) -> RunResults:
         """Read the files of a run, whose record has been checked."""
         provenance = read_provenance(folder)
         results = read_csv(folder / "results.csv")
@@ -99,12 +99,12 @@ class Run:
         return self.config["seed"]
 
     @property
-    def own(self) -> list[Row]:
+    def own_rows(self) -> list[Row]:
         """The results of the router that was asked for, without the baseline's."""
         return [row for row in self.results if row["router"] == self.specs[0]["router"]]
 
 
-def find_runs(places: Iterable[Path]) -> list[Run]:
+def find_runs(places: Iterable[Path]) -> list[RunResults]:
     """All finished runs in or below some folders, or linked from them as a sweep's are, each once, sorted by path.
 
     Raises:
@@ -117,4 +117,4 @@ def find_runs(places: Iterable[Path]) -> list[Run]:
             raise DataError(f"{place}: holds no finished run; wanted a run's folder, or one with runs in it")
         for folder in sorted(found):
             folders.setdefault(folder.resolve(), folder)
-    return [Run.read(folder) for folder in sorted(folders.values())]
+    return [RunResults.read(folder) for folder in sorted(folders.values())]

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from nestlm.errors import ExportError
 from nestlm.export import remote
-from nestlm.export.place import new_folder, writing
-from nestlm.export.ranges import check_range
-from nestlm.export.routing import Routing
+from nestlm.export.exported_router import ExportedRouter
+from nestlm.export.new_folder import naming_write_errors, new_folder
+from nestlm.export.weight_range import check_weight_range
 from nestlm.model.checkpoint import CONFIG, read_config, read_json_object
 from nestlm.model.family import Family
 from nestlm.model.parent_files import (
@@ -39,7 +39,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 NESTED, ROUTED, DECISIONS = "modeling_nested", "modeling_routed", "modeling_decisions"  # files of `remote`, for Llama
 
 
-def export(decoder: Decoder, family: Family, out: Path, *, shard_size: str = "5GB") -> None:
+def export_hf(decoder: Decoder, family: Family, out: Path, *, shard_size: str = "5GB") -> None:
     """Write a stand-alone model: config.json, safetensors, the parent's tokenizer files, and SHA256SUMS of all.
 
     Args:
@@ -53,22 +53,22 @@ def export(decoder: Decoder, family: Family, out: Path, *, shard_size: str = "5G
         ExportError: a folder that holds something, or cannot be written.
     """
     parent = family.parent()
-    with new_folder(out) as folder, writing(out):
-        write(decoder, family, folder, parent=parent, shard_size=shard_size)
+    with new_folder(out) as folder, naming_write_errors(out):
+        write_hf_folder(decoder, family, folder, parent=parent, shard_size=shard_size)
 
 
-def write(
+def write_hf_folder(
     decoder: Decoder,
     family: Family,
     folder: Path,
     *,
     parent: ParentFiles | None = None,
-    routing: Routing | None = None,
+    routing: ExportedRouter | None = None,
     dtype: torch.dtype | None = None,
     tokenizer: bool = True,
     shard_size: str = "5GB",
 ) -> None:
-    """Fill a folder with a stand-alone model; see `export`.
+    """Fill a folder with a stand-alone model; see `export_hf`.
 
     Args:
         decoder: what is stored.
@@ -80,13 +80,13 @@ def write(
         tokenizer: whether the parent's is the model's.
         shard_size: of a file, at most.
     """
-    weights = state(decoder, family, parent=parent, dtype=dtype)
+    weights = hf_state_dict(decoder, family, parent=parent, dtype=dtype)
     if routing is not None:
         weights |= routing.weights
-    kind = modelling(decoder, family, routing)
+    kind = modelling_file(decoder, family, routing)
     size = replace(family, num_layers=len(decoder.config.blocks))
     if kind is None:
-        write_config(replace(size, **fields(decoder.config.blocks[0])), folder, parent)
+        write_config(replace(size, **family_widths(decoder.config.blocks[0])), folder, parent)
     else:
         write_config(size, folder, parent)
         write_modelling(decoder, family, folder, kind=kind, routing=routing)
@@ -113,7 +113,7 @@ def is_known_class(name: Any) -> bool:
     return name is None or (isinstance(name, str) and tokenizer_class_from_name(name) is not None)
 
 
-def modelling(decoder: Decoder, family: Family, routing: Routing | None) -> str | None:
+def modelling_file(decoder: Decoder, family: Family, routing: ExportedRouter | None) -> str | None:
     """The modelling file that a model has to bring along; None where transformers has its class."""
     if routing is not None:
         return ROUTED
@@ -122,7 +122,7 @@ def modelling(decoder: Decoder, family: Family, routing: Routing | None) -> str 
     return None if opens and not others else NESTED
 
 
-def fields(block: BlockConfig) -> dict[str, int]:
+def family_widths(block: BlockConfig) -> dict[str, int]:
     """Widths of a block as fields of a family."""
     return {"num_heads": block.num_heads, "num_kv_groups": block.num_kv_groups, "mlp_width": block.mlp_width}
 
@@ -131,7 +131,7 @@ def write_config(size: Family, folder: Path, parent: ParentFiles | None) -> None
     """The config.json: the parent's, as it is where no width changed and all of its keys are used."""
     path, own = folder / CONFIG, size.write()
     if parent is None:
-        write_json(path, own)
+        write_hf_json(path, own)
         return
     config, unused = parent.config, size.unused_keys(parent.config)
     known = size.read(config)
@@ -144,14 +144,16 @@ def write_config(size: Family, folder: Path, parent: ParentFiles | None) -> None
     if known["num_layers"] != size.num_layers:  # all layers look at all tokens: the reader's own default says so
         unused |= {"layer_types"}
     kept = {name: value for name, value in config.items() if name not in unused}
-    write_json(path, kept | {name: own[name] for name in SIZES})
+    write_hf_json(path, kept | {name: own[name] for name in SIZES})
 
 
-def write_modelling(decoder: Decoder, family: Family, folder: Path, *, kind: str, routing: Routing | None) -> None:
+def write_modelling(
+    decoder: Decoder, family: Family, folder: Path, *, kind: str, routing: ExportedRouter | None
+) -> None:
     """The modelling file in the family's names, and the keys of config.json that lead to it."""
     for name, text in modelling_files(kind, family).items():
         (folder / name).write_text(text, encoding="utf-8")
-    name, prefix = family_name(family), kind.removeprefix("modeling_")
+    name, prefix = class_infix(family), kind.removeprefix("modeling_")
     layers = {
         str(layer): {
             "intermediate_size": block.mlp_width,
@@ -168,10 +170,10 @@ def write_modelling(decoder: Decoder, family: Family, folder: Path, *, kind: str
         "per_layer_config": layers,
     }
     path = folder / CONFIG
-    write_json(path, read_config(folder) | own | ({} if routing is None else {"router": routing.config}))
+    write_hf_json(path, read_config(folder) | own | ({} if routing is None else {"router": routing.config}))
 
 
-def family_name(family: Family) -> str:
+def class_infix(family: Family) -> str:
     """The name of a family in transformers' classes, such as Llama."""
     return family.architecture.removesuffix("ForCausalLM")
 
@@ -181,14 +183,14 @@ def modelling_files(kind: str, family: Family) -> dict[str, str]:
     names = (NESTED,) if kind == NESTED else (NESTED, DECISIONS, ROUTED)
     texts = {each: Path(remote.__path__[0], f"{each}.py").read_text(encoding="utf-8") for each in names}
     return {
-        f"{each}.py": text.replace("Llama", family_name(family)).replace("llama", family.model_type)
+        f"{each}.py": text.replace("Llama", class_infix(family)).replace("llama", family.model_type)
         for each, text in texts.items()
     }
 
 
 def auto_map(kind: str, family: Family) -> dict[str, str]:
     """The key of config.json that leads transformers to the modelling file."""
-    prefix = f"{kind}.{kind.removeprefix('modeling_').title()}{family_name(family)}"
+    prefix = f"{kind}.{kind.removeprefix('modeling_').title()}{class_infix(family)}"
     classes = {"AutoConfig": "Config", "AutoModel": "Model", "AutoModelForCausalLM": "ForCausalLM"}
     return {auto: f"{prefix}{suffix}" for auto, suffix in classes.items()}
 
@@ -222,15 +224,15 @@ def set_dtype(folder: Path, weights: Mapping[str, Tensor]) -> None:
     config, name = read_config(folder), str(largest.dtype).removeprefix("torch.")
     if config.get("dtype", config.get("torch_dtype")) != name:
         config.pop("torch_dtype", None)
-        write_json(folder / CONFIG, config | {"dtype": name})
+        write_hf_json(folder / CONFIG, config | {"dtype": name})
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_hf_json(path: Path, value: Any) -> None:
     """A file as transformers lays it out."""
     path.write_bytes(to_json(value))
 
 
-def state(
+def hf_state_dict(
     decoder: Decoder, family: Family, *, parent: ParentFiles | None = None, dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
     """The weights under their Hugging Face names, in one dtype, or the parent's, or their own where it has none.
@@ -244,7 +246,7 @@ def state(
     for theirs, ours in family.hf_names(decoder).items():
         value = parameters[ours].detach()
         wanted = dtype or dtypes.get(theirs, value.dtype)
-        check_range(value, str(wanted).removeprefix("torch."), torch.finfo(wanted).max, name=theirs)
+        check_weight_range(value, str(wanted).removeprefix("torch."), torch.finfo(wanted).max, name=theirs)
         weights[theirs] = value.to("cpu", wanted)
     return weights
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from nestlm.export.check import Check
-from nestlm.export.routing import Routing
+from nestlm.export.export_check import ExportCheck
+from nestlm.export.exported_router import ExportedRouter
 from nestlm.nn.config import DecoderConfig
 
 
 @dataclass(frozen=True)
-class Facts:
+class CardFacts:
     """What a run knows of its sub-network.
 
     Attributes:
@@ -44,8 +44,15 @@ tokenizer = AutoTokenizer.from_pretrained("{name}"{trust})
 }
 
 
-def card(
-    facts: Facts, config: DecoderConfig, check: Check, *, routing: Routing | None, form: str, precision: str, name: str
+def model_card(
+    facts: CardFacts,
+    config: DecoderConfig,
+    check: ExportCheck,
+    *,
+    routing: ExportedRouter | None,
+    form: str,
+    precision: str,
+    name: str,
 ) -> str:
     """A README.md for the hub.
 
@@ -67,14 +74,14 @@ def card(
     return "\n".join([
         f"---\nlibrary_name: {library}\npipeline_tag: text-generation\n{base}tags:\n- nested\n---\n",
         f"# {name}\n",
-        f"A sub-network of {facts.parent}, made nested with nestlm; {described(routing)}.\n",
+        f"A sub-network of {facts.parent}, made nested with nestlm; {describe_router(routing)}.\n",
         opening,
         f"\n## Budget\n\nAsked for: {facts.budget}. Found by: {facts.router}.\n",
         "| cost | achieved | of the whole model |\n|---|---|---|",
         *costs,
         f"\n## Sizes\n\n{check.parameters:,} parameters of {check.full_parameters:,}, in {precision}; "
         f"{check.size / 1e6:,.1f} MB.\n",
-        *sizes(config, routing),
+        *size_rows(config, routing),
         "\n## Losses\n\nNats a token.\n\n| | loss |\n|---|---|",
         *losses,
         f"| this export, on {check.tokens:,} tokens of the validation text | {check.loss:.4f} |",
@@ -86,7 +93,7 @@ def card(
     ])  # fmt: skip
 
 
-def described(routing: Routing | None) -> str:
+def describe_router(routing: ExportedRouter | None) -> str:
     """What it does with tokens."""
     if routing is None:
         return "all tokens run the same sizes"
@@ -94,7 +101,7 @@ def described(routing: Routing | None) -> str:
     return f"at {len(routing.config['sites'])} places it decides for {over} how wide it runs, within the budget"
 
 
-def sizes(config: DecoderConfig, routing: Routing | None) -> list[str]:
+def size_rows(config: DecoderConfig, routing: ExportedRouter | None) -> list[str]:
     """A line a layer: what is stored, and what tokens choose among."""
     chosen: dict[int, dict[str, str]] = {}
     for site in [] if routing is None else routing.config["sites"]:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from nestlm.errors import ExportError
-from nestlm.export import ranges
-from nestlm.export.vocabulary import Vocabulary
+from nestlm.export import weight_range
+from nestlm.export.gguf_vocabulary import GgufVocabulary
 from nestlm.model.family import Family
 from nestlm.nn.config import BlockConfig, DecoderConfig
 from nestlm.nn.decoder import Decoder
@@ -38,7 +38,7 @@ BFLOAT16 = torch.finfo(torch.bfloat16).max
 FACTORS = "rope_freqs.weight"  # what frequencies of rotary positions are divided by
 
 
-def library() -> Any:
+def import_gguf() -> Any:
     """The gguf package. Raises ExportError where it is not installed."""
     try:
         return import_module("gguf")
@@ -46,7 +46,7 @@ def library() -> Any:
         raise ExportError("export: --format gguf needs the package gguf; pip install 'nestlm[gguf]'") from error
 
 
-def check(family: Family) -> None:
+def check_family_fits(family: Family) -> None:
     """Raise ExportError for a family that has no place in a GGUF file of ours."""
     if family.model_type not in FAMILIES:
         raise ExportError(
@@ -56,7 +56,7 @@ def check(family: Family) -> None:
     if not isinstance(family.rope_scaling, LinearScaling | Llama3Scaling | None):
         kind = type(family.rope_scaling).__name__
         raise ExportError(f"export: {kind} of rotary positions is not written to GGUF; try --format hf")
-    library()
+    import_gguf()
 
 
 @dataclass(frozen=True)
@@ -80,14 +80,14 @@ class TextFormat:
     chat_templates: Mapping[str, str] = field(default_factory=dict)
 
 
-def write(
+def write_gguf(
     decoder: Decoder, family: Family, path: Path, *, precision: Precision, tokenizer: Path, texts: TextFormat, name: str
 ) -> None:
     """Write a stand-alone model, a tensor at a time.
 
     Args:
         decoder: of the family's size, or a sub-network of it.
-        family: one that `check` takes.
+        family: one that `check_family_fits` takes.
         path: the file.
         precision: of matrices; rows that q8_0 cannot divide stay f16, and vectors f32.
         tokenizer: a tokenizer.json.
@@ -97,10 +97,10 @@ def write(
     Raises:
         ExportError: a tokenizer that llama.cpp does not have, or a weight that the precision cannot hold.
     """
-    gguf = library()
+    gguf = import_gguf()
     for theirs, ours in family.hf_names(decoder).items():
-        check_range(dict(decoder.named_parameters())[ours], precision, name=theirs)
-    vocabulary = Vocabulary.read(tokenizer, size=family.vocab_size)
+        check_gguf_range(dict(decoder.named_parameters())[ours], precision, name=theirs)
+    vocabulary = GgufVocabulary.read(tokenizer, size=family.vocab_size)
     writer = gguf.GGUFWriter(path, "deci" if len(set(decoder.config.blocks)) > 1 else "llama")
     try:
         add_sizes(writer, decoder.config)
@@ -108,24 +108,24 @@ def write(
         writer.add_file_type(gguf.LlamaFileType["ALL_F32" if precision == "f32" else f"MOSTLY_{precision.upper()}"])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         add_vocabulary(writer, vocabulary, texts)
-        rows = list(tensors(decoder))
+        rows = list(named_tensors(decoder))
         for label, value in rows:
-            kind = stored_as(value, precision)
+            kind = storage_type(value, precision)
             size = int(np.prod(gguf.quants.quant_shape_to_byte_shape(tuple(value.shape), kind)))
             writer.add_tensor_info(label, tuple(value.shape), np.dtype(np.float32), size, raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for label, value in rows:
-            data = arranged(label, value, decoder.config).detach().float().cpu().numpy()
-            writer.write_tensor_data(gguf.quants.quantize(data, stored_as(value, precision)))
+            data = permute_rotary_rows(label, value, decoder.config).detach().float().cpu().numpy()
+            writer.write_tensor_data(gguf.quants.quantize(data, storage_type(value, precision)))
     finally:
         writer.close()
 
 
 def add_sizes(writer: Any, config: DecoderConfig) -> None:
     """What llama.cpp builds the model from; one number where all layers have it, else one a layer."""
-    gguf = library()
+    gguf = import_gguf()
 
     def by_layer(field: str) -> int | list[int]:
         values = [getattr(block, field) for block in config.blocks]
@@ -148,7 +148,7 @@ def add_sizes(writer: Any, config: DecoderConfig) -> None:
         writer.add_rope_scaling_factor(config.rope_scaling.factor)
 
 
-def add_vocabulary(writer: Any, vocabulary: Vocabulary, texts: TextFormat) -> None:
+def add_vocabulary(writer: Any, vocabulary: GgufVocabulary, texts: TextFormat) -> None:
     """The tokenizer, by which a text starts as its tokenizer.json says."""
     writer.add_tokenizer_model(vocabulary.model)
     writer.add_tokenizer_pre(vocabulary.split)
@@ -172,16 +172,16 @@ def add_vocabulary(writer: Any, vocabulary: Vocabulary, texts: TextFormat) -> No
         writer.add_chat_template(named)
 
 
-def tensors(decoder: Decoder) -> Iterator[tuple[str, Tensor]]:
+def named_tensors(decoder: Decoder) -> Iterator[tuple[str, Tensor]]:
     """Names in the file, and our tensors."""
     for ours, value in decoder.named_parameters():
-        yield file_name(ours), value
+        yield gguf_name(ours), value
     factors = frequency_factors(decoder.config)
     if factors is not None:
         yield FACTORS, factors
 
 
-def file_name(ours: str) -> str:
+def gguf_name(ours: str) -> str:
     """llama.cpp's name of a parameter."""
     module, _, kind = ours.rpartition(".")
     if not module.startswith("blocks."):
@@ -199,7 +199,7 @@ def frequency_factors(config: DecoderConfig) -> Tensor | None:
     return frequencies / config.rope_scaling.stretch(frequencies, theta=config.rope_theta)
 
 
-def arranged(label: str, value: Tensor, config: DecoderConfig, *, back: bool = False) -> Tensor:
+def permute_rotary_rows(label: str, value: Tensor, config: DecoderConfig, *, back: bool = False) -> Tensor:
     """Rows of queries and keys as llama.cpp turns them: pairs side by side, not half a head apart; or back."""
     if not label.endswith(("attn_q.weight", "attn_q.bias", "attn_k.weight", "attn_k.bias")):
         return value
@@ -208,32 +208,32 @@ def arranged(label: str, value: Tensor, config: DecoderConfig, *, back: bool = F
     return value.unflatten(0, shape).transpose(1, 2).flatten(0, 2)
 
 
-def stored_as(value: Tensor, precision: Precision) -> Any:
+def storage_type(value: Tensor, precision: Precision) -> Any:
     """The type of a tensor in the file."""
-    kinds = library().GGMLQuantizationType
+    kinds = import_gguf().GGMLQuantizationType
     if value.ndim == 1:
         return kinds.F32
-    if precision == "q8_0" and value.shape[-1] % library().GGML_QUANT_SIZES[kinds.Q8_0][0]:
+    if precision == "q8_0" and value.shape[-1] % import_gguf().GGML_QUANT_SIZES[kinds.Q8_0][0]:
         return kinds.F16
     return kinds[precision.upper()]
 
 
-def check_range(value: Tensor, precision: Precision, *, name: str) -> None:
+def check_gguf_range(value: Tensor, precision: Precision, *, name: str) -> None:
     """Raise ExportError where a weight is not finite, or too large for its type in the file."""
-    kinds = library().GGMLQuantizationType
-    kind = stored_as(value, precision)
+    kinds = import_gguf().GGMLQuantizationType
+    kind = storage_type(value, precision)
     half = torch.finfo(torch.float16).max
     bounds = {kinds.F16: ("float16", half), kinds.Q8_0: ("q8_0", half * 127), kinds.BF16: ("bfloat16", BFLOAT16)}
-    ranges.check_range(value, *bounds.get(kind, ("float32", torch.finfo(torch.float32).max)), name=name)
+    weight_range.check_weight_range(value, *bounds.get(kind, ("float32", torch.finfo(torch.float32).max)), name=name)
 
 
-def read(path: Path, family: Family) -> Decoder:
-    """The model of a file that `write` wrote, in float32, built from the file's own sizes.
+def read_gguf(path: Path, family: Family) -> Decoder:
+    """The model of a file that `write_gguf` wrote, in float32, built from the file's own sizes.
 
     Raises:
         ExportError: a tensor that is absent, left over, or of another shape.
     """
-    gguf = library()
+    gguf = import_gguf()
     reader = gguf.GGUFReader(path)
 
     def said(key: str) -> Any:
@@ -261,7 +261,7 @@ def read(path: Path, family: Family) -> Decoder:
         blocks=tuple(BlockConfig(*sizes) for sizes in blocks),
     )
     decoder = Decoder.empty(config)
-    wanted = {file_name(ours): parameter for ours, parameter in decoder.named_parameters()}
+    wanted = {gguf_name(ours): parameter for ours, parameter in decoder.named_parameters()}
     found = {tensor.name: tensor for tensor in reader.tensors}
     if set(found) - {FACTORS} != set(wanted):
         raise ExportError(f"export: {path.name} holds {sorted(set(found) ^ set(wanted))[0]}, or lacks it")
@@ -270,5 +270,5 @@ def read(path: Path, family: Family) -> Decoder:
             value = torch.from_numpy(gguf.quants.dequantize(found[label].data, found[label].tensor_type).copy())
             if value.shape != parameter.shape:
                 raise ExportError(f"export: {label} of {path.name} has shape {tuple(value.shape)}")
-            parameter.copy_(arranged(label, value, config, back=True))
+            parameter.copy_(permute_rotary_rows(label, value, config, back=True))
     return decoder

@@ -7,7 +7,7 @@ from pathlib import Path
 from nestlm.errors import ExportError
 
 
-def check_token(name: str) -> None:
+def check_hub_token(name: str) -> None:
     """Raise ExportError unless there is a token to push with, and a whole name."""
     from huggingface_hub import get_token
 
@@ -17,7 +17,7 @@ def check_token(name: str) -> None:
         raise ExportError("export: --push-to-hub needs a token; log in with hf auth login, or set HF_TOKEN")
 
 
-def push(folder: Path, name: str) -> None:
+def upload_model(folder: Path, name: str) -> None:
     """Upload a folder to a private repository, made where there is none.
 
     Raises:

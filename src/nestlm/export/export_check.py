@@ -19,7 +19,7 @@ from torch import Tensor
 
 from nestlm.data.tokenizer import make_text_encoder
 from nestlm.errors import ExportError
-from nestlm.export import gguf, hf, llama_cpp
+from nestlm.export import gguf_file, hf_folder, llama_cpp_process
 from nestlm.model.family import Family
 from nestlm.nn.decoder import Decoder
 
@@ -27,11 +27,11 @@ REASON = 100  # characters of another library's message
 LIMITS = {"hf": 1e-4, "gguf": 1e-3}  # of logits in float32
 WARM_UP, REPEATS = 1, 5  # forward passes that are not counted, and that are
 
-Run = Callable[[Tensor], Tensor]  # tokens (1, L) to logits (1, L, V)
+LogitsFn = Callable[[Tensor], Tensor]  # tokens (1, L) to logits (1, L, V)
 
 
 @dataclass(frozen=True)
-class Question:
+class ExportReference:
     """What an export is held to.
 
     Attributes:
@@ -42,7 +42,7 @@ class Question:
         limit: on the difference of logits; None only reports it.
     """
 
-    wanted: Run
+    wanted: LogitsFn
     decoder: Decoder
     family: Family
     text_BL: Tensor
@@ -54,7 +54,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Check:
+class ExportCheck:
     """What was found.
 
     Attributes:
@@ -106,12 +106,12 @@ def check_library(form: str) -> None:
         raise ExportError("export: --format hf is checked with transformers; pip install 'nestlm[hf]'")
 
 
-def check_hf(folder: Path, question: Question, *, runs_code: bool, tokenizer: Tokenizer) -> Check:
+def check_hf_folder(folder: Path, reference: ExportReference, *, runs_code: bool, tokenizer: Tokenizer) -> ExportCheck:
     """Reload a Hugging Face folder with transformers and compare.
 
     Args:
-        folder: the export, checked by `hf.check_code`.
-        question: what it is held to.
+        folder: the export, checked by `hf_folder.check_code`.
+        reference: what it is held to.
         runs_code: whether a modelling file of ours travels with it.
         tokenizer: the run's.
 
@@ -123,16 +123,16 @@ def check_hf(folder: Path, question: Question, *, runs_code: bool, tokenizer: To
     with quiet(transformers):
         opening = {"trust_remote_code": runs_code, "local_files_only": True}
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **opening).eval()
-        whole = whole_in_transformers(question, dtype=model.dtype)
-        notes = tokenizer_notes(folder, question.text_BL, tokenizer=tokenizer, opening=opening)
+        whole = whole_model_in_transformers(reference, dtype=model.dtype)
+        notes = tokenizer_notes(folder, reference.text_BL, tokenizer=tokenizer, opening=opening)
 
     def run(tokens_BL: Tensor) -> Tensor:
         return model(tokens_BL).logits.float()
 
     library = f"transformers {transformers.__version__}"
-    return compare(
+    return compare_logits(
         run,
-        question,
+        reference,
         library=library,
         timed={library: (run, lambda tokens_BL: whole(tokens_BL).logits)},
         parameters=sum(each.numel() for each in model.parameters()),
@@ -165,28 +165,28 @@ def tokenizer_notes(folder: Path, text_BL: Tensor, *, tokenizer: Tokenizer, open
     return ()
 
 
-def check_gguf(path: Path, question: Question, *, small: Decoder) -> Check:
+def check_gguf_file(path: Path, reference: ExportReference, *, small: Decoder) -> ExportCheck:
     """Read a GGUF file back with the gguf package, and run it in llama_cpp.cpp where llama-cpp-python is installed.
 
     Args:
         path: the export.
-        question: what it is held to.
+        reference: what it is held to.
         small: the sub-network that was written.
 
     Raises:
         ExportError: above the limit, or llama_cpp.cpp cannot run it.
     """
-    back = gguf.read(path, question.family)
+    back = gguf_file.read_gguf(path, reference.family)
     known: dict[str, Any] = {
-        "timed": {"nestlm": (lambda tokens_BL: small(tokens_BL).logits_BLV, question.whole)},
+        "timed": {"nestlm": (lambda tokens_BL: small(tokens_BL).logits_BLV, reference.whole)},
         "parameters": sum(each.numel() for each in small.parameters()),
         "folder": path.parent,
     }
-    name = llama_cpp.library()
+    name = llama_cpp_process.llama_cpp_version()
     missing = "llama.cpp did not run it, since llama-cpp-python is not installed; its tensors and sizes were read back"
-    check = compare(
+    check = compare_logits(
         lambda tokens_BL: back(tokens_BL).logits_BLV,
-        question,
+        reference,
         library="nestlm, from what the gguf package reads",
         notes=() if name else (missing,),
         **known,
@@ -194,49 +194,51 @@ def check_gguf(path: Path, question: Question, *, small: Decoder) -> Check:
     if name is None:
         return check
     try:
-        logits_BLV = llama_cpp.logits(path, question.text_BL.numpy(), threads=torch.get_num_threads())
+        logits_BLV = llama_cpp_process.llama_cpp_logits(
+            path, reference.text_BL.numpy(), threads=torch.get_num_threads()
+        )
     except ChildProcessError as error:
         raise ExportError(
             f"export: {name} cannot run the file ({error}); uninstall llama-cpp-python to do without this check"
         ) from error
     rows = iter(torch.from_numpy(logits_BLV).split(1))
-    return compare(lambda tokens_BL: next(rows), question, library=name, **known)
+    return compare_logits(lambda tokens_BL: next(rows), reference, library=name, **known)
 
 
 @torch.no_grad()
-def compare(
-    run: Run,
-    question: Question,
+def compare_logits(
+    run: LogitsFn,
+    reference: ExportReference,
     *,
     library: str,
-    timed: dict[str, tuple[Run, Run]],
+    timed: dict[str, tuple[LogitsFn, LogitsFn]],
     parameters: int,
     folder: Path,
     notes: tuple[str, ...] = (),
-) -> Check:
+) -> ExportCheck:
     """Hold an export's logits to those wanted, row by row; a dynamic router decides alike in a batch of one.
 
     Args:
         run: the export.
-        question: what it is held to.
+        reference: what it is held to.
         library: by which the export was opened.
         timed: by library, what is timed there: the export, and the whole model.
         parameters: of the export.
         folder: what lies on disk.
-        notes: see `Check`.
+        notes: see `ExportCheck`.
 
     Raises:
         ExportError: logits that differ by more than the limit, or are no numbers.
     """
     differences, logits, losses, full_losses = [], [], [], []
-    for tokens_1L in question.text_BL.split(1):
-        got, wanted = run(tokens_1L).float(), question.wanted(tokens_1L).float()
+    for tokens_1L in reference.text_BL.split(1):
+        got, wanted = run(tokens_1L).float(), reference.wanted(tokens_1L).float()
         differences.append((got - wanted).abs().max())
         logits.append(wanted.std())
-        losses.append(loss(got, tokens_1L))
-        full_losses.append(loss(question.whole(tokens_1L), tokens_1L))
+        losses.append(next_token_loss(got, tokens_1L))
+        full_losses.append(next_token_loss(reference.whole(tokens_1L), tokens_1L))
     difference = float(torch.stack(differences).max())
-    limit = torch.inf if question.limit is None else question.limit
+    limit = torch.inf if reference.limit is None else reference.limit
     if not math.isfinite(difference):
         raise not_finite(logits, library=library)
     if not difference <= limit:
@@ -245,16 +247,16 @@ def compare(
             "nothing is left of it; please report this with the run's config.yaml"
         )
     ((timed_in, runs),) = timed.items()
-    seconds, full_seconds = forward_seconds(runs, question.text_BL[:1])
-    return Check(
+    seconds, full_seconds = time_forward(runs, reference.text_BL[:1])
+    return ExportCheck(
         library=library,
         difference=difference,
         deviation=float(torch.stack(logits).mean()),
-        tokens=question.text_BL.numel(),
+        tokens=reference.text_BL.numel(),
         loss=float(torch.stack(losses).mean()),
         full_loss=float(torch.stack(full_losses).mean()),
         parameters=parameters,
-        full_parameters=sum(each.numel() for each in question.decoder.parameters()),
+        full_parameters=sum(each.numel() for each in reference.decoder.parameters()),
         size=sum(each.stat().st_size for each in folder.rglob("*") if each.is_file()),
         seconds=seconds,
         full_seconds=full_seconds,
@@ -273,12 +275,12 @@ def not_finite(deviations: list[Tensor], *, library: str) -> ExportError:
     )
 
 
-def loss(logits_1LV: Tensor, tokens_1L: Tensor) -> Tensor:
+def next_token_loss(logits_1LV: Tensor, tokens_1L: Tensor) -> Tensor:
     """Mean negative log-likelihood of the row's own next tokens, nats."""
     return F.cross_entropy(logits_1LV[0, :-1].float(), tokens_1L[0, 1:])
 
 
-def forward_seconds(runs: tuple[Run, Run], tokens_1L: Tensor) -> tuple[float, float]:
+def time_forward(runs: tuple[LogitsFn, LogitsFn], tokens_1L: Tensor) -> tuple[float, float]:
     """Seconds of a forward pass, medians over repeats in which both take turns."""
     times: tuple[list[float], list[float]] = ([], [])
     for repeat in range(WARM_UP + REPEATS):
@@ -290,15 +292,15 @@ def forward_seconds(runs: tuple[Run, Run], tokens_1L: Tensor) -> tuple[float, fl
     return statistics.median(times[0]), statistics.median(times[1])
 
 
-def whole_in_transformers(question: Question, *, dtype: torch.dtype) -> Any:
+def whole_model_in_transformers(reference: ExportReference, *, dtype: torch.dtype) -> Any:
     """The whole model as transformers runs it; it shares our weights where the dtype is theirs."""
     import transformers
 
-    sizes = question.family.write()
+    sizes = reference.family.write()
     config = transformers.AutoConfig.for_model(sizes.pop("model_type"), **sizes)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-    weights = hf.state(question.decoder, question.family, dtype=dtype)
+    weights = hf_folder.hf_state_dict(reference.decoder, reference.family, dtype=dtype)
     model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
     model.model.rotary_emb = type(model.model.rotary_emb)(config)

@@ -26,18 +26,18 @@ def new_folder(out: Path) -> Iterator[Path]:
     Raises:
         ExportError: `out` holds something, or nothing can be written there.
     """
-    check_free(out)
+    check_is_free(out)
     place = out.absolute()
-    with writing(out):
+    with naming_write_errors(out):
         place.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(place)
         beside = TemporaryDirectory(prefix=f".{place.name}-", dir=place.parent)
     with beside as partial, FileLock(Path(partial, LOCK)):
         folder = Path(partial) / "model"
-        with writing(out):
+        with naming_write_errors(out):
             folder.mkdir()
         yield folder
-        with writing(out):
+        with naming_write_errors(out):
             write_checksums(folder, hash_files(folder, list_files(folder)))
             if place.exists():
                 place.rmdir()
@@ -57,7 +57,7 @@ def remove_leftovers(place: Path) -> None:
 
 
 @contextmanager
-def writing(out: Path) -> Iterator[None]:
+def naming_write_errors(out: Path) -> Iterator[None]:
     """Name what keeps a file from being written, a full disk above all, as an ExportError."""
     try:
         yield
@@ -69,13 +69,13 @@ def writing(out: Path) -> Iterator[None]:
         ) from error
 
 
-def check_free(out: Path) -> None:
+def check_is_free(out: Path) -> None:
     """Raise ExportError unless a folder is not there yet, or is empty."""
     if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
         raise ExportError(f"export: {out} is there already; wanted a new folder")
 
 
-def check_place(out: Path, *, run: Path) -> None:
+def check_can_be_made(out: Path, *, run: Path) -> None:
     """Raise ExportError, before anything is computed, unless a folder can be made.
 
     Args:
@@ -83,7 +83,7 @@ def check_place(out: Path, *, run: Path) -> None:
         run: the folder of the run, which nothing is added to.
     """
     try:
-        check_free(out)
+        check_is_free(out)
         if out.is_mount():
             raise ExportError(f"export: {out} is a mount point, which cannot be replaced; wanted a folder below it")
         if out.resolve().is_relative_to(run.resolve()):

@@ -16,12 +16,19 @@ from nestlm.data.tokenizer import hash_tokenizer, load_tokenizer, parse_tokenize
 from nestlm.elastic.axes.base import Axis
 from nestlm.elastic.surgery import extract
 from nestlm.errors import ExportError
-from nestlm.export import gguf, hf
-from nestlm.export.card import Facts, card
-from nestlm.export.check import LIMITS, Check, Question, check_gguf, check_hf, check_library
-from nestlm.export.place import check_place, new_folder, writing
-from nestlm.export.push import check_token, push
-from nestlm.export.routing import Routing
+from nestlm.export import gguf_file, hf_folder
+from nestlm.export.export_check import (
+    LIMITS,
+    ExportCheck,
+    ExportReference,
+    check_gguf_file,
+    check_hf_folder,
+    check_library,
+)
+from nestlm.export.exported_router import ExportedRouter
+from nestlm.export.hub_upload import check_hub_token, upload_model
+from nestlm.export.model_card import CardFacts, model_card
+from nestlm.export.new_folder import check_can_be_made, naming_write_errors, new_folder
 from nestlm.model.checkpoint import read_config
 from nestlm.model.family import Family
 from nestlm.model.parent_files import TOKENIZER_JSON, ParentFiles
@@ -36,7 +43,7 @@ DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
-class Nested:
+class ExportSource:
     """What a run holds, whatever the budget.
 
     Attributes:
@@ -59,7 +66,7 @@ class Nested:
 
 
 @dataclass(frozen=True)
-class Chosen:
+class ExportChoice:
     """What is exported of it: one sub-network, or a router that keeps a budget by a plan."""
 
     spec: SubnetSpec | None = None
@@ -75,16 +82,16 @@ class Chosen:
         return fixed(self.spec)
 
 
-def run(
-    nested: Nested,
-    chosen: Chosen,
+def export_model(
+    nested: ExportSource,
+    chosen: ExportChoice,
     out: Path,
     *,
     form: Format,
-    precision: gguf.Precision | None,
-    facts: Facts,
+    precision: gguf_file.Precision | None,
+    facts: CardFacts,
     push_to: str | None = None,
-) -> Check:
+) -> ExportCheck:
     """Export, and check that the export computes the same.
 
     Args:
@@ -100,13 +107,13 @@ def run(
         ExportError: the format cannot hold it, the folder cannot be written, or it computes something else.
     """
     check_form(chosen, form=form, precision=precision)
-    routing = None if chosen.routed is None else Routing.of(*chosen.routed, config=nested.decoder.config)
+    routing = None if chosen.routed is None else ExportedRouter.from_plan(*chosen.routed, config=nested.decoder.config)
     spec = chosen.spec if routing is None else routing.spec
     assert spec is not None, "a router has stored widths"
     small = extract(nested.decoder, spec, axes=nested.axes).eval()
     dtype = None if precision is None and nested.parent is not None else DTYPES.get(precision or "f32")
     precision = precision or parent_precision(nested.parent)
-    question = Question(
+    question = ExportReference(
         wanted=lambda tokens_BL: nested.decoder(tokens_BL, chosen.policy).logits_BLV,
         decoder=nested.decoder,
         family=nested.family,
@@ -117,38 +124,40 @@ def run(
         if form == "gguf":
             path = folder / f"{out.name}-{precision}.gguf"
             told = {"tokenizer": nested.tokenizer, "texts": text_format(nested), "name": out.name}
-            with writing(out):
-                gguf.write(small, nested.family, path, precision=precision, **told)
-            check = check_gguf(path, question, small=small)
+            with naming_write_errors(out):
+                gguf_file.write_gguf(small, nested.family, path, precision=precision, **told)
+            check = check_gguf_file(path, question, small=small)
         else:
             brought = brings_tokenizer(nested)
-            with writing(out):
+            with naming_write_errors(out):
                 told = {"parent": nested.parent, "routing": routing, "dtype": dtype, "tokenizer": brought}
-                hf.write(small, nested.family, folder, **told)
+                hf_folder.write_hf_folder(small, nested.family, folder, **told)
                 if not brought:
                     write_tokenizer(nested, folder)
-            kind = hf.modelling(small, nested.family, routing)
-            hf.check_code(folder, nested.family, kind)
-            check = check_hf(folder, question, runs_code=kind is not None, tokenizer=load_tokenizer(nested.tokenizer))
-        text = card(facts, small.config, check, routing=routing, form=form, precision=precision, name=out.name)
-        with writing(out):
+            kind = hf_folder.modelling_file(small, nested.family, routing)
+            hf_folder.check_code(folder, nested.family, kind)
+            check = check_hf_folder(
+                folder, question, runs_code=kind is not None, tokenizer=load_tokenizer(nested.tokenizer)
+            )
+        text = model_card(facts, small.config, check, routing=routing, form=form, precision=precision, name=out.name)
+        with naming_write_errors(out):
             (folder / "README.md").write_text(text, encoding="utf-8")
     if push_to is not None:
-        push(out, push_to)
+        upload_model(out, push_to)
     return check
 
 
 def check_target(family: Family, out: Path, *, run: Path, form: str, push_to: str | None) -> None:
     """Raise ExportError, before anything is computed, where the family or the place will not do."""
-    check_place(out, run=run)
+    check_can_be_made(out, run=run)
     check_library(form)
     if form == "gguf":
-        gguf.check(family)
+        gguf_file.check_family_fits(family)
     if push_to is not None:
-        check_token(push_to)
+        check_hub_token(push_to)
 
 
-def check_form(chosen: Chosen, *, form: str, precision: str | None) -> None:
+def check_form(chosen: ExportChoice, *, form: str, precision: str | None) -> None:
     """Raise ExportError for what a format cannot hold."""
     if form == "gguf":
         if chosen.routed is not None:
@@ -160,16 +169,16 @@ def check_form(chosen: Chosen, *, form: str, precision: str | None) -> None:
         raise ExportError(f"export: --dtype {precision} is of GGUF; wanted one of {', '.join(DTYPES)} with --format hf")
 
 
-def parent_precision(parent: ParentFiles | None) -> gguf.Precision:
+def parent_precision(parent: ParentFiles | None) -> gguf_file.Precision:
     """That of the parent's matrices; float32 of what was trained from scratch."""
     if parent is None:
         return "f32"
-    found = set(hf.parent_dtypes(parent).values()) - {torch.float32}
-    names: dict[torch.dtype, gguf.Precision] = {torch.float16: "f16", torch.bfloat16: "bf16"}
+    found = set(hf_folder.parent_dtypes(parent).values()) - {torch.float32}
+    names: dict[torch.dtype, gguf_file.Precision] = {torch.float16: "f16", torch.bfloat16: "bf16"}
     return names.get(found.pop(), "f32") if len(found) == 1 else "f32"
 
 
-def brings_tokenizer(nested: Nested) -> bool:
+def brings_tokenizer(nested: ExportSource) -> bool:
     """Whether the parent's own tokenizer was used, so that its files serve, however they are laid out."""
     if nested.parent is None or TOKENIZER_JSON not in nested.parent.files:
         return False
@@ -177,16 +186,16 @@ def brings_tokenizer(nested: Nested) -> bool:
     return hash_tokenizer(theirs) == hash_tokenizer(load_tokenizer(nested.tokenizer))
 
 
-def text_format(nested: Nested) -> gguf.TextFormat:
+def text_format(nested: ExportSource) -> gguf_file.TextFormat:
     """How texts are laid out: by the parent's files, where its tokenizer is the run's, else as in training."""
     begin, (end, *others) = nested.special_tokens.begin, nested.special_tokens.ends
     turn_end = others[0] if others else None
     if nested.parent is None or not brings_tokenizer(nested):
-        return gguf.TextFormat(begin, end, turn_end)
+        return gguf_file.TextFormat(begin, end, turn_end)
     tokenizer = load_tokenizer(nested.tokenizer)
     pad = nested.parent.token("pad_token")
     pad_id = None if pad is None else tokenizer.token_to_id(pad)
-    return gguf.TextFormat(
+    return gguf_file.TextFormat(
         begin,
         end,
         turn_end,
@@ -196,7 +205,7 @@ def text_format(nested: Nested) -> gguf.TextFormat:
     )
 
 
-def write_tokenizer(nested: Nested, folder: Path) -> None:
+def write_tokenizer(nested: ExportSource, folder: Path) -> None:
     """The run's own tokenizer as transformers opens it. A text starts as documents did in training."""
     tokenizer = load_tokenizer(nested.tokenizer)
     start, (main, *others) = nested.special_tokens.begin, nested.special_tokens.ends
@@ -209,10 +218,10 @@ def write_tokenizer(nested: Nested, folder: Path) -> None:
         "clean_up_tokenization_spaces": False,
         "model_max_length": nested.family.context_length,
     }
-    hf.write_json(folder / "tokenizer_config.json", settings)
+    hf_folder.write_hf_json(folder / "tokenizer_config.json", settings)
     ids = {"bos_token_id": start, "eos_token_id": [main, *others] if others else main}
-    hf.write_json(folder / "generation_config.json", ids)
-    hf.write_json(folder / "config.json", read_config(folder) | ids)
+    hf_folder.write_hf_json(folder / "generation_config.json", ids)
+    hf_folder.write_hf_json(folder / "config.json", read_config(folder) | ids)
 
 
 def with_start(tokenizer: Tokenizer, token: str, token_id: int) -> Tokenizer:

@@ -20,7 +20,7 @@ from nestlm.spec import SubnetSpec
 
 
 @dataclass(frozen=True)
-class Routing:
+class ExportedRouter:
     """A plan as a modelling file takes it.
 
     Attributes:
@@ -34,7 +34,7 @@ class Routing:
     weights: dict[str, Tensor]
 
     @classmethod
-    def of(cls, router: DynamicRouter, plan: Plan, *, config: DecoderConfig) -> Routing:
+    def from_plan(cls, router: DynamicRouter, plan: Plan, *, config: DecoderConfig) -> ExportedRouter:
         """Of a router that plans to keep a budget.
 
         Raises:
@@ -49,14 +49,14 @@ class Routing:
                 continue
             sites.append({"axis": site.axis, "layer": place[site.layer], "widths": list(space.choices[site])})
             prefix = f"model.layers.{place[site.layer]}.choosers.{site.axis}"
-            parts = network(router, plan, row) | ledger(plan, row)
+            parts = network_weights(router, plan, row) | token_bucket_weights(plan, row)
             weights |= {
                 f"{prefix}.{name}": value.detach().cpu().clone(memory_format=torch.contiguous_format)
                 for name, value in parts.items()
             }
         first = f"model.layers.{sites[0]['layer']}.choosers.{sites[0]['axis']}"
         known = {
-            "kind": kind(router),
+            "kind": router_kind(router),
             "prompt_tokens": router.granularity.prompt_tokens,
             "hidden_width": len(weights[f"{first}.input_bias"]),
             "bounds": len(plan.tariffs),
@@ -65,7 +65,7 @@ class Routing:
         return cls(spec, known | {"sites": sites}, weights)
 
 
-def kind(router: DynamicRouter) -> str:
+def router_kind(router: DynamicRouter) -> str:
     """What a router's networks say: logits of choices, or what these lose."""
     if isinstance(router, DynamicLogitsRouter):
         return "logits"
@@ -77,9 +77,9 @@ def kind(router: DynamicRouter) -> str:
     )
 
 
-def network(router: DynamicRouter, plan: Plan, row: int) -> dict[str, Tensor]:
+def network_weights(router: DynamicRouter, plan: Plan, row: int) -> dict[str, Tensor]:
     """One site's network, and what makes scores of its outputs."""
-    said = kind(router)
+    said = router_kind(router)
     assert isinstance(router, DynamicLogitsRouter | DynamicValueRouter), "as its kind says"
     networks = router.networks
     count = networks.counts[row]
@@ -101,7 +101,7 @@ def network(router: DynamicRouter, plan: Plan, row: int) -> dict[str, Tensor]:
     }
 
 
-def ledger(plan: Plan, row: int) -> dict[str, Tensor]:
+def token_bucket_weights(plan: Plan, row: int) -> dict[str, Tensor]:
     """One site's prices in integers, its incomes, and what its sequences' multipliers cost and spend."""
     prices = torch.stack([tariff.prices[row] for tariff in plan.tariffs])
     incomes = torch.tensor([incomes[row] for incomes in plan.incomes])

@@ -9,7 +9,7 @@ from torch import Tensor
 from nestlm.errors import ExportError
 
 
-def check_range(value: Tensor, kind: str, bound: float, *, name: str) -> None:
+def check_weight_range(value: Tensor, kind: str, bound: float, *, name: str) -> None:
     """Raise ExportError where a weight is not finite, or larger than its type holds.
 
     Args:

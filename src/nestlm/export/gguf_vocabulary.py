@@ -23,7 +23,7 @@ SPACE = "\u2581"  # of SentencePiece
 
 
 @dataclass(frozen=True)
-class Vocabulary:
+class GgufVocabulary:
     """What llama.cpp has to know of a tokenizer.
 
     Attributes:
@@ -45,7 +45,7 @@ class Vocabulary:
     leading_space: bool
 
     @classmethod
-    def read(cls, path: Path, *, size: int) -> Vocabulary:
+    def read(cls, path: Path, *, size: int) -> GgufVocabulary:
         """From a tokenizer.json, for a model of `size` tokens.
 
         Raises:
@@ -57,7 +57,7 @@ class Vocabulary:
             by_id = {index: token for token, index in model["vocab"].items()} | {
                 each["id"]: each["content"] for each in added
             }
-            kind, merges = model["type"], [tuple(merge_of(merge)) for merge in model["merges"]]
+            kind, merges = model["type"], [tuple(split_merge(merge)) for merge in model["merges"]]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ExportError(
                 f"export: {path} is no tokenizer.json of byte pairs ({error!r}), which GGUF takes"
@@ -68,7 +68,7 @@ class Vocabulary:
             if each["id"] >= size:  # without a row in the embedding: no text can hold it
                 continue
             kinds[each["id"]] = CONTROL if each["special"] else USER_DEFINED
-        steps = list(parts(data.get("pre_tokenizer"), "pretokenizers"))
+        steps = list(pipeline_steps(data.get("pre_tokenizer"), "pretokenizers"))
         if kind == "BPE" and any(step["type"] == "ByteLevel" for step in steps):
             split = split_name(steps, data.get("normalizer"), path)
             return cls("gpt2", split, tokens, kinds, [" ".join(merge) for merge in merges], None, False)
@@ -79,7 +79,7 @@ class Vocabulary:
     @classmethod
     def sentences(
         cls, data: dict[str, Any], tokens: list[str], kinds: list[int], merges: list[tuple[str, ...]], steps: list[Any]
-    ) -> Vocabulary:
+    ) -> GgufVocabulary:
         """A SentencePiece model: the earlier a merge, the higher its token's score."""
         ranks: dict[str, int] = {}
         for rank, pair in enumerate(merges):
@@ -91,19 +91,19 @@ class Vocabulary:
             elif token == unknown:
                 kinds[index] = UNKNOWN
         scores = [-float(ranks.get(token, len(merges))) for token in tokens]
-        normal = parts(data.get("normalizer"), "normalizers")
+        normal = pipeline_steps(data.get("normalizer"), "normalizers")
         leading = any(step["type"] == "Prepend" for step in normal) or any(
             step.get("prepend_scheme") in ("first", "always") for step in steps
         )
         return cls("llama", "default", tokens, kinds, None, scores, leading)
 
 
-def merge_of(merge: str | list[str]) -> list[str]:
+def split_merge(merge: str | list[str]) -> list[str]:
     """The two halves of a merge, as older or newer files write it."""
     return merge.split(" ") if isinstance(merge, str) else merge
 
 
-def parts(step: dict[str, Any] | None, key: str) -> Iterator[dict[str, Any]]:
+def pipeline_steps(step: dict[str, Any] | None, key: str) -> Iterator[dict[str, Any]]:
     """The steps of a sequence of them, or the one."""
     if step is None:
         return

@@ -15,14 +15,14 @@ import numpy as np
 TOKENS, LOGITS = "tokens.npy", "logits.npy"
 
 
-def library() -> str | None:
+def llama_cpp_version() -> str | None:
     """Name and version; None where llama-cpp-python is not installed."""
     if importlib.util.find_spec("llama_cpp") is None:
         return None
     return f"llama.cpp (llama-cpp-python {version('llama-cpp-python')})"
 
 
-def logits(path: Path, tokens_BL: np.ndarray, *, threads: int) -> np.ndarray:
+def llama_cpp_logits(path: Path, tokens_BL: np.ndarray, *, threads: int) -> np.ndarray:
     """Logits of every row, (B, L, V) in float32.
 
     Raises:
