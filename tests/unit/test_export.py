@@ -178,7 +178,9 @@ def of_weights(case: str, folder: Path) -> exporter.ExportSource:
     parity.checkpoint(case, folder)
     family, decoder = parity.imported(folder)
     tokenizer, special = folder / "tokenizer.json", SpecialTokens(0, (0,))
-    return exporter.ExportSource(decoder.eval(), family, family.parent(), AXES, tokenizer, special, tokens(2, 40))
+    return exporter.ExportSource(
+        decoder.eval(), family, family.read_parent_files(), AXES, tokenizer, special, tokens(2, 40)
+    )
 
 
 @pytest.mark.parametrize("case", ["Llama 2, bfloat16", "Qwen2.5 (tied, YaRN)", "GPT-3 (Nemotron), biases"])

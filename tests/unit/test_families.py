@@ -98,9 +98,9 @@ def test_shipped_sizes_say_in_a_config_json_what_they_are(option, tmp_path):
     if option == "pretrained":
         pytest.skip("has no size of its own")
     model = build(compose([f"model={option}"])).model
-    (tmp_path / "config.json").write_text(json.dumps(model.write()))
+    (tmp_path / "config.json").write_text(json.dumps(model.make_hf_config()))
     config = transformers.AutoConfig.from_pretrained(tmp_path)
-    assert type(model).read(config.to_dict()) == type(model).read(model.write())
+    assert type(model).parse_hf_config(config.to_dict()) == type(model).parse_hf_config(model.make_hf_config())
     assert config.architectures[0] == model.architecture
     with torch.device("meta"):
         theirs = transformers.AutoModelForCausalLM.from_config(config)
@@ -115,9 +115,9 @@ def test_old_files_say_the_same_in_other_words(folder):
         new = load(folder)
         config = json.loads((folder / "config.json").read_text())
         del config["rope_parameters"], config["head_dim"]
-        old = type(new).read(config | {"rope_theta": 500_000.0, "rope_scaling": None})
-        assert old == type(new).read(new.write())
-        scaled = type(new).read(config | {"rope_theta": 500_000.0, "rope_scaling": scaling})
+        old = type(new).parse_hf_config(config | {"rope_theta": 500_000.0, "rope_scaling": None})
+        assert old == type(new).parse_hf_config(new.make_hf_config())
+        scaled = type(new).parse_hf_config(config | {"rope_theta": 500_000.0, "rope_scaling": scaling})
         assert scaled["rope_scaling"].factor == 2.0
 
 
@@ -125,7 +125,7 @@ def test_a_named_size_that_disagrees_is_refused(folder):
     def check(*changes):
         build(compose([f"model.weights={folder}", *changes])).model.check_weights(dry_run=False)
 
-    config = load(folder).write()
+    config = load(folder).make_hf_config()
     sizes = {
         "vocab_size": "vocab_size", "hidden_size": "hidden_size", "num_layers": "num_hidden_layers",
         "num_heads": "num_attention_heads", "num_kv_groups": "num_key_value_heads", "head_dim": "head_dim",
@@ -352,7 +352,7 @@ def test_a_name_on_a_hub_is_found_in_its_cache(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     hub.fetch_files.cache_clear()
     family = load("someone/model")
-    assert family.folder == cached / "snapshots" / commit
+    assert family.weights_folder == cached / "snapshots" / commit
     family.load_weights(Decoder(family.decoder_config()))
     assert load(f"someone/model@{commit}").tokenizer_file == family.tokenizer_file
     with pytest.raises(CheckpointError, match="no folder, and the hub gave no such repository"):

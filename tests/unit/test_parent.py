@@ -46,7 +46,7 @@ def export(folder: Path, out: Path, *, uneven: bool = True, **options) -> export
     """Export a sub-network of a checkpoint, by way of what a run keeps of it."""
     family, decoder = parity.imported(folder)
     kept = folder.with_name("kept")
-    family.parent().write(kept)
+    family.read_parent_files().write(kept)
     tokenizer, special = kept / "tokenizer.json", SpecialTokens(0, (0,))
     nested = exporter.ExportSource(
         decoder.eval(), family, ParentFiles.read(kept), AXES, tokenizer, special, tokens(2, 40)
@@ -187,7 +187,7 @@ def test_links_lead_out_of_no_folder_but_a_hubs_snapshot(folder, tmp_path):
     (snapshot / "README.md").symlink_to("../../blobs/absent")
     (snapshot / "merges.txt").symlink_to("../../blobs/absent")
     family, _ = parity.imported(snapshot)
-    assert "merges.txt" not in family.parent().files
+    assert "merges.txt" not in family.read_parent_files().files
     (snapshot / "config.json").unlink()
     (snapshot / "config.json").symlink_to(secret)
     with pytest.raises(CheckpointError, match="link out of"):

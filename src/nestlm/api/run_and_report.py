@@ -74,7 +74,7 @@ def fill_run_folder(settings: Settings, *, config: dict[str, Any], shown: bool =
 
 def work_in(run_dir: Path, settings: Settings, *, config: dict[str, Any], shown: bool) -> FinishedRun:
     """Walk the stages and write the run's folder, alone in it."""
-    parent = settings.model.parent() if collectives.rank() == 0 else None
+    parent = settings.model.read_parent_files() if collectives.rank() == 0 else None
     cache = cache_folder(settings, run_dir)
     with open_logger(settings, run_dir, config=config) as logger:
         finished = run_stages(settings, config=config, cache=cache, logger=logger)

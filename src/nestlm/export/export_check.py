@@ -296,7 +296,7 @@ def whole_model_in_transformers(reference: ExportReference, *, dtype: torch.dtyp
     """The whole model as transformers runs it; it shares our weights where the dtype is theirs."""
     import transformers
 
-    sizes = reference.family.write()
+    sizes = reference.family.make_hf_config()
     config = transformers.AutoConfig.for_model(sizes.pop("model_type"), **sizes)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)

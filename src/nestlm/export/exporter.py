@@ -193,7 +193,7 @@ def text_format(nested: ExportSource) -> gguf_file.TextFormat:
     if nested.parent is None or not brings_tokenizer(nested):
         return gguf_file.TextFormat(begin, end, turn_end)
     tokenizer = load_tokenizer(nested.tokenizer)
-    pad = nested.parent.token("pad_token")
+    pad = nested.parent.special_token("pad_token")
     pad_id = None if pad is None else tokenizer.token_to_id(pad)
     return gguf_file.TextFormat(
         begin,

@@ -25,11 +25,11 @@ from nestlm.model.parent_files import (
     TOKENIZER_OBJECTS,
     ParentFiles,
     drop_code_keys,
-    to_json,
     write_files,
 )
 from nestlm.nn.config import BlockConfig
 from nestlm.nn.decoder import Decoder
+from nestlm.utils.json_files import to_json
 
 SIZES = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")
 WIDTHS = ("num_layers", "num_heads", "num_kv_groups", "mlp_width")  # of a family, that an export may change
@@ -52,7 +52,7 @@ def export_hf(decoder: Decoder, family: Family, out: Path, *, shard_size: str = 
     Raises:
         ExportError: a folder that holds something, or cannot be written.
     """
-    parent = family.parent()
+    parent = family.read_parent_files()
     with new_folder(out) as folder, naming_write_errors(out):
         write_hf_folder(decoder, family, folder, parent=parent, shard_size=shard_size)
 
@@ -103,7 +103,7 @@ def with_known_class(files: Mapping[str, bytes]) -> dict[str, bytes]:
     config = json.loads(files.get(TOKENIZER_CONFIG, b"{}"))
     if is_known_class(config.get("tokenizer_class")):
         return dict(files)
-    return {**files, TOKENIZER_CONFIG: to_json(config | {"tokenizer_class": "PreTrainedTokenizerFast"})}
+    return {**files, TOKENIZER_CONFIG: to_json(config | {"tokenizer_class": "PreTrainedTokenizerFast"}).encode()}
 
 
 def is_known_class(name: Any) -> bool:
@@ -129,12 +129,12 @@ def family_widths(block: BlockConfig) -> dict[str, int]:
 
 def write_config(size: Family, folder: Path, parent: ParentFiles | None) -> None:
     """The config.json: the parent's, as it is where no width changed and all of its keys are used."""
-    path, own = folder / CONFIG, size.write()
+    path, own = folder / CONFIG, size.make_hf_config()
     if parent is None:
         write_hf_json(path, own)
         return
-    config, unused = parent.config, size.unused_keys(parent.config)
-    known = size.read(config)
+    config, unused = parent.config, size.unused_window_keys(parent.config)
+    known = size.parse_hf_config(config)
     if not is_known_class(config.get("tokenizer_class")):
         unused |= {"tokenizer_class"}
     changed = any(known[name] != getattr(size, name) for name in WIDTHS)
@@ -229,7 +229,7 @@ def set_dtype(folder: Path, weights: Mapping[str, Tensor]) -> None:
 
 def write_hf_json(path: Path, value: Any) -> None:
     """A file as transformers lays it out."""
-    path.write_bytes(to_json(value))
+    path.write_bytes(to_json(value).encode())
 
 
 def hf_state_dict(

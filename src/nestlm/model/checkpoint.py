@@ -1,4 +1,4 @@
-"""Reads a Hugging Face checkpoint folder, and says what is wrong with one."""
+"""Reading and checking of Hugging Face checkpoint folders: config.json, tensor headers, weights."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from nestlm.utils.console import track
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 FLOATS = ("F32", "F16", "BF16", "F64")
-BUFFERS = ".rotary_emb.inv_freq"  # old checkpoints hold what follows from config.json
+BUFFERS = ".rotary_emb.inv_freq"  # in old checkpoints; config.json determines them
 
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """A tensor as a file's header describes it; `dtype` as safetensors names it."""
+    """A tensor's entry in the header of a safetensors file; `dtype` is safetensors' name, such as BF16."""
 
     file: Path
     shape: tuple[int, ...]
@@ -36,11 +36,11 @@ class TensorHeader:
 
 
 def path_in_checkpoint(folder: Path, name: str) -> Path:
-    """The path of a small file of a folder, which need not be there.
+    """Return the path of a file of a checkpoint folder; the file may be missing.
 
     Raises:
-        CheckpointError: it is a link out of the folder. In a hub's cache, files of `snapshots/REVISION` are links into
-            `blobs` beside `snapshots`: those are followed.
+        CheckpointError: it is a link out of the folder. Links from `snapshots/REVISION` into `blobs` beside `snapshots`
+            are allowed, because the hub's cache consists of them.
     """
     path, home = folder / name, folder.resolve()
     roots = [home, *([home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [])]
@@ -50,7 +50,7 @@ def path_in_checkpoint(folder: Path, name: str) -> Path:
 
 
 def read_json_object(folder: Path, name: str) -> dict[str, Any]:
-    """An object of a folder's JSON file. Raises CheckpointError where it is damaged, or a link out of the folder."""
+    """Read a JSON file that holds an object. Raises CheckpointError for other content, or a link out of the folder."""
     path = path_in_checkpoint(folder, name)
     try:
         content = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse_constant)
@@ -65,12 +65,12 @@ def read_json_object(folder: Path, name: str) -> dict[str, Any]:
 
 
 def refuse_constant(name: str) -> None:
-    """Raise ValueError for the constants that Python's reader adds to JSON."""
+    """Raise ValueError for NaN and Infinity, which Python's parser accepts although JSON lacks them."""
     raise ValueError(f"it holds {name}, which is no number of JSON")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """A folder's config.json. Raises CheckpointError where there is none, or it is damaged."""
+    """Read the config.json of a folder. Raises CheckpointError if it is missing or damaged."""
     if not (folder / CONFIG).is_file():
         raise CheckpointError(f"model.weights: {folder} holds no config.json; wanted a Hugging Face checkpoint folder")
     config = read_json_object(folder, CONFIG)
@@ -83,10 +83,10 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_headers(folder: Path) -> dict[str, TensorHeader]:
-    """Every tensor of a checkpoint, from the headers of its files: no weight is read.
+    """Read the headers of a checkpoint's files, without any weight; returns entries by tensor name.
 
     Raises:
-        CheckpointError: there are no safetensors, a file is absent or cut off, or a tensor is in two files.
+        CheckpointError: there are no safetensors, a file is missing or truncated, or two files hold the same tensor.
     """
     found: dict[str, TensorHeader] = {}
     for shard in shard_files(folder):
@@ -100,7 +100,13 @@ def read_headers(folder: Path) -> dict[str, TensorHeader]:
 
 
 def tensors_equal(stored: Mapping[str, TensorHeader], one: str, other: str) -> bool:
-    """Whether two tensors of a checkpoint hold the same numbers."""
+    """Return whether two tensors of a checkpoint have equal shape, dtype and values.
+
+    Args:
+        stored: the headers from `read_headers`.
+        one: name of a tensor.
+        other: name of another tensor.
+    """
     if (stored[one].shape, stored[one].dtype) != (stored[other].shape, stored[other].dtype):
         return False
     values = []
@@ -113,16 +119,16 @@ def tensors_equal(stored: Mapping[str, TensorHeader], one: str, other: str) -> b
 def check_tensors(
     stored: Mapping[str, TensorHeader], shapes: Mapping[str, torch.Size], *, names: Mapping[str, str], ignored: Set[str]
 ) -> None:
-    """Compare a checkpoint's headers with a model's parameters.
+    """Compare the headers of a checkpoint with a decoder's parameters.
 
     Args:
-        stored: what `survey` found.
-        shapes: of our parameters.
-        names: theirs to ours; each has to be there.
-        ignored: theirs that may be there besides.
+        stored: the headers from `read_headers`.
+        shapes: shapes of the parameters, by nestlm's names.
+        names: nestlm's name for each tensor that the checkpoint must hold, by Hugging Face name.
+        ignored: Hugging Face names that the checkpoint may hold besides.
 
     Raises:
-        CheckpointError: a tensor that is absent, left over, of another shape, or of a dtype that is not read.
+        CheckpointError: a tensor is missing, unexpected, of another shape, or of a dtype that is not read.
     """
     for theirs, tensor in stored.items():
         if is_ignored(theirs, ignored):
@@ -145,26 +151,26 @@ def check_tensors(
 
 
 def is_ignored(name: str, ignored: Set[str]) -> bool:
-    """Whether a checkpoint's tensor is not read."""
+    """Return whether a tensor of a checkpoint is skipped: it is listed in `ignored`, or a rotary buffer."""
     return name in ignored or name.endswith(BUFFERS)
 
 
 def read_tensors(
     folder: Path, parameters: Mapping[str, Tensor], *, names: Mapping[str, str], ignored: Set[str]
 ) -> None:
-    """Fill parameters from a folder's safetensors, a shard at a time, a tensor in each of torch's threads.
+    """Copy the weights of a checkpoint into parameters, one shard at a time, tensors in parallel.
 
-    Beside the parameters only the shard's file is in memory, as mapped pages.
+    Besides the parameters, only the mapped pages of one shard are in memory.
 
     Args:
-        folder: with one file or the shards that its index names, and perhaps SHA256SUMS.
-        parameters: ours.
-        names: theirs to ours; each has to be there, once.
-        ignored: theirs that may be there besides.
+        folder: the checkpoint: one file or an index of shards, and perhaps SHA256SUMS.
+        parameters: the parameters to fill, by nestlm's names.
+        names: nestlm's name for each tensor that the checkpoint must hold, by Hugging Face name.
+        ignored: Hugging Face names that the checkpoint may hold besides.
 
     Raises:
-        CheckpointError: a damaged or absent file, or a tensor that is absent, left over, of another shape, no float, or
-            not finite.
+        CheckpointError: a file is missing or damaged, or a tensor is missing, unexpected, of another shape, not a
+            float, or not finite.
     """
     stored = read_headers(folder)
     check_tensors(stored, {name: value.shape for name, value in parameters.items()}, names=names, ignored=ignored)
@@ -184,24 +190,24 @@ def read_tensors(
 
 @contextmanager
 def reader_threads() -> Iterator[Executor]:
-    """As many threads as torch uses for one operation, each of which uses one.
+    """Create a pool of as many threads as torch uses for an operation, each with single-threaded operations.
 
-    Most of the time goes into the pages of new memory. Threads within one operation wait for each other by spinning: on
-    a machine that is busy otherwise, reading took two to three times as long.
+    Reading is bound by page faults. torch's own threads wait for each other by spinning: with them, reading on a busy
+    machine took two to three times as long.
     """
     threads = torch.get_num_threads()
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             yield pool
     finally:
-        torch.set_num_threads(threads)  # a worker's setting is that of all threads to come
+        torch.set_num_threads(threads)  # a worker's setting also applies to threads that start later
 
 
 def shard_files(folder: Path) -> list[Path]:
-    """A checkpoint's files as transformers chooses them: the single one, else those that the index names.
+    """List the safetensors files of a checkpoint by transformers' rule: model.safetensors, else those of the index.
 
     Raises:
-        CheckpointError: there is neither, the index is damaged or names a file outside the folder, or one is absent.
+        CheckpointError: there is neither, the index is damaged or names a file elsewhere, or a file is missing.
     """
     single = folder / SINGLE
     if single.is_file():
@@ -226,14 +232,19 @@ def shard_files(folder: Path) -> list[Path]:
 
 
 def check_plain_name(name: str, where: str) -> None:
-    """Raise CheckpointError unless a name that a checkpoint's file holds is that of a file in the same folder."""
+    """Check that a name in a checkpoint's file is a plain file name, without folders. Raises CheckpointError otherwise.
+
+    Args:
+        name: the name.
+        where: the file that holds it, for the message.
+    """
     if name in ("", ".", "..") or any(sign in name for sign in ("/", "\\", "\0")):
         raise CheckpointError(f"model.weights: {where} names {quote(name)}, wanted the plain name of a file beside it")
 
 
 @contextmanager
 def open_shard(shard: Path) -> Iterator[Any]:
-    """A safetensors file. Raises CheckpointError when it is absent or damaged, also while it is read."""
+    """Open a safetensors file. Raises CheckpointError if it is missing or damaged, also from within the block."""
     try:
         with safe_open(shard, framework="pt") as tensors:
             yield tensors
@@ -244,18 +255,20 @@ def open_shard(shard: Path) -> Iterator[Any]:
 
 @torch.no_grad()
 def fill_checked(parameter: Tensor, value: Tensor, *, name: str) -> None:
-    """Copy a tensor in. Raises CheckpointError when it holds numbers that are not finite."""
+    """Copy a value into a parameter. Raises CheckpointError, with the tensor's name, for infinite or NaN entries."""
     fill(parameter, value)
-    # a sum is not finite where a term is not, and takes no memory
+    # the sum is not finite if an entry is not, and needs no memory; it can overflow, hence the second test
     if not value.sum().isfinite() and not value.isfinite().all():
         raise CheckpointError(f"model.weights: {name} holds numbers that are not finite; fetch it again")
 
 
 def check_sha256sums(folder: Path) -> None:
-    """Compare files with the folder's SHA256SUMS, where it has one: it alone shows a flipped bit in a weight.
+    """Compare the files of a checkpoint with its SHA256SUMS; do nothing if it has none.
+
+    Only checksums reveal a flipped bit in a weight.
 
     Raises:
-        CheckpointError: a file is absent or another, or a shard is not listed.
+        CheckpointError: a listed file is missing or has another hash, or a shard is not listed.
     """
     sums = path_in_checkpoint(folder, CHECKSUMS)
     if not sums.is_file():
@@ -276,7 +289,7 @@ def check_sha256sums(folder: Path) -> None:
 
 
 def check_relative_name(name: str) -> None:
-    """Raise CheckpointError for a name in SHA256SUMS that leads out of its folder."""
+    """Check that a name in SHA256SUMS stays inside its folder. Raises CheckpointError otherwise."""
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\0" in name:
         raise CheckpointError(f"model.weights: {CHECKSUMS} names {quote(name)}, wanted a file of the same folder")

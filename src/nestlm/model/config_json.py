@@ -1,4 +1,4 @@
-"""Values of a config.json, each of the type that transformers wants it to have."""
+"""Typed access to the values of a Hugging Face config.json; null counts as missing, except for `read_number`."""
 
 from __future__ import annotations
 
@@ -8,23 +8,29 @@ from typing import Any
 
 from nestlm.errors import CheckpointError
 
-LARGEST = 2**24  # of a size: beyond it is a damaged file
-SHOWN = 60  # characters of a value in a message
+LARGEST = 2**24  # a larger size means a damaged file
+QUOTED_LENGTH = 60  # characters of a value that a message quotes
 
 
 def quote(value: Any) -> str:
-    """A value as messages quote it: long ones are cut."""
+    """Return `repr(value)`, cut to a length that suits an error message."""
     text = repr(value)
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+    return text if len(text) <= QUOTED_LENGTH else f"{text[:QUOTED_LENGTH]}..."
 
 
 def wrong_value_error(name: str, value: Any, wanted: str) -> CheckpointError:
-    """The error for a key of a config.json that has a value of another kind."""
+    """Build the error for a key of config.json with an unsuitable value.
+
+    Args:
+        name: the key.
+        value: its value.
+        wanted: a description of suitable values.
+    """
     return CheckpointError(f"model.weights: {name} is {quote(value)} in config.json, wanted {wanted}; mend config.json")
 
 
 def read_size(config: Mapping[str, Any], name: str, *, default: int | None = None, most: int = LARGEST) -> int:
-    """A whole number from 1 to `most`. Raises CheckpointError where it is absent without a default, or another."""
+    """Read a whole number from 1 to `most`. Raises CheckpointError for another or a missing value."""
     value = config.get(name)
     if value is None:
         if default is None:
@@ -36,7 +42,7 @@ def read_size(config: Mapping[str, Any], name: str, *, default: int | None = Non
 
 
 def read_number(config: Mapping[str, Any], name: str, *, default: float) -> float:
-    """A positive number. Raises CheckpointError for anything else, null as well."""
+    """Read a positive number. Raises CheckpointError for any other value, including null."""
     value = config.get(name, default)
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
         raise wrong_value_error(name, value, "a positive number")
@@ -44,7 +50,7 @@ def read_number(config: Mapping[str, Any], name: str, *, default: float) -> floa
 
 
 def read_flag(config: Mapping[str, Any], name: str, *, default: bool = False) -> bool:
-    """True or false. Raises CheckpointError for anything else; null stands for the default."""
+    """Read true or false. Raises CheckpointError for any other value."""
     value = config.get(name)
     if value is None:
         return default
@@ -53,8 +59,8 @@ def read_flag(config: Mapping[str, Any], name: str, *, default: bool = False) ->
     return value
 
 
-def read_section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """An object, empty where it is null or absent. Raises CheckpointError for anything else."""
+def read_object(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Read an object, empty if it is missing. Raises CheckpointError for any other value."""
     value = config.get(name)
     if value is None:
         return {}
@@ -64,6 +70,6 @@ def read_section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def check_value(config: Mapping[str, Any], name: str, value: Any) -> None:
-    """Raise CheckpointError unless a key, where it is there, has the one value that is computed."""
+    """Check that a key is missing or has the only value that nestlm supports. Raises CheckpointError otherwise."""
     if config.get(name, value) != value:
         raise CheckpointError(f"model.weights: {name} is {quote(config[name])} in config.json, wanted {value!r}")

@@ -1,4 +1,4 @@
-"""What a model family is: sizes, read from a config.json of Hugging Face or from YAML, and the names of its weights."""
+"""The base class of model families: sizes from YAML or a Hugging Face config.json, and the names of weights."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from nestlm.nn.config import BlockConfig, DecoderConfig
 from nestlm.nn.decoder import Decoder
 from nestlm.nn.rope import RopeScaling
 
-MOST_LAYERS = 1000  # of a config.json: more would take minutes to price
-# Features of a config.json that none of our families has; absent, null, false, 0 and empty mean "not used".
+MOST_LAYERS = 1000  # accepted from a config.json; more would take minutes to price
+# Keys of features that no family supports; null, false, 0 and empty values mean that a feature is not used.
 UNSUPPORTED = {
     "num_local_experts": "a mixture of experts",
     "num_experts": "a mixture of experts",
@@ -34,8 +34,7 @@ UNSUPPORTED = {
     "quantization_config": "quantized weights",
 }
 
-
-# Names of modules, ours to theirs: all families that transformers derives from Llama share them.
+# Hugging Face module names by nestlm's names. All families that transformers derives from Llama share them.
 BLOCK_NAMES = {
     "attn_norm": "input_layernorm",
     "attn.q": "self_attn.q_proj",
@@ -55,25 +54,33 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 @dataclass(frozen=True, kw_only=True)
 class Family(ABC):
-    """A named size of a family: its fields are what YAML and `config.json` say.
+    """One size of a model family. Its fields are set by YAML, or read from a config.json.
 
     Attributes:
-        weights: a Hugging Face checkpoint: a folder, or a hub's OWNER/NAME or OWNER/NAME@REVISION; None where there is
-            none.
-        init: `random` where the model may be trained from scratch.
-        pretraining_tokens: tokens that given weights were trained on, where known.
+        weights: a Hugging Face checkpoint: a folder, or a hub's OWNER/NAME or OWNER/NAME@REVISION; None without one.
+        init: `random` allows training from scratch; None does not.
+        pretraining_tokens: number of tokens that the weights were trained on; None if unknown.
+        vocab_size: vocabulary size, V.
+        hidden_size: width of the residual stream, D.
+        num_layers: number of blocks, N.
+        num_heads: number of query heads of a block.
+        num_kv_groups: number of key and value heads of a block.
+        head_dim: entries of a head.
+        mlp_width: hidden units of an MLP.
         context_length: longest rows that the model takes, L.
-        rope_scaling: how rotary positions are stretched; None: not at all.
-        tie_embeddings: whether the head is the embedding.
+        rope_theta: base of the rotary embeddings.
+        rope_scaling: scaling of the rotary embeddings; None without scaling.
+        norm_eps: epsilon of the norms.
+        tie_embeddings: whether the output head shares the embedding's weights.
     """
 
-    model_type: ClassVar[str]  # in config.json
-    architecture: ClassVar[str]  # the class in transformers
+    model_type: ClassVar[str]  # the `model_type` in config.json
+    architecture: ClassVar[str]  # transformers' class
     activation: ClassVar[Literal["silu", "relu2"]]  # of the MLP
     norm_eps_key: ClassVar[str]
     default_norm_eps: ClassVar[float]
     knows_windows: ClassVar[bool] = False  # whether layers of transformers' class can use a sliding window
-    heads_divide_hidden_size: ClassVar[bool] = False  # transformers' class wants it, whatever the head width
+    heads_divide_hidden_size: ClassVar[bool] = False  # whether transformers' class requires it
 
     weights: str | None
     init: str | None
@@ -94,28 +101,28 @@ class Family(ABC):
     @classmethod
     @abstractmethod
     def parse_own_keys(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        """The fields that only this family has, from a config.json.
+        """Read the fields that only this family has from a config.json.
 
         Raises:
-            CheckpointError: it has what the family's decoder does not compute.
+            CheckpointError: the config has a feature that the family's decoder does not support.
         """
 
     @abstractmethod
     def make_own_keys(self) -> dict[str, Any]:
-        """The keys of a config.json that `read_own` reads."""
+        """Build the keys of a config.json from which `parse_own_keys` reads the same values."""
 
     @abstractmethod
-    def features(self) -> dict[str, Any]:
-        """What the family's layers compute, fields of `DecoderConfig`."""
+    def decoder_features(self) -> dict[str, Any]:
+        """Return the fields of `DecoderConfig` that describe the family's layers, such as biases and norms."""
 
     @classmethod
-    def window(cls, config: Mapping[str, Any]) -> int | None:
-        """Tokens of the sliding window that some layer uses, from a config.json; None where no layer uses one."""
+    def sliding_window(cls, config: Mapping[str, Any]) -> int | None:
+        """Read the size of the sliding window, in tokens, from a config.json; None if no layer uses a window."""
         return None
 
     @classmethod
-    def unused_keys(cls, config: Mapping[str, Any]) -> set[str]:
-        """Keys of a window that the family's layers do not know, but transformers' cache would go by."""
+    def unused_window_keys(cls, config: Mapping[str, Any]) -> set[str]:
+        """Return the config.json's keys about windows that the family's layers ignore but transformers' cache obeys."""
         if cls.knows_windows:
             return set()
         is_sliding = "sliding_attention" in (config.get("layer_types") or ())
@@ -123,11 +130,11 @@ class Family(ABC):
         return kinds | ({"sliding_window"} if config.get("sliding_window") is not None else set())
 
     @classmethod
-    def read(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Our fields from a config.json.
+    def parse_hf_config(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Read the fields of this class from a config.json.
 
         Raises:
-            CheckpointError: it lacks a size, or has what the family's decoder does not compute.
+            CheckpointError: a size is missing or invalid, or the config has a feature that is not supported.
         """
         config_json.check_value(config, "hidden_act", cls.activation)
         theta, scaling = read_rotary(config)
@@ -151,8 +158,8 @@ class Family(ABC):
             **cls.parse_own_keys(config),
         }
 
-    def write(self) -> dict[str, Any]:
-        """The config.json of this size: what `read` reads, and transformers opens."""
+    def make_hf_config(self) -> dict[str, Any]:
+        """Build the config.json of this size, which `parse_hf_config` and transformers can read."""
         sizes = {
             "architectures": [self.architecture],
             "model_type": self.model_type,
@@ -172,7 +179,7 @@ class Family(ABC):
         return sizes | self.make_own_keys()
 
     def decoder_config(self) -> DecoderConfig:
-        """Sizes of the decoder."""
+        """Build the configuration of the decoder. Raises ConfigError for sizes that do not fit together."""
         block = BlockConfig(self.num_heads, self.num_kv_groups, self.mlp_width)
         return DecoderConfig(
             vocab_size=self.vocab_size,
@@ -185,33 +192,41 @@ class Family(ABC):
             norm_eps=self.norm_eps,
             tie_embeddings=self.tie_embeddings,
             activation=self.activation,
-            **self.features(),
+            **self.decoder_features(),
         )
 
     def __post_init__(self) -> None:
         if self.init not in (None, "random"):
             raise ConfigError(f"model.init: got {self.init!r}, wanted 'random' or null")
         self.decoder_config()
-        for name, known in self.read(self.write()).items():  # what the family has no word for is not its own
+        readable = self.parse_hf_config(self.make_hf_config())
+        for name, known in readable.items():  # a field that config.json cannot express must have its only value
             if getattr(self, name) != known:
                 raise ConfigError(f"model.{name}: got {getattr(self, name)}, but {self.model_type} has {known} only")
 
     @property
-    def folder(self) -> Path:
-        """The folder of the weights, all files in it."""
-        assert self.weights is not None, "there is no folder"
+    def weights_folder(self) -> Path:
+        """The folder of the complete checkpoint; a hub's repository is downloaded first."""
+        assert self.weights is not None, "there are no weights"
         return hub.fetch_all_files(self.weights)
 
     @property
     def tokenizer_file(self) -> Path | None:
-        """The tokenizer that belongs to the weights."""
+        """The path of the checkpoint's tokenizer.json, which may be missing; None without weights."""
         return None if self.weights is None else path_in_checkpoint(hub.fetch_small_files(self.weights), TOKENIZER_JSON)
 
     def check_weights(self, *, dry_run: bool) -> None:
-        """Raise when weights don't suit, or there are neither weights nor leave to train from scratch.
+        """Check before a run that the weights suit, or that the model may be trained from scratch.
 
-        Of a folder on disk, all files are looked at, of the weights their headers; of a hub's repository those that are
-        small, since the others are fetched by the run.
+        For a folder, config.json and the headers of all weights are compared with this size. For a hub's repository,
+        only config.json is, because the run downloads the weights later.
+
+        Args:
+            dry_run: allow a size without weights.
+
+        Raises:
+            CheckpointError: the weights do not suit.
+            ConfigError: there are no weights, and `init` is not `random`.
         """
         if self.weights is not None:
             folder = hub.fetch_small_files(self.weights)
@@ -225,11 +240,11 @@ class Family(ABC):
             )
 
     def check_headers(self) -> None:
-        """Raise CheckpointError when the tensors of `weights` are not those of this size; their headers are read.
+        """Compare the headers of the weights with this size. Raises CheckpointError for a difference.
 
-        A tied head that the files hold besides is compared with the embedding, number by number.
+        If the files hold a tied head besides the embedding, the values of both are compared.
         """
-        stored, decoder = read_headers(self.folder), Decoder.on_meta(self.decoder_config())
+        stored, decoder = read_headers(self.weights_folder), Decoder.on_meta(self.decoder_config())
         shapes = {name: value.shape for name, value in decoder.named_parameters()}
         check_tensors(stored, shapes, **self.match_names(stored, decoder))
         if self.tie_embeddings and {HEAD, EMBEDDING} <= set(stored) and not tensors_equal(stored, HEAD, EMBEDDING):
@@ -238,24 +253,24 @@ class Family(ABC):
                 "transformers keeps both: set tie_word_embeddings to false there"
             )
 
-    def parent(self) -> ParentFiles | None:
-        """What exports take from the folder of `weights`; None where there is none."""
+    def read_parent_files(self) -> ParentFiles | None:
+        """Read the files of the checkpoint that exports copy; None without weights."""
         if self.weights is None:
             return None
         return ParentFiles.from_checkpoint(
-            self.folder, repository=None if Path(self.weights).is_dir() else self.weights
+            self.weights_folder, repository=None if Path(self.weights).is_dir() else self.weights
         )
 
     def check_config(self, config: Mapping[str, Any]) -> None:
-        """Raise CheckpointError when the config.json of `weights` is another size, or computes something else."""
+        """Compare a config.json with this size. Raises CheckpointError for another family, size or feature."""
         if config.get("model_type") != self.model_type:
             kind = config_json.quote(config.get("model_type"))
             raise CheckpointError(
                 f"model.weights: model_type is {kind} in config.json, the chosen size is of {self.model_type!r}; "
                 "try model=pretrained"
             )
-        self.check_features(config, context_length=self.context_length)
-        for name, theirs in self.read(config).items():
+        self.check_supported(config, context_length=self.context_length)
+        for name, theirs in self.parse_hf_config(config).items():
             ours = getattr(self, name)
             if name == "context_length":
                 if theirs < ours:
@@ -267,18 +282,18 @@ class Family(ABC):
                 )
 
     def load_weights(self, decoder: Decoder) -> None:
-        """Fill a decoder from `weights`, one shard at a time.
+        """Load the weights into a decoder of this size, one shard at a time.
 
         Raises:
-            CheckpointError: missing, damaged, left-over or wrongly shaped tensors.
+            CheckpointError: a tensor is missing, damaged, unexpected or of another shape.
         """
-        names = self.match_names(read_headers(self.folder), decoder)
-        read_tensors(self.folder, dict(decoder.named_parameters()), **names)
+        names = self.match_names(read_headers(self.weights_folder), decoder)
+        read_tensors(self.weights_folder, dict(decoder.named_parameters()), **names)
 
     def match_names(self, stored: Mapping[str, TensorHeader], decoder: Decoder) -> dict[str, Any]:
-        """How a checkpoint names a decoder's parameters, and what it may hold besides: `names` and `ignored`.
+        """Return the arguments `names` and `ignored` of `check_tensors` and `read_tensors` for a checkpoint.
 
-        Of a tied head and embedding, either is enough.
+        If head and embedding are tied, the checkpoint may hold either or both.
         """
         names = self.hf_names(decoder)
         if not self.tie_embeddings:
@@ -289,7 +304,7 @@ class Family(ABC):
 
     @staticmethod
     def hf_names(decoder: Decoder) -> dict[str, str]:
-        """Hugging Face name of every parameter: theirs to ours."""
+        """Return nestlm's name of every parameter of a decoder by its Hugging Face name."""
         names = {}
         for ours in dict(decoder.named_parameters()):
             module, _, kind = ours.rpartition(".")
@@ -301,17 +316,31 @@ class Family(ABC):
         return names
 
     @classmethod
-    def from_config(cls, weights: str, config: Mapping[str, Any], **changes: Any) -> Self:
-        """The size that a config.json names. Raises CheckpointError where it names none."""
-        known = cls.read(config) | {name: value for name, value in changes.items() if value is not None}
-        cls.check_features(config, context_length=known["context_length"])
+    def from_hf_config(cls, weights: str, config: Mapping[str, Any], **changes: Any) -> Self:
+        """Build the size that a config.json describes.
+
+        Args:
+            weights: the checkpoint, which becomes the field `weights`.
+            config: its config.json.
+            changes: values of fields that replace those of the config; None keeps the config's.
+
+        Raises:
+            CheckpointError: the config lacks a size, or has a feature that is not supported.
+        """
+        known = cls.parse_hf_config(config) | {name: value for name, value in changes.items() if value is not None}
+        cls.check_supported(config, context_length=known["context_length"])
         rest = {field.name: None for field in fields(cls) if field.name not in known}
         values: dict[str, Any] = {**rest, **known, "weights": weights}
         return cls(**values)
 
     @classmethod
-    def check_features(cls, config: Mapping[str, Any], *, context_length: int) -> None:
-        """Raise CheckpointError, naming it, where a config.json has a feature that no family computes."""
+    def check_supported(cls, config: Mapping[str, Any], *, context_length: int) -> None:
+        """Check that a config.json has no feature that nestlm does not support. Raises CheckpointError, naming it.
+
+        Args:
+            config: the config.json.
+            context_length: longest rows; a sliding window that is not shorter has no effect and is accepted.
+        """
         for name, what in UNSUPPORTED.items():
             if config.get(name):
                 shown = config_json.quote(config[name])
@@ -319,7 +348,7 @@ class Family(ABC):
         kinds = config.get("layer_types") or []
         if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds):
             raise config_json.wrong_value_error("layer_types", kinds, "a list of names")
-        window = cls.window(config)
+        window = cls.sliding_window(config)
         if window is not None and window < context_length:
             raise CheckpointError(
                 f"model.weights: a sliding window of {window} tokens is not supported; rows of at most {window} do not "

@@ -1,4 +1,4 @@
-"""Where a checkpoint's files are: a folder on disk, or a copy of a hub's repository, fetched when it is needed."""
+"""Access to checkpoints by path or hub name; repositories of the Hugging Face hub are downloaded when needed."""
 
 from __future__ import annotations
 
@@ -9,26 +9,33 @@ from pathlib import Path
 from nestlm.errors import CheckpointError
 
 HUB_ID = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
-SMALL = ["*.json", "*.model", "*.txt", "*.jinja"]  # sizes, tokenizer, generation settings
+SMALL = ["*.json", "*.model", "*.txt", "*.jinja"]  # patterns of sizes, tokenizer and generation settings
 LARGE = ["*.safetensors", "SHA256SUMS"]
 
 
 def fetch_small_files(weights: str) -> Path:
-    """The folder with a checkpoint's config.json and tokenizer; of a hub's repository, nothing larger is fetched."""
+    """Return the folder of a checkpoint's config.json and tokenizer files, without downloading weights.
+
+    Args:
+        weights: a folder, or a hub's OWNER/NAME or OWNER/NAME@REVISION.
+
+    Raises:
+        CheckpointError: there is no such folder or repository.
+    """
     return fetch_files(weights, tuple(SMALL))
 
 
 def fetch_all_files(weights: str) -> Path:
-    """The folder with all of a checkpoint."""
+    """Return the folder of a complete checkpoint, downloading weights if necessary; see `fetch_small_files`."""
     return fetch_files(weights, (*SMALL, *LARGE))
 
 
 @lru_cache(maxsize=8)
 def fetch_files(weights: str, patterns: tuple[str, ...]) -> Path:
-    """A folder as it is, or the local copy of OWNER/NAME or OWNER/NAME@REVISION, as the hub's library caches it.
+    """Return a folder unchanged, or the cached copy of a hub repository with the files that match the patterns.
 
     Raises:
-        CheckpointError: neither is there.
+        CheckpointError: there is no such folder or repository.
     """
     folder = Path(weights)
     if folder.is_dir():

@@ -1,10 +1,12 @@
-"""The Llama family, and what its relatives share with it."""
+"""The Llama family, the base of the families that transformers derives from it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
+
+from typing_extensions import override
 
 from nestlm.model.config_json import check_value, read_flag
 from nestlm.model.family import Family
@@ -13,13 +15,13 @@ from nestlm.model.rope_config import PARTIAL, read_rotary_share
 
 @dataclass(frozen=True, kw_only=True)
 class Llama(Family):
-    """A decoder of RMSNorm, rotary positions, grouped-query attention and an MLP gated by SiLU.
+    """A decoder with RMSNorm, rotary embeddings, grouped-query attention and a SwiGLU MLP.
 
     Attributes:
-        qk_norm: whether queries and keys are normalised over a head's entries.
+        qk_norm: whether queries and keys are normalised over the entries of a head.
         qkv_bias: whether the projections to queries, keys and values add a bias.
-        output_bias: whether attention's projection back does.
-        mlp_bias: whether the MLP's projections do.
+        output_bias: whether the output projection of attention adds a bias.
+        mlp_bias: whether the projections of the MLP add a bias.
     """
 
     model_type: ClassVar[str] = "llama"
@@ -35,6 +37,7 @@ class Llama(Family):
     mlp_bias: bool
 
     @classmethod
+    @override
     def parse_own_keys(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         check_value({PARTIAL: read_rotary_share(config, 1.0)}, PARTIAL, 1.0)
         attention_bias = read_flag(config, "attention_bias")
@@ -45,9 +48,11 @@ class Llama(Family):
             "mlp_bias": read_flag(config, "mlp_bias"),
         }
 
+    @override
     def make_own_keys(self) -> dict[str, Any]:
         return {"attention_bias": self.qkv_bias, "mlp_bias": self.mlp_bias}
 
-    def features(self) -> dict[str, Any]:
+    @override
+    def decoder_features(self) -> dict[str, Any]:
         names = ("qk_norm", "qkv_bias", "output_bias", "mlp_bias")
         return {name: getattr(self, name) for name in names}

@@ -1,7 +1,7 @@
-"""What travels from a parent's folder into exports: settings, tokenizer and chat templates; never its code.
+"""The small files of the parent checkpoint that exports copy: settings, tokenizer and chat templates, never code.
 
-The list says what belongs to an export. Whatever else lies beside a checkpoint stays behind: adapters, indices of other
-weights, images, Python files. Keys of JSON files that lead transformers to code are left out.
+Only listed files are copied; adapters, indices of other weights, images and Python files are not. Keys of JSON files
+that make transformers load code are removed.
 """
 
 from __future__ import annotations
@@ -16,35 +16,36 @@ from typing import Any
 from nestlm.errors import CheckpointError
 from nestlm.model.checkpoint import path_in_checkpoint, read_headers, read_json_object
 from nestlm.model.hub import HUB_ID
+from nestlm.utils.json_files import to_json
 
 CONFIG, GENERATION, TOKENIZER_JSON = "config.json", "generation_config.json", "tokenizer.json"
 TOKENIZER_CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
-TEMPLATES = "additional_chat_templates"  # a folder of .jinja files
-# Files of a tokenizer: objects, which may lead to code, and those that hold nothing but tokens or a template.
+TEMPLATES = "additional_chat_templates"  # a folder with .jinja files
+# Files of a tokenizer: JSON objects, which can name code, and files that hold only tokens or a template.
 TOKENIZER_OBJECTS = (TOKENIZER_CONFIG, "special_tokens_map.json", "chat_template.json")
 TOKENIZER_PLAIN = (
     TOKENIZER_JSON, "added_tokens.json", TEMPLATE, "merges.txt", "tokenizer.model", "vocab.json",
     "vocab.txt",
 )  # fmt: skip
-# What leads transformers to code, or to files that stay behind.
+# Keys that make transformers load code, or files that are not copied.
 CODE_KEYS = frozenset({
     "auto_map", "attn_implementation", "code_revision", "custom_generate", "custom_pipeline", "custom_pipelines",
     "experts_implementation", "fast_tokenizer_files", "kernel_config", "trust_remote_code", "use_kernels",
     "_attn_implementation", "_attn_implementation_internal", "_experts_implementation",
     "_experts_implementation_internal",
 })  # fmt: skip
-FACTS = "parent.json"  # of a folder that `Parent.write` fills
+FACTS = "parent.json"  # written by `ParentFiles.write`
 MOST_TEMPLATES = 100
 
 
 @dataclass(frozen=True)
 class ParentFiles:
-    """The small files that exports take from a checkpoint, and the dtypes of its tensors.
+    """The small files that exports copy from the parent checkpoint, and the dtypes of its tensors.
 
     Attributes:
-        files: contents, by path relative to the folder, without keys that lead to code.
-        dtypes: by name of a tensor, as safetensors names them.
-        repository: where it is on the hub; None: it is a folder on disk.
+        files: contents by path relative to the folder, without keys that name code.
+        dtypes: safetensors' dtype of each tensor, by Hugging Face name.
+        repository: the checkpoint's name on the hub; None for a folder on disk.
     """
 
     files: Mapping[str, bytes]
@@ -53,14 +54,14 @@ class ParentFiles:
 
     @classmethod
     def from_checkpoint(cls, folder: Path, *, repository: str | None = None) -> ParentFiles:
-        """Read a checkpoint folder. Raises CheckpointError for a damaged file, or a link out of the folder."""
+        """Read the files of a checkpoint. Raises CheckpointError for a damaged file, or a link out of the folder."""
         return cls(
             read_small_files(folder), {name: tensor.dtype for name, tensor in read_headers(folder).items()}, repository
         )
 
     @classmethod
     def read(cls, folder: Path) -> ParentFiles:
-        """Read what `write` wrote. Raises CheckpointError for a damaged file, or a link out of the folder."""
+        """Read a folder that `write` wrote. Raises CheckpointError for a damaged file, or a link out of the folder."""
         facts = read_json_object(folder, FACTS)
         dtypes, repository = facts.get("dtypes"), facts.get("repository")
         is_named = repository is None or (isinstance(repository, str) and HUB_ID.fullmatch(repository))
@@ -69,29 +70,29 @@ class ParentFiles:
         return cls(read_small_files(folder), dtypes, repository)
 
     def write(self, folder: Path) -> None:
-        """Write all of it into a folder, which is made where it is absent."""
+        """Write the files and parent.json into a folder, which is created if necessary."""
         folder.mkdir(parents=True, exist_ok=True)
         write_files(folder, self.files)
-        (folder / FACTS).write_bytes(to_json({"repository": self.repository, "dtypes": self.dtypes}))
+        (folder / FACTS).write_bytes(to_json({"repository": self.repository, "dtypes": self.dtypes}).encode())
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The config.json."""
-        return self.object(CONFIG)
+        """The content of config.json."""
+        return self.read_json(CONFIG)
 
-    def object(self, name: str) -> dict[str, Any]:
-        """A JSON file's content; empty where there is none."""
+    def read_json(self, name: str) -> dict[str, Any]:
+        """Parse one of the JSON files; returns an empty dictionary if it is not among the files."""
         return json.loads(self.files[name]) if name in self.files else {}
 
     @property
     def tokenizer_files(self) -> dict[str, bytes]:
-        """The files that belong to the tokenizer, chat templates among them."""
+        """The files of the tokenizer, including chat templates, by path."""
         return {name: content for name, content in self.files.items() if name not in (CONFIG, GENERATION)}
 
     def chat_templates(self) -> dict[str, str]:
-        """Chat templates by name, as transformers finds them; the one for conversations is `default`.
+        """Collect the chat templates by name, with transformers' precedence; `default` is the one for conversations.
 
-        Files come before those within tokenizer_config.json, those before the older chat_template.json.
+        .jinja files take precedence over tokenizer_config.json, and that over the older chat_template.json.
         """
         found = {
             "default" if name == TEMPLATE else PurePosixPath(name).stem: content.decode("utf-8", "replace")
@@ -99,8 +100,8 @@ class ParentFiles:
             if name.endswith(".jinja")
         }
         for name in (TOKENIZER_CONFIG, "chat_template.json"):
-            said = self.object(name).get("chat_template")
-            pairs = said if isinstance(said, list) else [{"name": "default", "template": said}]
+            value = self.read_json(name).get("chat_template")
+            pairs = value if isinstance(value, list) else [{"name": "default", "template": value}]
             for pair in [] if found else pairs:
                 if (
                     isinstance(pair, dict)
@@ -110,25 +111,29 @@ class ParentFiles:
                     found[pair["name"]] = pair["template"]
         return found
 
-    def token(self, name: str) -> str | None:
-        """The text of a special token, such as `pad_token`; None where no file names one."""
+    def special_token(self, name: str) -> str | None:
+        """Return the text of a special token, such as `pad_token`, or None if no file names it."""
         for file in (TOKENIZER_CONFIG, "special_tokens_map.json"):
-            said = self.object(file).get(name)
-            text = said.get("content") if isinstance(said, dict) else said
+            value = self.read_json(file).get(name)
+            text = value.get("content") if isinstance(value, dict) else value
             if isinstance(text, str):
                 return text
         return None
 
 
 def read_small_files(folder: Path) -> dict[str, bytes]:
-    """Contents of the files of a checkpoint folder that travel, by relative path, without keys that lead to code."""
+    """Read the files of a checkpoint folder that exports copy, by relative path, without keys that name code.
+
+    Raises:
+        CheckpointError: a file is damaged or a link out of the folder, or there are too many chat templates.
+    """
     files = {}
     for name in (CONFIG, GENERATION, *TOKENIZER_OBJECTS):
         path = path_in_checkpoint(folder, name)
         if path.is_file():
             content = read_json_object(folder, name)
-            known = drop_code_keys(content)
-            files[name] = path.read_bytes() if known == content else to_json(known)
+            kept = drop_code_keys(content)
+            files[name] = path.read_bytes() if kept == content else to_json(kept).encode()
     templates = sorted((folder / TEMPLATES).glob("*.jinja"))
     if len(templates) > MOST_TEMPLATES:
         raise CheckpointError(
@@ -142,7 +147,12 @@ def read_small_files(folder: Path) -> dict[str, bytes]:
 
 
 def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write contents into a folder, by relative path."""
+    """Write files into an existing folder.
+
+    Args:
+        folder: the folder.
+        files: contents by relative path, with at most one subfolder.
+    """
     for name, content in files.items():
         path = folder / name
         path.parent.mkdir(exist_ok=True)
@@ -150,12 +160,7 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
 
 
 def drop_code_keys(value: Any) -> Any:
-    """A JSON value without the keys that lead transformers to code, at any depth."""
+    """Return a JSON value without the keys that make transformers load code, at any depth."""
     if isinstance(value, dict):
         return {key: drop_code_keys(each) for key, each in value.items() if key not in CODE_KEYS}
     return [drop_code_keys(each) for each in value] if isinstance(value, list) else value
-
-
-def to_json(value: Any) -> bytes:
-    """A JSON file as transformers lays it out."""
-    return (json.dumps(value, indent=2) + "\n").encode()

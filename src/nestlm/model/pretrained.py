@@ -1,4 +1,4 @@
-"""`model=pretrained`: family and sizes from the folder of the weights."""
+"""The option `model=pretrained`, which takes family and sizes from the checkpoint of the weights."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from nestlm.model.family import Family
 
 
 def family_from_checkpoint(*, weights: str, context_length: int | None, pretraining_tokens: float | None) -> Family:
-    """The model that a checkpoint holds.
+    """Build the family object for a checkpoint from its config.json.
 
     Args:
         weights: a folder, or a hub's OWNER/NAME or OWNER/NAME@REVISION.
-        context_length: longest rows, at most the checkpoint's; None: the checkpoint's.
-        pretraining_tokens: that the weights were trained on, where known.
+        context_length: longest rows, L; None takes the checkpoint's limit.
+        pretraining_tokens: number of tokens that the weights were trained on; None if unknown.
 
     Raises:
-        CheckpointError: no checkpoint, or none of a family that we have.
+        CheckpointError: there is no checkpoint, or its family or features are not supported.
     """
     config = read_config(hub.fetch_small_files(weights))
     known = find_families()
@@ -33,13 +33,13 @@ def family_from_checkpoint(*, weights: str, context_length: int | None, pretrain
         raise CheckpointError(
             f"model.weights: model_type is {quote(kind)} in config.json, wanted one of {', '.join(sorted(known))}"
         )
-    return known[kind].from_config(
+    return known[kind].from_hf_config(
         weights, config, context_length=context_length, pretraining_tokens=pretraining_tokens
     )
 
 
 def find_families() -> dict[str, type[Family]]:
-    """Every family, by the `model_type` of its config.json: files beside this one hold them."""
+    """Collect the family classes of this package by the `model_type` of their config.json."""
     found: dict[str, type[Family]] = {}
     for info in pkgutil.iter_modules(model.__path__):
         module = importlib.import_module(f"{model.__name__}.{info.name}")
@@ -51,7 +51,7 @@ def find_families() -> dict[str, type[Family]]:
 
 
 def to_config_node(value: Any) -> Any:
-    """A dataclass as a config names it: its class and its fields."""
+    """Convert a dataclass instance to a config node with `_target_` and its fields; other values stay as they are."""
     if not is_dataclass(value) or isinstance(value, type):
         return value
     kind = type(value)

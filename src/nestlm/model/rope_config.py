@@ -1,4 +1,4 @@
-"""Rotary positions as a config.json writes them, flat as older files do or under `rope_parameters`."""
+"""Reading and writing of rotary embedding settings in a config.json, flat or under `rope_parameters`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from nestlm.errors import CheckpointError
-from nestlm.model.config_json import quote, read_number, read_section
+from nestlm.model.config_json import quote, read_number, read_object
 from nestlm.nn.rope import LinearScaling, Llama3Scaling, RopeScaling, YarnScaling
 
 SCALINGS: dict[str, type[LinearScaling | Llama3Scaling | YarnScaling]] = {
@@ -20,17 +20,17 @@ PARTIAL = "partial_rotary_factor"
 
 
 def read_rotary_share(config: Mapping[str, Any], default: float) -> float:
-    """The share of a head's entries that is turned."""
-    return read_number({**config, **read_section(config, "rope_parameters")}, PARTIAL, default=default)
+    """Read the share of a head's entries to which rotary embeddings apply; `default` is the family's."""
+    return read_number({**config, **read_object(config, "rope_parameters")}, PARTIAL, default=default)
 
 
 def read_rotary(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
-    """Base theta and scaling.
+    """Read the base theta and the scaling of rotary embeddings.
 
     Raises:
-        CheckpointError: a scaling that is not computed, or one with settings that are not.
+        CheckpointError: the scaling, or one of its settings, is not supported.
     """
-    keys = {**read_section(config, "rope_scaling"), **read_section(config, "rope_parameters")}
+    keys = {**read_object(config, "rope_scaling"), **read_object(config, "rope_parameters")}
     theta = read_number({"rope_theta": config.get("rope_theta", 10_000.0)} | keys, "rope_theta", default=10_000.0)
     keys.pop("rope_theta", None)
     keys.pop(PARTIAL, None)
@@ -62,7 +62,7 @@ def read_rotary(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
 
 
 def write_rotary(theta: float, scaling: RopeScaling | None) -> dict[str, Any]:
-    """The `rope_parameters` that `read_rotary` reads."""
+    """Build the `rope_parameters` of a config.json, from which `read_rotary` reads the same values."""
     if scaling is None:
         return {"rope_theta": theta, "rope_type": "default"}
     assert isinstance(scaling, LinearScaling | Llama3Scaling | YarnScaling), "of SCALINGS"

@@ -1,4 +1,4 @@
-"""Weights that a stage leaves: written whole, with their hash beside them, and checked when they are read again."""
+"""Writing and reading of a stage's weights, with their SHA-256 in the folder's SHA256SUMS."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ CURE = "copy its folder again, or remove it and do the run again"
 
 
 def save_weights(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write tensors, and their file's hash to the folder's SHA256SUMS."""
+    """Write tensors to a safetensors file atomically, and its hash to the SHA256SUMS of the folder."""
     write_with_checksum(path, lambda partial: save_file(tensors, partial))
 
 
 def load_weights(module: nn.Module, path: Path) -> None:
-    """Fill a module from a file that `save_weights` wrote; of several ranks, rank 0 checks it.
+    """Load a file that `save_weights` wrote into a module. With several ranks, rank 0 checks the hash.
 
     Raises:
-        CheckpointError: the file is absent, not the one that was written, or of another model.
+        CheckpointError: the file is missing, has another hash, or belongs to another model.
     """
     if collectives.rank() == 0:
         check_weights(path)
@@ -41,7 +41,7 @@ def load_weights(module: nn.Module, path: Path) -> None:
 
 
 def check_weights(path: Path) -> None:
-    """Raise CheckpointError unless a file is there as it was written."""
+    """Check that a file has the hash that SHA256SUMS lists. Raises CheckpointError otherwise."""
     sums = path.with_name(CHECKSUMS)
     for file in (path, sums):
         if not file.is_file():

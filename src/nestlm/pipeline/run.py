@@ -182,7 +182,7 @@ def outside_inputs(stage: str, settings: Settings, *, cache: Path) -> str:
         tokenizer_hash = file_identity(tokenizer) if tokenizer and tokenizer.is_file() else ""
         return settings.data.identity + tokenizer_hash + repr(settings.special_tokens)
     if stage == "pretrain" and settings.model.weights is not None:
-        files, first = shard_files(settings.model.folder), collectives.rank() == 0
+        files, first = shard_files(settings.model.weights_folder), collectives.rank() == 0
         return collectives.broadcast_from_rank_zero(contents_identity(files, known=cache / HASHES) if first else "")
     if stage == "profile" and settings.latency is not None:
         if settings.latency.table is not None:

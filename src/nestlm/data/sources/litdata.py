@@ -121,9 +121,8 @@ class LitdataStream(StreamSource):
             raise DataError(f"data.path: {self.path} holds no {INDEX}; wanted a folder that litdata.optimize wrote")
         with self.wrap_errors("read the index of"):
             compressed = json.loads(index.read_text(encoding="utf-8"))["config"]["compression"]
-        return (
-            f"{LOCAL}{Path(self.path).resolve()}" if compressed else self.path
-        )  # litdata would decompress it in place
+        # litdata decompresses the chunks of a plain path in place
+        return f"{LOCAL}{Path(self.path).resolve()}" if compressed else self.path
 
     @contextmanager
     def wrap_errors(self, doing: str) -> Iterator[None]:
