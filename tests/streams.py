@@ -1,4 +1,4 @@
-"""What every stream keeps: its own order for any number of ranks, and an exact resume on another number."""
+"""Checks of stream sources: the same order on any number of ranks, and exact resuming on another number."""
 
 import json
 import subprocess
@@ -32,14 +32,17 @@ if __name__ == "__main__":
 
 
 def hundred_texts() -> list[str]:
-    """Texts, one of which is empty."""
+    """Return 100 texts, one of which is blank."""
     documents = [text for _, text in Synthetic(num_documents=100, num_words=60, seed=0).documents()]
     documents[70] = " "
     return documents
 
 
 def optimise(datasets: dict[str, list], folder: Path, *packed: str) -> Path:
-    """Datasets that litdata writes, seven items a chunk, some of them packed; in a process of their own: it forks."""
+    """Write datasets with litdata, seven items per chunk, in a separate process, because litdata forks.
+
+    `packed` names the datasets whose chunks are compressed.
+    """
     script = folder / "optimise.py"
     script.write_text(OPTIMISE)
     (folder / "items.json").write_text(json.dumps(datasets))
@@ -48,7 +51,7 @@ def optimise(datasets: dict[str, list], folder: Path, *packed: str) -> Path:
 
 
 def loader(source: StreamSource, tokenizer: Path, *, num_steps: int, row_shard: RowShard = ALL_ROWS) -> StreamLoader:
-    """One rank's rows."""
+    """Create the loader of one rank."""
     loaded = load_tokenizer(tokenizer)
     return StreamLoader(
         source, make_text_encoder(loaded), num_steps=num_steps, batch_size=BATCH, sequence_length=LENGTH,
@@ -57,7 +60,7 @@ def loader(source: StreamSource, tokenizer: Path, *, num_steps: int, row_shard: 
 
 
 def check_order_and_resume(source: StreamSource, folder: Path) -> None:
-    """One epoch and a half on two ranks, then three, then one: every token once an epoch, in the stream's order."""
+    """Check that two ranks, then three, then one read one and a half epochs in order, every token once an epoch."""
     prepare_source(source, folder, vocab_size=288, tokenizer_file=None, heldout_share=0.4)
     tokenizer = folder / "tokenizer.json"
     encoder = make_text_encoder(load_tokenizer(tokenizer))

@@ -196,7 +196,7 @@ def test_loss_of_a_uniform_guess_is_the_log_of_the_vocabulary():
 
 
 def test_a_separators_name_in_a_text_is_text(tmp_path):
-    """It neither splits the document nor is lost."""
+    """The name stays plain text: it neither splits the document nor gets lost."""
     source = tmp_path / "texts"
     source.mkdir()
     for number in range(40):

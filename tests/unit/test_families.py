@@ -1,4 +1,4 @@
-"""Every family against the reference library on tiny random weights, and what is refused."""
+"""Every family against transformers on tiny random weights, and errors for unsupported or damaged checkpoints."""
 
 import json
 import random
@@ -27,7 +27,7 @@ transformers = pytest.importorskip("transformers")
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """A Llama checkpoint."""
+    """The folder of a tiny Llama checkpoint."""
     path = tmp_path / "weights"
     parity.checkpoint("Llama 3", path)
     return path
@@ -80,7 +80,7 @@ def test_gradients_equal_transformers(case, tmp_path):
 
 
 def test_a_random_start_is_that_of_each_family():
-    """Norms start at factor 1, biases at 0; nothing is left unset."""
+    """Norms start at factor 1 and biases at 0; no parameter keeps uninitialised memory."""
     for name in ("tiny", "gpt3_2b"):
         changes = ["hidden_size=32", "num_layers=2", "num_heads=4", "num_kv_groups=4", "head_dim=8", "mlp_width=48"]
         model = build(compose([f"model={name}", *(f"model.{change}" for change in changes)])).model
@@ -110,7 +110,7 @@ def test_shipped_sizes_say_in_a_config_json_what_they_are(option, tmp_path):
 
 
 def test_old_files_say_the_same_in_other_words(folder):
-    """Before transformers 5: flat theta and scaling, no head width."""
+    """Configs from before transformers 5 have flat theta and scaling, and no head_dim."""
     for scaling in ({"type": "linear", "factor": 2.0}, {"rope_type": "linear", "type": "linear", "factor": 2.0}):
         new = load(folder)
         config = json.loads((folder / "config.json").read_text())
@@ -258,7 +258,7 @@ def test_reading_in_threads_is_bit_equal_and_leaves_their_number_alone(folder):
 
 
 def damage(folder: Path, dice: random.Random) -> str:
-    """Change one thing in a folder; returns what."""
+    """Change one thing in a folder; returns a description of the change."""
     path = dice.choice(sorted(path for path in folder.iterdir() if path.stat().st_size))
     content = bytearray(path.read_bytes())
     kind = dice.choice(["flip", "cut", "remove", "swap"])
@@ -276,7 +276,7 @@ def damage(folder: Path, dice: random.Random) -> str:
 
 
 def test_a_hundred_random_damages_are_all_found(folder, tmp_path):
-    """Of a checkpoint with checksums, such as we export."""
+    """The checkpoint has checksums, like nestlm's exports."""
     family, decoder = parity.imported(folder)
     export_hf(decoder, family, tmp_path / "good", shard_size="30KB")
     dice = random.Random(0)
@@ -295,7 +295,7 @@ def test_a_hundred_random_damages_are_all_found(folder, tmp_path):
 
 
 def test_pretrained_puts_the_sizes_into_the_config(folder):
-    """So that cache keys change with the folder, and a run's config.yaml says what was trained."""
+    """Cache keys then change with the folder, and a run's config.yaml says what was trained."""
     plain = with_sizes(compose(["model=pretrained", f"model.weights={folder}", "model.context_length=48"]))
     assert plain["model"]["_target_"] == "nestlm.model.llama.Llama"
     assert plain["model"]["mlp_width"] == 56
@@ -330,7 +330,7 @@ def test_an_export_of_equal_widths_is_of_the_family_and_overwrites_nothing(folde
 
 
 def test_an_export_of_fewer_layers_says_how_many(folder, tmp_path):
-    """Of a model whose blocks were skipped; what its parent said of each layer falls away."""
+    """The export of a model with skipped blocks drops the parent's settings for each layer."""
     edit(folder, layer_types=["full_attention"] * 3)
     family, decoder = parity.imported(folder)
     axes = (Depth(share=0.3, layers=(1,)),)
@@ -344,7 +344,7 @@ def test_an_export_of_fewer_layers_says_how_many(folder, tmp_path):
 
 
 def test_a_name_on_a_hub_is_found_in_its_cache(folder, tmp_path, monkeypatch):
-    """The hub's own library, offline, on a cache laid out as it lays it out."""
+    """The hub's library finds a name offline in a cache of its own layout."""
     commit, cached = "a" * 40, tmp_path / "hub/models--someone--model"
     shutil.copytree(folder, cached / "snapshots" / commit)
     (cached / "refs").mkdir()

@@ -1,4 +1,4 @@
-"""The order of samples: a pure function of (seed, step), for any ranks and workers. Sample ids are counted."""
+"""The order of rows is a pure function of (seed, step) on any number of ranks and workers."""
 
 from collections import Counter
 from pathlib import Path
@@ -41,7 +41,7 @@ def loader(prepared: PreparedData, **changes) -> StepLoader:
 
 
 def ids(prepared: PreparedData, loaders: list[StepLoader], *, num_steps: int) -> list[list[int]]:
-    """Numbers of the rows that all ranks see in each step, recognised by their tokens."""
+    """Return the indices of the rows that all ranks see in each step, identified by their tokens."""
     rows = prepared.rows("train", sequence_length=LENGTH)
     number_of = {rows[index][:-1].astype(np.int64).tobytes(): index for index in range(len(rows))}
     assert len(number_of) == len(rows), "rows can be told apart"
@@ -55,7 +55,7 @@ def ids(prepared: PreparedData, loaders: list[StepLoader], *, num_steps: int) ->
 
 
 def test_a_resume_on_other_ranks_and_workers_sees_each_sample_once(prepared):
-    """Two ranks with workers, then three without, then one: together what one rank sees alone, and whole epochs."""
+    """Two ranks with workers, then three without, then one see together what one rank sees alone, in whole epochs."""
     num_rows = len(prepared.rows("train", sequence_length=LENGTH))
     num_steps = 2 * num_rows // BATCH
     alone = ids(prepared, [loader(prepared, num_steps=num_steps)], num_steps=num_steps)

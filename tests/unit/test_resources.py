@@ -1,4 +1,4 @@
-"""What a machine lacks becomes one line; a bug stays what it is."""
+"""Errors about missing resources become one line; other errors pass through."""
 
 import errno
 import os
@@ -35,7 +35,7 @@ def test_a_full_disk_is_named(write):
 
 
 def test_limits_of_files_and_memory_are_named(tmp_path):
-    """Each in a process of its own, whose limit is small."""
+    """Each case runs in a process with a small limit."""
     script = """
 import resource, sys, torch
 from safetensors.torch import save_file

@@ -1,4 +1,4 @@
-"""Prepared folders: whatever is damaged is named before it reaches training."""
+"""Prepared folders: damage is an error that names the file before its tokens reach training."""
 
 import random
 import shutil
@@ -38,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def others(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Another text with the same tokenizer, and the same text with another."""
+    """A folder with another text and the same tokenizer, and one with the same text and another tokenizer."""
     root = tmp_path_factory.mktemp("others")
     return [make(root / "text", seed=1, tokenizer=folder / "tokenizer.json"), make(root / "tokens", vocab_size=270)]
 
@@ -52,7 +52,7 @@ def read_all(folder: Path) -> int:
 
 
 def damage(folder: Path, others: list[Path], generator: random.Random) -> str:
-    """Damage a copy; returns what was done."""
+    """Damage a copy of a folder; returns a description of the damage."""
     files = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     kind = generator.choice(["flip", "flip", "cut", "swap", "manifest", "missing"])
     path = generator.choice(files)
@@ -116,7 +116,7 @@ def test_a_damage_after_the_opening_is_found_at_the_read(folder, tmp_path):
 
 
 def test_a_token_beyond_the_vocabulary_is_named(folder, tmp_path):
-    """All checksums are right: it was written so."""
+    """The token is in the shard from the start, so all checksums are right."""
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     replace(Manifest.read(copy), vocab_size=40).write(copy)
@@ -142,7 +142,7 @@ def test_a_tokenizer_that_is_not_the_models_is_refused(folder, others, tmp_path)
 
 @pytest.fixture
 def kept(folder, others, tmp_path) -> tuple[Path, list[Path]]:
-    """What a stage keeps of two prepared folders, moved; and copies of these, which are gone."""
+    """The data stage's copy of the held-out splits of two folders, moved elsewhere; and the paths of the folders."""
     copies, stage = [tmp_path / "a", tmp_path / "b"], tmp_path / "stage"
     stage.mkdir()
     for source, copy in zip((folder, others[0]), copies, strict=True):
@@ -200,7 +200,7 @@ def test_a_damaged_list_of_portions_is_named(kept, content, message):
 
 
 def test_nothing_outside_a_prepared_folder_is_read(folder, tmp_path):
-    """Neither by a name in the manifest, whose own checksum is right, nor by a link."""
+    """Neither a name in a manifest with a valid checksum nor a link leads out of the folder."""
     for name in ("../one/train-00000.bin", str(folder / "train-00000.bin"), "train-00000.bin/../../x", ".lock"):
         copy = tmp_path / "copy"
         shutil.copytree(folder, copy)

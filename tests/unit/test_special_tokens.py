@@ -1,4 +1,4 @@
-"""Which tokens begin and end texts: as settings name them, as a checkpoint's files say, or by well-known names."""
+"""The tokens that begin and end texts: from settings, from a checkpoint's files, or by well-known names."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ NAMES = ("<one>", "<two>", "<|endoftext|>", "<|im_end|>")  # tokens 3 to 6
 
 
 def tokenizer_of(*names: str, before: str | None = None) -> Tokenizer:
-    """A tokenizer of letters with special tokens, one of which it may put before a text."""
+    """Build a tokenizer of letters with special tokens, one of which it may put before a text."""
     tokenizer = Tokenizer(models.BPE({"a": 0, "b": 1, "c": 2}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.add_special_tokens(list(names or NAMES))
@@ -33,7 +33,7 @@ def tokenizer_of(*names: str, before: str | None = None) -> Tokenizer:
 
 
 def write(folder: Path, **files: object) -> Path:
-    """JSON files, by name without the suffix."""
+    """Write JSON files; names are given without the suffix."""
     for name, content in files.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
     return folder
@@ -162,7 +162,7 @@ def test_documents_begin_with_what_the_files_or_the_user_say(tmp_path):
 
 @pytest.fixture
 def chat(tmp_path) -> Path:
-    """A tokenizer.json of 290 tokens, the last two of which are special; the first of these begins texts."""
+    """The path of a tokenizer.json of 290 tokens; the last two are special, and the first of these begins texts."""
     folder = tmp_path / "chat"
     folder.mkdir()
     tokenizer = train_tokenizer((text for _, text in CHATS.documents()), vocab_size=288)
@@ -173,7 +173,7 @@ def chat(tmp_path) -> Path:
 
 
 class Chats:
-    """Texts with markup; every second one brings its own begin token, as chat templates write it."""
+    """Texts with markup; every second one begins with the name of the begin token, as chat templates write it."""
 
     def documents(self):
         for number, (name, text) in enumerate(Synthetic(num_documents=60, num_words=60, seed=0).documents()):

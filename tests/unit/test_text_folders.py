@@ -1,4 +1,4 @@
-"""Folders of text: each file is read, once, or named as left out; what is hidden is not read."""
+"""Folders of text: each file is read once or named as left out; hidden files are skipped."""
 
 import bz2
 import gzip
@@ -181,7 +181,7 @@ def test_damaged_and_odd_parquet_is_named(tmp_path):
 
 
 def as_named(path: str) -> list[Document]:
-    """The documents of what `data.path=PATH` names."""
+    """Read the documents of the source that `data.path=PATH` chooses."""
     source = source_from_path(path)
     assert isinstance(source, TextFolder)
     return list(source.documents())

@@ -1,4 +1,4 @@
-"""`nestlm prepare`: texts to a prepared folder, with the speed that it reached."""
+"""The command `nestlm prepare`: it tokenizes texts into a prepared folder and prints its speed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nestlm.errors import DataError
 from nestlm.utils.console import output
 from nestlm.utils.locks import lock_folder
 
-SAMPLED = 4 * BATCH_BYTES  # of text, on which the tokenizer is timed alone
+SAMPLED = 4 * BATCH_BYTES  # of text, on which the tokenizer alone is timed
 
 
 def prepare_folder(
@@ -30,17 +30,17 @@ def prepare_folder(
     shard_tokens: int,
     special: SpecialTokenSettings = NO_SETTINGS,
 ) -> Manifest:
-    """Prepare what a path names, and print what was made.
+    """Prepare the texts of SRC in a folder, and print counts and speed.
 
     Raises:
-        DataError: as `prepare`; or the folder holds something else, or is part of the text.
+        DataError: `prepare_source` refuses the texts, or the folder holds something else or is part of the text.
     """
     if not 0 < heldout_share < 0.5 or shard_tokens <= 0:
         raise DataError(
             f"nestlm prepare: got --heldout-share {heldout_share} --shard-tokens {shard_tokens}, wanted a share "
             "between 0 and 0.5, and a positive number"
         )
-    source = by_name(path, text_key)
+    source = open_source(path, text_key)
     if Path(path).is_dir() and folder.resolve().is_relative_to(Path(path).resolve()):
         raise DataError(f"--out: {folder} lies in {path}, whose text is read; wanted another place")
     try:
@@ -50,7 +50,9 @@ def prepare_folder(
     file = tokenizer / TOKENIZER if tokenizer.is_dir() else tokenizer
     with lock_folder(folder, str(folder)):
         begun = any((folder / name).is_file() for name in (JOURNAL, MANIFEST))
-        others = [each.name for each in folder.iterdir() if not each.name.startswith(".") and not ours(each.name)]
+        others = [
+            each.name for each in folder.iterdir() if not each.name.startswith(".") and not may_be_leftover(each.name)
+        ]
         if others and not begun:
             raise DataError(f"--out: {folder} holds {sorted(others)[0]}; wanted a new folder, or one to go on with")
         finished = (folder / MANIFEST).is_file()
@@ -74,8 +76,8 @@ def prepare_folder(
     return manifest
 
 
-def by_name(path: str, text_key: str) -> Source:
-    """The source that SRC names. Raises DataError where it is prepared already."""
+def open_source(path: str, text_key: str) -> Source:
+    """Choose the source for the argument SRC. Raises DataError if SRC is a prepared folder or cannot be read."""
     if path.startswith(PREFIX):
         return HubDataset(path.removeprefix(PREFIX), text_key)
     try:
@@ -87,13 +89,13 @@ def by_name(path: str, text_key: str) -> Source:
     return TextFolder(path, text_key)
 
 
-def ours(name: str) -> bool:
-    """Whether a file may be what a call left that was killed before its first journal entry."""
+def may_be_leftover(name: str) -> bool:
+    """Return whether a file can stem from a call that was killed before its first journal entry."""
     return name == TOKENIZER or name.endswith((".bin", ".bin.crc"))
 
 
 def raw_speed(source: Source, file: Path) -> float:
-    """Tokens a second of the tokenizer's own threads, on the first texts, with nothing around it."""
+    """Measure the speed of the tokenizer alone on the first texts, in tokens a second."""
     tokenizer = tokenizers.make_text_encoder(tokenizers.load_tokenizer(file))
     documents = chain.from_iterable(islice(batch_documents(source.documents(), skip=0), SAMPLED // BATCH_BYTES))
     texts = [text for _, text in documents]
