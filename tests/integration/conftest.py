@@ -1,5 +1,6 @@
 """Runs of the whole pipeline, small enough for a test."""
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from filelock import FileLock
 
 from nestlm.api.run_and_report import run_and_report
 from nestlm.config.compose import build, compose
@@ -18,9 +20,18 @@ Run = Callable[..., Path]
 
 
 @pytest.fixture(scope="session")
-def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One stage cache for all tests of a process: stages that they share run once."""
-    return tmp_path_factory.mktemp("cache")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of this test session, the same in all of its worker processes."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared_cache(shared_folder: Path) -> Path:
+    """One stage cache for all tests and workers: stages that they share run once, since a stage's folder is locked."""
+    return shared_folder / "cache"
 
 
 @pytest.fixture
@@ -43,28 +54,27 @@ DYNAMIC = ["router=surrogate", "router.policy=dynamic", "model.mlp_width=384", "
 
 
 def whole_run(place: Path, *overrides: str) -> Path:
-    """A finished run, to be read only; its stages lie beside it."""
-    small = ["router.steps=3", "router.num_sequences=4", f"run_dir={place / 'run'}", f"cache_dir={place / 'cache'}"]
-    plain = compose([*NANO, *small, *overrides])
-    finished = run_and_report(build(plain), config=plain)
-    assert finished is not None
-    return finished.folder
+    """Return a finished run without its cache, to be read only; the first worker that asks for it makes it."""
+    with FileLock(place.with_suffix(".lock")):
+        if not (place / "SHA256SUMS").is_file():  # which a run writes last
+            cache = place.with_name(f"{place.name}-cache")
+            small = ["router.steps=3", "router.num_sequences=4", f"run_dir={place}", f"cache_dir={cache}"]
+            plain = compose([*NANO, *small, *overrides])
+            assert run_and_report(build(plain), config=plain) is not None
+            shutil.rmtree(cache)
+    return place
 
 
 @pytest.fixture(scope="session")
-def static_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run whose router names one sub-network for a budget. Its cache is gone."""
-    folder = whole_run(tmp_path_factory.mktemp("static"), *STATIC)
-    shutil.rmtree(folder.with_name("cache"))
-    return folder
+def static_run(shared_folder: Path) -> Path:
+    """The folder of a run whose router names one sub-network for a budget."""
+    return whole_run(shared_folder / "static", *STATIC)
 
 
 @pytest.fixture(scope="session")
-def dynamic_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run whose router decides for each token. Its cache is gone."""
-    folder = whole_run(tmp_path_factory.mktemp("dynamic"), *DYNAMIC)
-    shutil.rmtree(folder.with_name("cache"))
-    return folder
+def dynamic_run(shared_folder: Path) -> Path:
+    """The folder of a run whose router decides for each token."""
+    return whole_run(shared_folder / "dynamic", *DYNAMIC)
 
 
 @pytest.fixture

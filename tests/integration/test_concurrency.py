@@ -7,7 +7,9 @@ import sys
 import time
 from pathlib import Path
 
+import processes
 from plugins import NANO, stages_that_ran
+from processes import Forked
 
 TRAIN = Path(__file__).parents[2] / "train.py"
 WAITS = "waits for another process that works on it"
@@ -16,16 +18,19 @@ LENGTHS = ["pretrain.steps=300", "checkpoint_seconds=0.2", "router=uniform", "bu
 STAGES = ["data", "pretrain", "rank", "elastic", "router", "joint", "evaluate"]
 
 
-def start(cache: Path, run: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, str(TRAIN), *NANO, *LENGTHS, f"run_dir={run}", f"cache_dir={cache}"]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+def command(cache: Path, run: Path) -> list[str]:
+    return [sys.executable, str(TRAIN), *NANO, *LENGTHS, f"run_dir={run}", f"cache_dir={cache}"]
+
+
+def start(cache: Path, run: Path) -> Forked:
+    return processes.start(command(cache, run))
 
 
 def test_two_processes_share_every_stage(tmp_path):
     runs = [tmp_path / "one", tmp_path / "two"]
-    processes = [start(tmp_path / "cache", run) for run in runs]
-    errors = [process.communicate(timeout=200)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors
+    jobs = [start(tmp_path / "cache", run) for run in runs]
+    errors = [job.communicate(timeout=200)[1] for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0], errors
     assert sorted(name for run in runs for name in stages_that_ran(run)) == sorted(STAGES)
     assert WAITS in "".join(errors)
     first, second = ((run / "results.csv").read_bytes() for run in runs)
@@ -35,9 +40,9 @@ def test_two_processes_share_every_stage(tmp_path):
 
 
 def test_the_same_command_twice_is_one_run(tmp_path):
-    processes = [start(tmp_path / "cache", tmp_path / "run") for _ in range(2)]
-    errors = [process.communicate(timeout=200)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors
+    jobs = [start(tmp_path / "cache", tmp_path / "run") for _ in range(2)]
+    errors = [job.communicate(timeout=200)[1] for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0], errors
     assert sum(f"run {WAITS}" in error for error in errors) == 1
     assert stages_that_ran(tmp_path / "run") == [], "the second found all"
 
@@ -51,7 +56,9 @@ def test_a_killed_holder_does_not_block_who_waits(tmp_path):
         assert time.monotonic() < end
         time.sleep(0.02)
     holder.send_signal(signal.SIGSTOP)  # it holds the stage for as long as the other takes to start
-    waiting = start(cache, tmp_path / "waiting")
+    waiting = subprocess.Popen(
+        command(cache, tmp_path / "waiting"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
     assert waiting.stderr
     assert "data" in waiting.stderr.readline()
     assert f"pretrain {WAITS}" in waiting.stderr.readline()

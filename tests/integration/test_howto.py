@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import processes
 from nestlm.data.sources.stdlib import Stdlib
 from nestlm.data.tokenizer import train_tokenizer
 from plugins import NANO
@@ -50,6 +51,7 @@ def llama(place) -> None:
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(place / "llama")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("llama")
 @pytest.mark.timeout(600)
 def test_every_command_runs_as_written_and_ends_in_a_60_percent_model(place):
@@ -86,8 +88,9 @@ def test_what_a_page_adds_runs_by_its_command(page, place):
     for line in lines:
         _, script, *said = line.replace("FOLDER", "text").split()
         small = [each for each in NANO if each != "data=synthetic" or "data=" not in line]
-        done = subprocess.run(
+        done = processes.run(
             [sys.executable, script, *said, *([] if "dry_run=true" in said else small)],
-            cwd=place, env=os.environ | {"PYTHONPATH": "src"}, capture_output=True, text=True, check=False,
-        )  # fmt: skip
+            cwd=place,
+            env=os.environ | {"PYTHONPATH": "src"},
+        )
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"

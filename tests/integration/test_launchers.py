@@ -8,21 +8,23 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+import processes
 from nestlm.cli.app import app
 from nestlm.report.runs import find_runs
 from plugins import NANO, stages_that_ran
 
 TRAIN = Path(__file__).parents[2] / "train.py"
-LAUNCHERS = ["serial", "joblib", "submitit_local"]
+SLOW = pytest.mark.slow  # the launcher does the same in a quick test of another behaviour
 FAST = [*NANO, "router=uniform", "budget=0.8"]
 
 
 def sweep(folder: Path, *overrides: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(TRAIN), "-m", *FAST, *overrides]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, env=env)
+    return processes.run([sys.executable, str(TRAIN), "-m", *FAST, *overrides], cwd=folder, env=env)
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize(
+    "launcher", ["serial", pytest.param("joblib", marks=SLOW), pytest.param("submitit_local", marks=SLOW)]
+)
 def test_every_failure_is_named_and_the_other_jobs_finish(launcher, tmp_path):
     done = sweep(tmp_path, f"launcher={launcher}", "budget=0.1,0.8,7")
     assert done.returncode == 2
@@ -47,11 +49,15 @@ yaml.safe_dump = safe_dump
 """
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize(
+    "launcher", [pytest.param("serial", marks=SLOW), pytest.param("joblib", marks=SLOW), "submitit_local"]
+)
 def test_a_bug_in_a_job_is_a_failure_with_its_traceback(launcher, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(BUG)
     paths = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    done = sweep(tmp_path, f"launcher={launcher}", "seed=0,1", env=os.environ | {"PYTHONPATH": paths})
+    command = [sys.executable, str(TRAIN), "-m", *FAST, f"launcher={launcher}", "seed=0,1"]
+    environment = os.environ | {"PYTHONPATH": paths}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 2
     (error,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
     assert error.startswith("error: job 1 (")
@@ -61,10 +67,15 @@ def test_a_bug_in_a_job_is_a_failure_with_its_traceback(launcher, tmp_path):
     assert len(list(tmp_path.glob("runs/default/*/SHA256SUMS"))) == 1
 
 
+def free_threads() -> dict[str, str]:
+    """Return the environment without a number of threads."""
+    return {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+
+
+@SLOW
 def test_joblib_shares_the_cores_between_its_workers(tmp_path):
     """Results are the same bit for bit only with as many threads; each run says how many it had."""
-    free = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    done = sweep(tmp_path, "launcher=joblib", "seed=0,1", f"hydra.launcher.n_jobs={os.cpu_count()}", env=free)
+    done = sweep(tmp_path, "launcher=joblib", "seed=0,1", f"hydra.launcher.n_jobs={os.cpu_count()}", env=free_threads())
     assert done.returncode == 0, done.stderr
     provenances = list(tmp_path.glob("runs/default/*/provenance.json"))
     assert len(provenances) == 2
@@ -74,7 +85,11 @@ def test_joblib_shares_the_cores_between_its_workers(tmp_path):
 
 @pytest.mark.parametrize(
     "launcher",
-    [["joblib", "hydra.launcher.n_jobs=2"], ["submitit_local", "hydra.launcher.gpus_per_node=1"], ["serial"]],
+    [
+        ["joblib", "hydra.launcher.n_jobs=2"],
+        pytest.param(["submitit_local", "hydra.launcher.gpus_per_node=1"], marks=SLOW),
+        pytest.param(["serial"], marks=SLOW),
+    ],
     ids=lambda launcher: launcher[0],
 )
 def test_each_job_on_a_machine_has_a_gpu_of_its_own(launcher, tmp_path):
@@ -89,10 +104,10 @@ def test_each_job_on_a_machine_has_a_gpu_of_its_own(launcher, tmp_path):
     assert waiting == (0 if name == "serial" else 1)
 
 
-@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+@pytest.mark.parametrize("launcher", ["joblib", pytest.param("submitit_local", marks=SLOW)])
 def test_jobs_at_the_same_time_run_each_stage_once(launcher, tmp_path):
-    parallel = ["hydra.launcher.n_jobs=2"] if launcher == "joblib" else []
-    done = sweep(tmp_path, f"launcher={launcher}", *parallel, "seed=0,1", "budget=0.8,0.9")
+    parallel = [f"hydra.launcher.n_jobs={os.cpu_count()}"] if launcher == "joblib" else []
+    done = sweep(tmp_path, f"launcher={launcher}", *parallel, "seed=0,1", "budget=0.8,0.9", env=free_threads())
     assert done.returncode == 0, done.stderr
     runs = [path.parent for path in tmp_path.glob("runs/default/*/results.csv")]
     assert len(runs) == 4
@@ -100,6 +115,8 @@ def test_jobs_at_the_same_time_run_each_stage_once(launcher, tmp_path):
     assert sorted(name for run in runs for name in stages_that_ran(run)) == sorted(
         ["data", *2 * once_a_seed, *4 * ["evaluate"]]
     )
+    if launcher == "joblib":
+        assert all('"threads": 1,' in (run / "provenance.json").read_text() for run in runs), "workers share the cores"
     (folder,) = tmp_path.glob("runs/multirun/*")
     assert {run.folder.resolve() for run in find_runs([folder])} == set(runs), "the sweep's folder leads to its runs"
 

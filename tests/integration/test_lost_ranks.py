@@ -6,7 +6,6 @@ import os
 import pickle
 import re
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import many_runs
+import processes
 from many_runs import CPU, assert_same_results
 from nestlm.cli.app import app
 from nestlm.distributed import sharded_checkpoint as checkpoint
@@ -26,6 +26,7 @@ from nestlm.errors import EXIT_PREEMPTED, CheckpointError, DeviceMemoryError, Di
 from nestlm.train.callbacks.timed_checkpoint import complete, last_good_checkpoint
 from nestlm.utils.checksums import XXH128
 from plugins import NANO
+from processes import Forked, start
 
 pytestmark = [pytest.mark.ranks, pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
 
@@ -49,22 +50,17 @@ def command(folder: Path, name: str, *overrides: str) -> list[str]:
     ]
 
 
-def start(arguments: list[str]) -> subprocess.Popen[str]:
-    """A job in a process group of its own, so that a failing test leaves nothing behind."""
-    return subprocess.Popen(arguments, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, process_group=0)
-
-
 def ranks_of(job: int) -> list[int]:
     """The processes of a job's ranks."""
     children = Path(f"/proc/{job}/task/{job}/children").read_text().split()
     return [int(child) for child in children if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text()]
 
 
-def wait_for_checkpoint(job: subprocess.Popen[str], cache: Path, *, after: Path | None = None) -> None:
+def wait_for_checkpoint(job: Forked, cache: Path, *, after: Path | None = None) -> None:
     """Until elastic training has saved, or saved again."""
     end = time.monotonic() + 240
     while newest(cache) == after:
-        assert job.poll() is None, job.stderr.read() if job.stderr else ""
+        assert job.poll() is None, job.communicate()
         assert time.monotonic() < end
         time.sleep(0.05)
 
@@ -80,19 +76,42 @@ def kill_all(group: int) -> None:
         os.killpg(group, signal.SIGKILL)
 
 
-def test_a_job_outlives_its_ranks(tmp_path):
-    """Killed with two ranks, told to end with three, ended with one: as if nothing had happened."""
-    cache = tmp_path / "cache"
-    job = start(command(tmp_path, "run", "trainer.devices=2"))
+def kill_a_rank(folder: Path) -> None:
+    """Start a job with two ranks, kill one of them after a checkpoint, and see the job end."""
+    job = start(command(folder, "run", "trainer.devices=2"))
     with contextlib.ExitStack() as last:
         last.callback(kill_all, job.pid)
-        wait_for_checkpoint(job, cache)
+        wait_for_checkpoint(job, folder / "cache")
         pids = ranks_of(job.pid)
         os.kill(pids[1], signal.SIGKILL)
         _, says = job.communicate(timeout=WITHIN_SECONDS)
     assert job.returncode not in (0, None)
     assert "rank" in says
     assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()], "no rank is left"
+
+
+def finish_alone(folder: Path) -> None:
+    """Finish the job in one process, and see the results of a run that nothing happened to."""
+    done = processes.run(command(folder, "run", "trainer.devices=1"), check=True)
+    assert "pretrain" in done.stderr
+    assert "(from the cache)" in done.stderr
+    rows = list(csv.DictReader((folder / "run/timings.csv").read_text().splitlines()))
+    assert int(next(row for row in rows if row["what"] == "elastic")["resumed_at_step"]) > 0
+    whole = [*NANO, *LENGTHS, f"run_dir={folder / 'whole'}", f"cache_dir={folder / 'other'}"]
+    assert_same_results(many_runs.one(whole).folder, folder / "run")
+
+
+def test_a_job_outlives_one_of_its_ranks(tmp_path):
+    """Killed with two ranks, finished with one."""
+    kill_a_rank(tmp_path)
+    finish_alone(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_job_outlives_its_ranks(tmp_path):
+    """Killed with two ranks, told to end with three, ended with one: as if nothing had happened."""
+    cache = tmp_path / "cache"
+    kill_a_rank(tmp_path)
     reached = newest(cache)
     job = start(command(tmp_path, "run", "trainer.devices=3"))
     with contextlib.ExitStack() as last:
@@ -104,20 +123,16 @@ def test_a_job_outlives_its_ranks(tmp_path):
     step = re.search(r"elastic: told to end after step (\d+)", says)
     assert step is not None, says
     assert newest(cache).name == f"step={int(step.group(1)):08d}.ckpt"
-    done = subprocess.run(command(tmp_path, "run", "trainer.devices=1"), check=True, capture_output=True, text=True)
-    assert "pretrain" in done.stderr
-    assert "(from the cache)" in done.stderr
-    rows = list(csv.DictReader((tmp_path / "run/timings.csv").read_text().splitlines()))
-    assert int(next(row for row in rows if row["what"] == "elastic")["resumed_at_step"]) > 0
-    whole = [*NANO, *LENGTHS, f"run_dir={tmp_path / 'whole'}", f"cache_dir={tmp_path / 'other'}"]
-    assert_same_results(many_runs.one(whole).folder, tmp_path / "run")
+    finish_alone(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("trouble", "error", "message"),
     [
         ("nan", DivergenceError, "rank 1: pretrain: the loss is nan at step 2"),
-        ("memory", DeviceMemoryError, "rank 1: pretrain: out of memory at step 2"),
+        pytest.param(
+            *("memory", DeviceMemoryError, "rank 1: pretrain: out of memory at step 2"), marks=pytest.mark.slow
+        ),
     ],
 )
 def test_what_stops_one_rank_is_named(trouble, error, message, tmp_path):

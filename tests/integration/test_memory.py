@@ -55,6 +55,7 @@ def test_a_stage_takes_what_was_predicted(case, tmp_path, monkeypatch):
     assert told == pytest.approx(taken, rel=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.ranks
 def test_a_rank_that_holds_a_shard_takes_what_was_predicted(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

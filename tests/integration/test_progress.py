@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import processes
 from plugins import NANO
 
 TRAIN = Path(__file__).parents[2] / "train.py"
@@ -28,8 +29,6 @@ def test_bars_on_a_terminal_and_quiet_elsewhere(tmp_path):
     assert shown.wait() == 0
     for part in (b"pretrain", b"loss", b"tokens/s", b"/150"):
         assert part in seen
-    quiet = subprocess.run(
-        [*arguments, f"run_dir={tmp_path / 'b'}", f"cache_dir={tmp_path / 'ca'}"], capture_output=True, check=True
-    )
-    assert b"tokens/s" not in quiet.stderr
+    quiet = processes.run([*arguments, f"run_dir={tmp_path / 'b'}", f"cache_dir={tmp_path / 'ca'}"], check=True)
+    assert "tokens/s" not in quiet.stderr
     assert len(quiet.stderr.splitlines()) == 7, "one line a stage"

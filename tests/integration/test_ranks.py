@@ -60,7 +60,7 @@ def losses(run: Path) -> dict[tuple[str, int], float]:
     return found
 
 
-@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize("trainer", ["fsdp", "ddp", pytest.param("copies_in_shards", marks=pytest.mark.slow)])
 def test_ranks_do_what_one_process_does(trainer, alone, tmp_path):
     overrides, num_ranks, names = TRAINERS[trainer]
     runs = [[*command(name, tmp_path), *overrides, *CPU, f"trainer.devices={num_ranks}"] for name in names]

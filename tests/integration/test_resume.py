@@ -3,7 +3,6 @@
 import csv
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import processes
 from nestlm.errors import CheckpointError
 from nestlm.pipeline import run as pipeline
 from nestlm.train.callbacks.timed_checkpoint import (
@@ -40,7 +40,7 @@ def checkpoints(cache: Path, stage: str) -> list[Path]:
 def test_killed_runs_end_with_the_same_results(tmp_path):
     whole, cache = tmp_path / "whole", tmp_path / "cache"
     arguments = command(tmp_path / "killed", cache)
-    subprocess.run(command(whole, tmp_path / "other"), check=True, capture_output=True)
+    processes.run(command(whole, tmp_path / "other"), check=True)
     kill_when(arguments, lambda: list(cache.glob("data-*")))  # while the text is prepared
     kill_when(arguments, lambda: checkpoints(cache, "pretrain"))
     reached = checkpoints(cache, "pretrain")[-1]
@@ -49,7 +49,7 @@ def test_killed_runs_end_with_the_same_results(tmp_path):
     assert list(cache.glob("elastic-*/stage.json")), "finished stages stay finished"
     elastic_made = next(cache.glob("elastic-*/stage.json")).stat().st_mtime_ns
     kill_when(arguments, lambda: list(cache.glob("evaluate-*/score-*.json")))
-    last = subprocess.run(arguments, check=True, capture_output=True, text=True)
+    last = processes.run(arguments, check=True)
     assert next(cache.glob("elastic-*/stage.json")).stat().st_mtime_ns == elastic_made
     assert "from the cache" in last.stderr
     assert (tmp_path / "killed/results.csv").read_bytes() == (whole / "results.csv").read_bytes()

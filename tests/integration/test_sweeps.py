@@ -13,6 +13,7 @@ import pytest
 import yaml
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
+import processes
 from nestlm.config.compose import build, compose
 from nestlm.errors import ConfigError
 from nestlm.pipeline.checks import check
@@ -91,7 +92,10 @@ def test_the_agents_command_logs_the_sweeps_metric(path, tmp_path):
     }
     folders = [f"run_dir={tmp_path / 'run'}", f"cache_dir={tmp_path / 'cache'}"]
     short = [*agent_command(config, parameters), *NANO, *SHORT.get(path.stem, []), *folders]
-    finished = subprocess.run(short, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if path == FILES[0]:
+        finished = subprocess.run(short, cwd=ROOT, env=environment, capture_output=True, text=True)
+    else:
+        finished = processes.run([sys.executable, *short[2:]], cwd=ROOT, env=environment)
     assert finished.returncode == 0, finished.stderr
     values = history(tmp_path / "run")[config["metric"]["name"]]
     assert len(values) >= (2 if "early_terminate" in config else 1)

@@ -231,7 +231,14 @@ def test_a_launcher_changes_no_setting(launcher):
     assert compose([f"launcher={launcher}"]) == compose([])
 
 
-@pytest.mark.parametrize("name", ["llama2_7b", "llama2_13b", "llama3_8b", "small", "tiny"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama2_7b",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama2_13b", "llama3_8b", "small")),
+        "tiny",
+    ],
+)
 def test_dry_run_needs_no_weights(name, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train.py", f"model={name}", "router=surrogate", "dry_run=true"])
