@@ -1,4 +1,4 @@
-"""Run all ablations over three seeds, and write docs/results/ablations.md and claims.md from what they left behind.
+"""Run all ablations over three seeds, then write docs/results/ablations.md and claims.md from the runs.
 
     python benchmarks/ablations.py
 
@@ -59,13 +59,13 @@ python train.py -m +experiment/ablation/router='glob(*)' model=small data.sequen
 
 
 def sweep(group: str) -> list[str]:
-    """The command line of a group."""
+    """Return the command line that runs a group of ablations."""
     jobs = "hydra.launcher.n_jobs=2"
     return ["train.py", "-m", f"+experiment/ablation/{group}=glob(*)", "seed=0,1,2", "launcher=joblib", jobs]
 
 
 def section(group: str) -> str:
-    """A group's table, with the commands that made it."""
+    """Return a group's table in Markdown, with the commands that made it."""
     folder = RUNS / group
     subprocess.run([Path(sys.executable).with_name("nestlm"), "report", folder], check=True)
     command = " ".join(["python", *sweep(group)]).replace("=glob(*)", "='glob(*)'")
@@ -74,12 +74,12 @@ def section(group: str) -> str:
 
 
 def seconds() -> float:
-    """What all starts took so far."""
+    """Return the seconds that all starts of this script took so far."""
     return float(CLOCK.read_text()) if CLOCK.is_file() else 0.0
 
 
 def run() -> None:
-    """All sweeps, one after the other."""
+    """Run all sweeps, one after the other."""
     RUNS.mkdir(parents=True, exist_ok=True)
     for group in GROUPS:
         started = time.monotonic()
@@ -90,7 +90,7 @@ def run() -> None:
 
 
 def write() -> None:
-    """The pages, from the runs and the cache."""
+    """Write both pages from the finished runs and the cache."""
     runs = find_runs([RUNS / group for group in GROUPS])
     work = [json.loads(path.read_text())["seconds"] for path in CACHE.glob("*/stage.json")]
     asked = sum(len(run.stages) for run in runs)

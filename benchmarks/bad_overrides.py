@@ -1,4 +1,4 @@
-"""Overrides that a user may get wrong, drawn from the config's own keys, groups and values."""
+"""Draw overrides with typical mistakes from the config's own keys, groups and values."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ BUDGETS = (
 
 @cache
 def schema() -> tuple[tuple[str, Any], ...]:
-    """Keys and values of the config, with those of the options that differ from the default ones."""
+    """Return keys and values of the default config, and of every option that differs from it."""
     found = {}
     for choice in ([], ["router=value"], ["router=evolution"], ["data=hub"], ["cost=memory"], ["optim=adamw_8bit"]):
         extra = ["data.name=x"] if choice == ["data=hub"] else []
@@ -52,22 +52,22 @@ def schema() -> tuple[tuple[str, Any], ...]:
 
 
 def keys() -> list[str]:
-    """Names of plain values."""
+    """Return the names of plain values."""
     return [key for key, _ in schema() if not key.endswith("_target_")]
 
 
 def nodes() -> list[str]:
-    """Names of what holds values."""
+    """Return the names of nodes, which hold values."""
     return sorted({key.rpartition(".")[0] for key, _ in schema()} - {""})
 
 
 def groups() -> list[str]:
-    """Names of groups."""
+    """Return the names of config groups."""
     return sorted(path.name for path in CONF.iterdir() if path.is_dir())
 
 
 def misspelled(rng: random.Random, name: str) -> str:
-    """A name with a letter lost, doubled, or turned around with the next."""
+    """Return a name with one letter lost, doubled, or swapped with the next one."""
     at = rng.randrange(len(name))
     return rng.choice((name[:at] + name[at + 1 :], name[:at] + name[at] + name[at:], name[:at] + name[at : at + 2][::-1]
                        + name[at + 2 :]))  # fmt: skip
@@ -91,18 +91,18 @@ KINDS: Mapping[str, Callable[[random.Random], str]] = {
 
 
 def numbers() -> list[str]:
-    """Names of numbers."""
+    """Return the names of numeric values."""
     return [key for key, value in schema() if isinstance(value, int | float) and not isinstance(value, bool)]
 
 
 def bad_override(seed: int, number: int) -> tuple[str, str]:
-    """A kind, and an override of it."""
+    """Draw a kind of mistake; returns the kind and an override with that mistake."""
     rng = random.Random(f"{seed}/override/{number}")
     kind = list(KINDS)[number % len(KINDS)]
     return kind, KINDS[kind](rng)
 
 
 def command(override: str) -> list[str]:
-    """The command line around an override."""
+    """Return the command line around an override."""
     named = override.lstrip("+~").partition("=")[0]
     return ["dry_run=true", *(["data=synthetic"] if named != "data" else []), override]

@@ -1,4 +1,4 @@
-"""Claims 2, 6 and 8 for the matrix products alone, without a decoder around them: what is left for all the rest.
+"""Measure claims 2, 6 and 8 for the matrix products alone, without a decoder around them.
 
 OMP_WAIT_POLICY=PASSIVE python benchmarks/bare_products.py
 """
@@ -18,7 +18,7 @@ from turns import Way, flops, ratio, take_turns
 
 
 class Products:
-    """Those of a decoder's maps, each with weights of its own. Nothing is handed from one to the next."""
+    """The matrix products of a decoder's linear maps. Each map has weights and inputs of its own."""
 
     def __init__(self, config: DecoderConfig, *, rows: int) -> None:
         size, block = config.hidden_size, config.blocks[0]
@@ -74,7 +74,7 @@ class Products:
 
 
 def rows(shape: Shape, *, repeats: int) -> Iterator[Row]:
-    """Time over FLOPs, but for decoding, where the gain in time stands over that in FLOPs."""
+    """Yield table rows of time over FLOPs; for decoding, of the speed-up over the ratio of FLOPs."""
     assert shape.device == "cpu", "there is no such row for GPUs"
     tokens = shape.rows * shape.length
     products = Products(shape.config, rows=tokens)

@@ -1,4 +1,4 @@
-"""Every claim of speed in one table: each from a file of its own, which can also be run alone.
+"""Measure every claim of speed and put them into one table. Each claim has a file that can also be run alone.
 
     OMP_WAIT_POLICY=PASSIVE python benchmarks/bench.py [--repeats 9] [--gpu]
 
@@ -35,7 +35,7 @@ load {load:.1f} before it began. Ratios of ways that take turns in one process, 
 
 
 class Row(NamedTuple):
-    """A claim and what it came to.
+    """One claim with its measured value.
 
     Attributes:
         claim: number and words.
@@ -67,14 +67,14 @@ Rows = Callable[..., Iterator[Row]]
 
 
 def shapes(*, gpu: bool) -> Iterable[object]:
-    """Those of the claims."""
+    """Return the decoder shapes that claims are measured on."""
     from shapes import llama, on_gpu
 
     return (on_gpu("llama2_7b"), on_gpu("gpt3_2b")) if gpu else (llama(256), llama(512))
 
 
 def print_rows(rows: Rows, *, gpu: bool, repeats: int) -> Iterator[str]:
-    """Lines of the table, as they come."""
+    """Print table rows as soon as they are measured."""
     for shape in shapes(gpu=gpu):
         for row in rows(shape, repeats=repeats):
             print(row, flush=True)
@@ -82,7 +82,7 @@ def print_rows(rows: Rows, *, gpu: bool, repeats: int) -> Iterator[str]:
 
 
 def main(rows: Rows | None = None) -> None:
-    """Measure one file's claim, or all, which writes the page."""
+    """Measure the claim of one file, or measure all claims and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=REPEATS)
     parser.add_argument("--gpu", action="store_true", help="shapes of llama2_7b and gpt3_2b in bfloat16")

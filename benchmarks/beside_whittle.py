@@ -1,4 +1,4 @@
-"""Claims 2 to 4 beside whittle's super-network, in one process and in turns.
+"""Measure claims 2 to 4 for nestlm and for whittle's super-network, in one process that alternates between them.
 
     bash benchmarks/peers/whittle.sh
     OMP_WAIT_POLICY=PASSIVE PYTHONPATH=src benchmarks/peers/whittle/bin/python benchmarks/beside_whittle.py
@@ -48,19 +48,19 @@ medians (quartiles) of {repeats} rounds after two that do not count. A ratio ove
 
 
 def supernet(shape: Shape) -> GPT:
-    """Whittle's network of the same sizes."""
+    """Return whittle's super-network with the same sizes."""
     made = Config(**shape.litgpt_sizes())
     made.fix_head_size = True
     return GPT(made)
 
 
 def text_loss(logits_BLV: Tensor, targets_BL: Tensor) -> Tensor:
-    """Cross-entropy."""
+    """Return the cross-entropy of next tokens."""
     return F.cross_entropy(logits_BLV.flatten(0, 1), targets_BL.flatten())
 
 
 def whittle_step(shape: Shape, *, sandwich: bool) -> Way:
-    """A step as whittle's strategies do it."""
+    """Return a training step as whittle's strategies do it."""
     model, block = supernet(shape), shape.config.blocks[0]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     space = {
@@ -80,7 +80,7 @@ def whittle_step(shape: Shape, *, sandwich: bool) -> Way:
 
 
 def our_step(shape: Shape, *, sandwich: bool) -> Way:
-    """The same of ours."""
+    """Return the equivalent training step of nestlm."""
     if not sandwich:
         return training_step(shape.decoder(), PretrainObjective(), shape.batch, first_steps=1)
     objective = ElasticObjective(
@@ -90,7 +90,7 @@ def our_step(shape: Shape, *, sandwich: bool) -> Way:
 
 
 def passes(shape: Shape) -> dict[str, Way]:
-    """Forward and backward passes: whole and half, ours and theirs."""
+    """Return forward and backward passes to time: full and half width, for both libraries."""
     batch, block, decoder = shape.batch, shape.config.blocks[0], shape.decoder()
 
     def ours(policy: Policy) -> Callable[[], Tensor]:
@@ -112,7 +112,7 @@ def passes(shape: Shape) -> dict[str, Way]:
 
 
 def steps(shape: Shape) -> dict[str, Way]:
-    """Training steps: plain and sandwich, ours and theirs."""
+    """Return training steps to time: plain and sandwich, for both libraries."""
     return {
         "ours": our_step(shape, sandwich=False),
         "our part": our_step(shape, sandwich=True),
@@ -122,7 +122,7 @@ def steps(shape: Shape) -> dict[str, Way]:
 
 
 def rows(shape: Shape, *, repeats: int) -> Iterator[str]:
-    """Lines of the table."""
+    """Return the lines of the table."""
     for what, of_whole, ways in (
         ("half of neurons and heads", "whole model, forward and backward", passes(shape)),
         ("sandwich step", "plain step", steps(shape)),
@@ -145,7 +145,7 @@ def rows(shape: Shape, *, repeats: int) -> Iterator[str]:
 
 
 def main() -> None:
-    """Measure and write the page."""
+    """Measure, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=REPEATS)
     repeats = parser.parse_args().repeats

@@ -1,4 +1,4 @@
-"""What the hashes of a training checkpoint cost: a step at SmolLM2-135M's sizes, alone and while 1.6 GB are hashed.
+"""Measure what hashing a training checkpoint costs: a step at SmolLM2-135M's sizes, alone and while 1.6 GB are hashed.
 
 OMP_WAIT_POLICY=PASSIVE python benchmarks/checkpoint_hashes.py > docs/results/checkpoint-hashes.md
 """
@@ -27,7 +27,7 @@ SECONDS_BETWEEN = 15  # checkpoint_seconds
 
 
 def step_beside(step: Way, path: Path, algorithm: HashAlgorithm | None) -> Way:
-    """A step during which a checkpoint is hashed in another thread, as training does; it ends when both have."""
+    """Return a step beside which another thread hashes a checkpoint, as in training; it ends when both have."""
 
     def both() -> None:
         with ThreadPoolExecutor(1) as pool:
@@ -40,7 +40,7 @@ def step_beside(step: Way, path: Path, algorithm: HashAlgorithm | None) -> Way:
 
 
 def main() -> None:
-    """Print a table."""
+    """Measure, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=7)
     repeats = parser.parse_args().repeats

@@ -1,4 +1,4 @@
-"""docs/results/claims.md from the ablations' runs: what each claim of the paper measures here, and a verdict.
+"""Write docs/results/claims.md: what the ablations measure for each claim of the paper, and a verdict.
 
 python benchmarks/claims.py runs/ablation > docs/results/claims.md
 """
@@ -25,7 +25,7 @@ NARROW = ("0.78", "0.67", "0.56", "0.45")  # budgets that ask for less than the 
 
 
 class Contrast(NamedTuple):
-    """One comparison that a claim rests on: `row` less `than`, labels of rows of an ablation group.
+    """One comparison that a claim rests on: the loss of `row` minus that of `than`, both labels of an ablation group.
 
     Attributes:
         slack: how far above it may lie, as a share of `than`'s loss; 0 where it has to be better.
@@ -81,7 +81,7 @@ CLAIMS: Mapping[str, tuple[Contrast, ...]] = {
 
 @dataclass(frozen=True)
 class Finding:
-    """What a contrast came to.
+    """The measured result of a contrast.
 
     Attributes:
         by_budget: differences of losses over seeds.
@@ -116,7 +116,7 @@ class Finding:
 
 
 def examine(contrast: Contrast, tables: Mapping[str, Comparison]) -> Finding:
-    """Losses of one row less those of the other, seed by seed: teachers differ from seed to seed, this less."""
+    """Compute a contrast seed by seed: teachers of two seeds differ more than two rows of one seed."""
     row = line_of(tables[contrast.group], contrast.row)
     reference = {
         budget: losses_of(tables[contrast.group], contrast.than, budget, row=row) for budget in contrast.budgets
@@ -129,24 +129,24 @@ def examine(contrast: Contrast, tables: Mapping[str, Comparison]) -> Finding:
 
 
 def decisions(row: Line, budgets: tuple[str, ...]) -> int:
-    """Answers of a dynamic router that have a plan; the others are one sub-network for all tokens."""
+    """Count a dynamic router's results that decide for each token; the others are one sub-network for all tokens."""
     return sum("plan" in spec for run in row.runs for spec in run.specs if spec["budget"] in budgets)
 
 
 def line_of(table: Comparison, label: str) -> Line:
-    """A row by its label."""
+    """Return the row of a table with a given label."""
     return next(line for line in table.lines if line.label == (label,))
 
 
 def losses_of(table: Comparison, label: str, budget: str, *, row: Line) -> Mapping[int, float]:
-    """The losses by seed that a row is held against: another row's, or those of its own runs' teachers."""
+    """Return, by seed, the losses that a row is compared with: those of another row, or of its runs' teachers."""
     if label == TEACHER:
         return {run.seed: run.metrics["pretrain"]["val_loss"] for run in row.runs}
     return line_of(table, label).cells[budget].by_seed
 
 
 def page(folder: Path) -> str:
-    """The whole page."""
+    """Return the whole page in Markdown."""
     groups = dict.fromkeys(contrast.group for contrasts in CLAIMS.values() for contrast in contrasts)
     tables = {group: compare(find_runs([folder / group])) for group in groups}
     findings = [
@@ -169,19 +169,19 @@ def page(folder: Path) -> str:
 
 
 def called(contrast: Contrast) -> str:
-    """A contrast in words."""
+    """Describe a contrast in words."""
     return f"{contrast.group}: {contrast.row} less {contrast.than}"
 
 
 def judged(finding: Finding) -> list[str]:
-    """What a claim's row says of a finding."""
+    """Return the verdict on a finding."""
     mean, margin = finding.mean.mean, finding.margin
     allowed = f"below {finding.slack:+.4f}" if finding.slack else "below 0"
     return [finding.mean.signed, f"{mean - margin:+.4f} to {mean + margin:+.4f}", allowed, finding.verdict]
 
 
 def detailed(contrast: Contrast, finding: Finding) -> list[str]:
-    """The same budget by budget."""
+    """Return the contrast's table, budget by budget."""
     cells = [finding.by_budget[name].signed if name in finding.by_budget else "" for name in ("1", *NARROW)]
     answers = len(contrast.budgets) * len(finding.mean.by_seed)
     return [*cells, "" if finding.decided is None else f"{finding.decided} of {answers}"]

@@ -1,4 +1,4 @@
-"""The tables of docs/results: losses over seeds with what they cost, and their differences to the knapsack's.
+"""Make the tables of docs/results: losses over seeds with their costs, and their differences to the knapsack's losses.
 
 python benchmarks/compare_runs.py runs/routers cost._target_ router.name router.policy
 """
@@ -47,13 +47,13 @@ def table(runs: list[RunResults], keys: list[str]) -> str:
 
 
 def is_above(worst: Cell, budget: str) -> bool:
-    """Whether a sequence cost more than the budget, where that is a share of the run's cost."""
+    """Tell whether any sequence cost more than the budget, where the budget is a share of the run's cost."""
     share = number(budget)
     return share is not None and max(worst.by_seed.values()) > share
 
 
 def differences(losses: Comparison) -> str:
-    """Loss less that of a router at the same seed, mean ± standard deviation over seeds: teachers differ, this less."""
+    """Return mean ± standard deviation over seeds of the loss minus another router's loss at the same seed."""
     others = [place for place, key in enumerate(losses.keys) if not key.startswith("router.")]
     rows = [
         [*line.label, *(difference(line, base, budget) for budget in losses.budgets)]
@@ -65,7 +65,7 @@ def differences(losses: Comparison) -> str:
 
 
 def difference(line: Line, base: Line, budget: str) -> str:
-    """One budget of one row."""
+    """Return that difference for one budget of one row."""
     if budget not in line.cells or budget not in base.cells:
         return ""
     return line.cells[budget].less(base.cells[budget].by_seed).signed

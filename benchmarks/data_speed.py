@@ -1,4 +1,4 @@
-"""Tokens a second of `nestlm prepare` beside its tokenizer alone, and of the loader with 0, 1 and 2 workers.
+"""Measure tokens per second of `nestlm prepare`, of its tokenizer alone, and of the loader with 0, 1 and 2 workers.
 
 OMP_WAIT_POLICY=PASSIVE python benchmarks/data_speed.py > docs/results/data.md
 """
@@ -33,7 +33,7 @@ MB = 10**6
 
 
 def write_corpus(folder: Path, *, megabytes: float) -> None:
-    """The standard library's source, repeated; each copy has names of its own in it."""
+    """Write the standard library's source several times; each copy uses identifiers of its own."""
     folder.mkdir()
     documents = list(Stdlib().documents())
     written = 0
@@ -48,7 +48,7 @@ def write_corpus(folder: Path, *, megabytes: float) -> None:
 
 
 def tokenizer_alone(source: TextFolder, file: Path) -> dict[str, float]:
-    """Tokens a second of the tokenizer's threads, with batches as large as prepare's."""
+    """Return tokens per second of the tokenizer's threads, with batches as large as prepare's."""
     tokenizer = tokenizers.make_text_encoder(tokenizers.load_tokenizer(file))
     batches = [[text for _, text in batch] for batch in batch_documents(source.documents(), skip=0)]
     started, cpu, tokens = time.perf_counter(), time.process_time(), 0
@@ -61,7 +61,7 @@ def tokenizer_alone(source: TextFolder, file: Path) -> dict[str, float]:
 
 
 def prepare_all(source: TextFolder, file: Path) -> dict[str, float]:
-    """Tokens a second of prepare, from files to files."""
+    """Return tokens per second of prepare, from text files to token files."""
     with TemporaryDirectory() as out:
         timings: dict[str, float] = {}
         started, cpu = time.perf_counter(), time.process_time()
@@ -76,7 +76,7 @@ def prepare_all(source: TextFolder, file: Path) -> dict[str, float]:
 
 
 def load(prepared: PreparedData, num_workers: int) -> dict[str, float]:
-    """Tokens a second of the loader, from its first batch to its last."""
+    """Return tokens per second of the loader, from its first batch to its last."""
     loader = StepLoader(
         prepared.rows("train", sequence_length=LENGTH),
         num_steps=STEPS,
@@ -94,7 +94,7 @@ def load(prepared: PreparedData, num_workers: int) -> dict[str, float]:
 
 
 def measure(runs: list[Callable[[], dict[str, float]]], *, repeats: int) -> dict[str, list[float]]:
-    """Speeds by name, repeats interleaved."""
+    """Return speeds by name. Repetitions of the different measurements alternate."""
     speeds: dict[str, list[float]] = defaultdict(list)
     for run in islice(cycle(runs), repeats * len(runs)):
         for name, speed in run().items():
@@ -103,7 +103,7 @@ def measure(runs: list[Callable[[], dict[str, float]]], *, repeats: int) -> dict
 
 
 def table(speeds: dict[str, list[float]]) -> None:
-    """Median and quartiles."""
+    """Return a Markdown table of medians and quartiles."""
     print("| | tokens/s: median | quartiles |\n|---|---|---|")
     for name, values in speeds.items():
         low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -111,7 +111,7 @@ def table(speeds: dict[str, list[float]]) -> None:
 
 
 def main() -> None:
-    """Print the page."""
+    """Measure, and print the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--megabytes", type=float, default=12, help="of text")
     parser.add_argument("--repeats", type=int, default=REPEATS)

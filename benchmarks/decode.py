@@ -1,4 +1,4 @@
-"""Eight prompts at eight budgets: as one batch, and one after the other.
+"""Measure eight prompts at eight budgets: in one batch, and one after the other.
 
     OMP_WAIT_POLICY=PASSIVE python benchmarks/decode.py
 
@@ -52,7 +52,7 @@ REPEATS = 7
 
 
 def jobs(overrides: Sequence[str]) -> tuple[Decoder, dict[str, Callable[[], None]]]:
-    """A model, and what is timed on it."""
+    """Return a model and the functions to time on it."""
     settings = build(compose([*overrides, "router=random"]))
     decoder = Decoder(settings.model.decoder_config()).eval()
     decoder.init_weights(seed=0)

@@ -1,4 +1,4 @@
-"""Claim 8: tokens a second at half the cost beside the whole model, and beside transformers.
+"""Measure claim 8: tokens per second at half the cost, compared with the full model and with transformers.
 
 OMP_WAIT_POLICY=PASSIVE python benchmarks/decode_speed.py
 """
@@ -23,7 +23,7 @@ PROMPT, NEW = 16, 64
 
 
 def rows(shape: Shape, *, repeats: int) -> Iterator[Row]:
-    """One sequence, greedy, with a KV cache; the ideal ratio is that of the FLOPs of a token."""
+    """Yield rows for greedy decoding of one sequence with a KV cache; the ideal ratio is that of FLOPs per token."""
     decoder = shape.decoder().eval()
     prompt = shape.batch.tokens_BL[:1, :PROMPT]
 

@@ -1,4 +1,4 @@
-"""Claim 1: our decoder, forward and backward, beside transformers' and litgpt's with the same weights.
+"""Measure claim 1: the decoder, forward and backward, compared with transformers' and litgpt's on the same weights.
 
     OMP_WAIT_POLICY=PASSIVE python benchmarks/dense_decoder.py
 
@@ -25,12 +25,12 @@ PEERS = Path(__file__).with_name("peers") / "packages"
 
 
 def cross_entropy(logits_BLV: Tensor, shape: Shape) -> Tensor:
-    """The same for all."""
+    """Return the loss that all libraries are timed with."""
     return F.cross_entropy(logits_BLV.flatten(0, 1).float(), shape.batch.targets_BL.flatten())
 
 
 def as_llama(decoder: Decoder, shape: Shape) -> nn.Module:
-    """The decoder in transformers, with PyTorch's attention."""
+    """Return the decoder as a transformers model with PyTorch's attention."""
     config, block = shape.config, shape.config.blocks[0]
     made = transformers.LlamaConfig(
         vocab_size=config.vocab_size, hidden_size=config.hidden_size, intermediate_size=block.mlp_width,
@@ -55,7 +55,7 @@ def as_llama(decoder: Decoder, shape: Shape) -> nn.Module:
 
 
 def as_litgpt(decoder: Decoder, shape: Shape) -> nn.Module:
-    """The decoder in litgpt."""
+    """Return the decoder as a litgpt model."""
     import litgpt
     from litgpt.model import GPT
 
@@ -77,13 +77,13 @@ def as_litgpt(decoder: Decoder, shape: Shape) -> nn.Module:
 
 
 def head_of(decoder: Decoder) -> Tensor:
-    """Its own, not tied."""
+    """Return the weights of an output head that is not tied to the embedding."""
     assert decoder.head is not None, "heads are not tied here"
     return decoder.head.weight
 
 
 def rows(shape: Shape, *, repeats: int) -> Iterator[Row]:
-    """A row a peer."""
+    """Yield a row for each library."""
     decoder, tokens_BL = shape.decoder(), shape.batch.tokens_BL
     models = {"transformers": as_llama(decoder, shape)}
     if PEERS.is_dir():
@@ -113,7 +113,7 @@ def rows(shape: Shape, *, repeats: int) -> Iterator[Row]:
 
 
 def logits(output: object) -> Tensor:
-    """Of either library."""
+    """Return the logits of either library's output."""
     return output if isinstance(output, Tensor) else output.logits
 
 

@@ -1,4 +1,4 @@
-"""Claim 7: the loss of distillation over a large vocabulary, projections included, beside cross-entropy.
+"""Measure claim 7: the distillation loss over a large vocabulary, head included, compared with cross-entropy.
 
 OMP_WAIT_POLICY=PASSIVE python benchmarks/distillation_loss.py
 """
@@ -20,7 +20,7 @@ VOCAB = 32_000
 
 
 def rows(shape: Shape, *, repeats: int) -> Iterator[Row]:
-    """Ours is made in chunks; cross-entropy is torch's, over all logits at once, and ours as well."""
+    """Yield rows for nestlm's chunked losses and for torch's cross-entropy over all logits at once."""
     size, tokens = shape.config.hidden_size, shape.rows * shape.length
     generator = torch.Generator().manual_seed(0)
 

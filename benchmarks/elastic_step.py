@@ -1,4 +1,4 @@
-"""Claim 5: an elastic step with a frozen teacher over a plain step.
+"""Measure claim 5: an elastic step with a frozen teacher, over a plain step.
 
 OMP_WAIT_POLICY=PASSIVE python benchmarks/elastic_step.py
 """
@@ -19,7 +19,7 @@ STEPS = 4  # of a turn, again and again: two run the whole model, two a sub-netw
 
 
 def rows(shape: Shape, *, repeats: int) -> Iterator[Row]:
-    """`sampler=one` at p = 0.5: the full model or one random sub-network, which learn from the teacher."""
+    """Yield rows for `sampler=one` at p = 0.5: the full model or one random sub-network, distilled from the teacher."""
     sampler, space = One(p_full=0.5, p_smallest=0.0), shape.space
     seed = next(seed for seed in range(100) if number_of_full(sampler, space, seed=seed) == STEPS // 2)
     elastic = ElasticObjective(space, sampler=sampler, distillation=FrozenTeacher(ce_share=0.0), values=None, seed=seed)
@@ -40,7 +40,7 @@ def rows(shape: Shape, *, repeats: int) -> Iterator[Row]:
 
 
 def number_of_full(sampler: One, space: object, *, seed: int) -> int:
-    """Steps of a turn that run the whole model."""
+    """Return how many steps of a turn run the full model."""
     draws = [sampler.draw(space, seed=seed, step=step, batch=(1, 1)) for step in range(STEPS)]
     return sum(drawn == (space.full(),) for drawn in draws)
 

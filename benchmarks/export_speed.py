@@ -1,4 +1,4 @@
-"""How long an export takes, and how fast the exported 50 % model decodes beside the full one.
+"""Measure how long an export takes, and how fast the exported 50 % model decodes compared with the full model.
 
     python train.py run_dir=RUN
     OMP_WAIT_POLICY=PASSIVE python benchmarks/export_speed.py RUN
@@ -64,7 +64,7 @@ PROMPT, NEW, REPEATS, SHARE = 16, 48, 7, 0.5
 
 
 def export_row(run: str, options: list[str], scratch: Path) -> str:
-    """One export by the command: its seconds, and what it says of itself."""
+    """Run one export command; returns its seconds and the facts that it prints."""
     out = scratch / "-".join(options)
     command = [sys.executable, "-c", "from nestlm.cli.app import main; main()", "export", run, *options, f"--out={out}"]
     started = time.perf_counter()
@@ -106,7 +106,7 @@ def in_llama(decoder: Decoder, family: Family, path: Path, tokenizer: Path) -> W
 def decode_rows(
     name: str, decoder: Decoder, specs: dict[str, SubnetSpec], *, settings: Any, prices: PriceList, tokenizer: Path
 ) -> str:
-    """Lines of the second table: the full model beside its 50 % ones."""
+    """Return the lines of the second table: the full model and its 50 % exports."""
     family, rows = settings.model, ""
     with TemporaryDirectory() as scratch:
         models = {"full": decoder} | {
@@ -132,7 +132,7 @@ def decode_rows(
 
 
 def small_rows(scratch: Path) -> str:
-    """model=small with random weights: large enough that the matrices, not Python, take the time."""
+    """Return rows for model=small with random weights: large enough that matrices, not Python, take the time."""
     settings = build(compose(["model=small", "data.sequence_length=256"]))
     decoder = Decoder.empty(settings.model.decoder_config()).eval()
     decoder.init_weights(seed=0)
@@ -149,7 +149,7 @@ def small_rows(scratch: Path) -> str:
 
 
 def main() -> None:
-    """Print and write the page."""
+    """Measure, print the tables, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", help="the folder of a finished run")
     run = parser.parse_args().run

@@ -1,4 +1,4 @@
-"""Damages by kind over every file of a run, of prepared text, of a cache, of checkpoints; then the verbs that read."""
+"""Damage each file of a run, of prepared text, of a cache and of checkpoints, then run the verbs that read it."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ Uses = Iterator[tuple[str, Ended, str]]  # a verb, how it ended, and what it gav
 
 @dataclass(frozen=True)
 class Target:
-    """What is damaged, and who reads it then.
+    """A folder to damage, and the commands that read it afterwards.
 
     Attributes:
         make: the folder that is copied for each calibration.
@@ -164,7 +164,7 @@ def use_run(place: Place, folder: Path, number: int) -> Uses:
 
 
 def rerun(name: str) -> Callable[[Place, Path, int], Uses]:
-    """Do a run again beside its cache."""
+    """Run the same command again with the run's cache."""
 
     def use(place: Place, folder: Path, _: int) -> Uses:
         shutil.rmtree(folder / "run", ignore_errors=True)
@@ -182,7 +182,7 @@ def train_on_prepared(place: Place, folder: Path, _: int) -> Uses:
 
 
 def prepare_again(place: Place, folder: Path, _: int) -> Uses:
-    """Go on with prepared text: what is whole stays as it is, and so may what is not, since readers check it."""
+    """Run `nestlm prepare` again on prepared text. It keeps finished shards; readers check them."""
     before = content(folder / "text")
     ended = place.prepare(folder / "text")
     after = content(folder / "text")
@@ -190,18 +190,18 @@ def prepare_again(place: Place, folder: Path, _: int) -> Uses:
 
 
 def content(folder: Path) -> str:
-    """A hash of what prepared text consists of."""
+    """Return a hash of the content of prepared text."""
     names = [folder / name for name in files_of(folder) if ".lock" not in name]
     return digest(*[path for path in names if path.is_file()], root=folder)
 
 
 def runs(name: str, part: str, use: Callable[[Place, Path, int], Uses]) -> Target:
-    """A part of a run of a name, and the same of another seed."""
+    """Return a folder of the named run, and the same folder of a run with another seed."""
     return Target(lambda place: place.run(name), lambda place: place.run(name, seed=1), part, use)
 
 
 def killed(stage: str) -> Target:
-    """Checkpoints of a run that was killed in a stage."""
+    """Return the checkpoints of a run that was killed in a stage."""
     return Target(
         lambda place: place.killed(stage), lambda place: place.killed(stage), "cache", rerun("long"), "checkpoints/"
     )
@@ -225,7 +225,7 @@ TARGETS: Mapping[str, Target] = {
 
 @cache
 def draws(place: Place, name: str, seed: int) -> list[tuple[str, str]]:
-    """Files and damages in the order of trials: in each pass every file once, with a damage that it has not had."""
+    """Yield files and damages in the order of trials: in each pass every file once, with a damage new to it."""
     rng = random.Random(f"{seed}/{name}")
     each = [(file, rng.sample(list(DAMAGES), len(DAMAGES))) for file in TARGETS[name].files(place)]
     return [(file, order[turn]) for turn in range(len(DAMAGES)) for file, order in rng.sample(each, len(each))]
@@ -233,7 +233,7 @@ def draws(place: Place, name: str, seed: int) -> list[tuple[str, str]]:
 
 @cache
 def expected(place: Place, name: str) -> dict[str, str]:
-    """What verbs give of what is not damaged."""
+    """Return what the verbs return for an undamaged target."""
     target = TARGETS[name]
     with place.fresh(target.make(place)) as folder:
         found = {}
@@ -245,7 +245,7 @@ def expected(place: Place, name: str) -> dict[str, str]:
 
 
 def damage(place: Place, name: str, number: int, *, seed: int) -> tuple[str, str, str | None]:
-    """One calibration: how which file was damaged, and what is wrong about what followed; None: nothing."""
+    """Do one trial; returns how which file was damaged, and the fault in what followed, or None."""
     target, rng = TARGETS[name], random.Random(f"{seed}/{name}/{number}")
     order = draws(place, name, seed)
     file, kind = order[number % len(order)]

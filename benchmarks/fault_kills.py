@@ -1,4 +1,4 @@
-"""Runs that are killed at random moments, and started again until they end."""
+"""Kill runs at random moments and start them again until they finish."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ PATIENCE = 90  # seconds from a signal that is taken to the end
 
 @dataclass(frozen=True)
 class Killed:
-    """A signal, or the end of a run: what it was, and what is wrong about what followed; None: nothing."""
+    """A signal, or the end of a run, and the fault in what followed, or None."""
 
     kind: str
     what: str
@@ -45,7 +45,7 @@ class Killed:
 
 
 def start(place: Place, name: str, folder: Path, log: Path) -> subprocess.Popen[str]:
-    """Start a victim, or start it again."""
+    """Start a run, or start it again."""
     text = [*SMALL, *LENGTHS, "data=text", f"data.path={place.texts}", *VICTIMS[name]]
     command = [sys.executable, str(TRAIN), *text, f"run_dir={folder / 'run'}", f"cache_dir={folder / 'cache'}"]
     with log.open("w") as errors:
@@ -55,12 +55,12 @@ def start(place: Place, name: str, folder: Path, log: Path) -> subprocess.Popen[
 
 
 def hear_sigint() -> None:
-    """Undo what a shell does to jobs in its background: they ignore SIGINT, and so would the victims."""
+    """Restore SIGINT's handler: a shell starts background jobs with SIGINT ignored, and the runs would inherit that."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def undisturbed(place: Place, name: str) -> tuple[float, str]:
-    """Seconds that a victim takes, and its results, when nothing happens to it."""
+    """Run without signals; returns the seconds that the run takes, and its results."""
     with place.made(f"undisturbed-{list(VICTIMS).index(name)}") as folder:
         if folder is not None:
             started = time.monotonic()
@@ -73,7 +73,7 @@ def undisturbed(place: Place, name: str) -> tuple[float, str]:
 
 
 def kill(place: Place, number: int, *, seed: int, most: int) -> Iterator[Killed]:
-    """Send a run up to so many signals at random times, each followed by the same command, and let it end."""
+    """Send several signals to a run at random times, each followed by the same command, then let the run finish."""
     name, rng = list(VICTIMS)[number % len(VICTIMS)], random.Random(f"{seed}/kill/{number}")
     seconds, wanted = undisturbed(place, name)
     with TemporaryDirectory(dir=place.root) as scratch:
@@ -101,7 +101,7 @@ def kill(place: Place, number: int, *, seed: int, most: int) -> Iterator[Killed]
 
 
 def fault_of_end(process: subprocess.Popen[str], sent: signal.Signals, delay: float, log: Path) -> str | None:
-    """What is wrong about how a process took a signal."""
+    """Return the fault in how a process reacted to a signal, or None."""
     try:
         code = process.wait(PATIENCE)
     except subprocess.TimeoutExpired:
@@ -116,5 +116,5 @@ def fault_of_end(process: subprocess.Popen[str], sent: signal.Signals, delay: fl
 
 
 def tail(log: Path) -> str:
-    """The end of a log, in one line."""
+    """Return the end of a log, in one line."""
     return log.read_text()[-300:].strip().replace("\n", " | ")

@@ -1,4 +1,4 @@
-"""Small runs to break: how they are made, and commands of `train.py` and `nestlm` called within this process."""
+"""Make small runs to break, and call commands of `train.py` and `nestlm` within this process."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ RUNS = {  # what is damaged
 
 
 class Hangs(BaseException):
-    """A command that took too long."""
+    """Raised when a command takes too long."""
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a command ended.
+    """The exit code and output of a command.
 
     Attributes:
         code: its exit code; None where an exception came out of it.
@@ -97,7 +97,7 @@ class Ended:
 
 
 def fault_of_message(message: str, *, lines: int, asked: str) -> str | None:
-    """What is wrong about a refusal's text."""
+    """Return the fault in a refusal's text, or None."""
     found = message.splitlines()
     if not found or len(found) > lines:
         return f"{len(found)} lines: {message[:300]}"
@@ -109,17 +109,17 @@ def fault_of_message(message: str, *, lines: int, asked: str) -> str | None:
 
 
 def numberless(text: str) -> bool:
-    """Whether a text gives a number that is none."""
+    """Tell whether a text names a number that is not one."""
     return re.search(r"(?i)\b(nan|inf|1e400)\b", text) is not None
 
 
 def raise_hangs(*_: Any) -> None:
-    """Take SIGALRM."""
+    """Raise Hangs, as the handler of SIGALRM."""
     raise Hangs
 
 
 def call(main: Callable[[], None], arguments: list[str], *, seconds: int = SECONDS) -> Ended:
-    """Call the entry point of a command with its arguments."""
+    """Call the entry point of a command with arguments."""
     output, errors, kept = io.StringIO(), io.StringIO(), sys.argv
     code, failure = 0, ""
     sys.argv = arguments
@@ -142,7 +142,7 @@ def call(main: Callable[[], None], arguments: list[str], *, seconds: int = SECON
 
 
 def where_raised() -> str:
-    """The exception that is handled, and the place of ours where it came from."""
+    """Return the exception that is being handled, and the line of nestlm that raised it."""
     kind, error, trace = sys.exc_info()
     frames = traceback.extract_tb(trace)
     ours = [frame for frame in frames if "nestlm" in frame.filename] or frames
@@ -151,21 +151,21 @@ def where_raised() -> str:
 
 
 def train(*overrides: str) -> Ended:
-    """`python train.py OVERRIDE ...`."""
+    """Call `python train.py OVERRIDE ...`."""
     from nestlm.config.compose import run
 
     return call(run, ["train.py", *overrides])
 
 
 def nestlm(*arguments: object) -> Ended:
-    """`nestlm VERB ...`."""
+    """Call `nestlm VERB ...`."""
     from nestlm.cli.app import main
 
     return call(main, ["nestlm", *map(str, arguments)])
 
 
 def digest(*paths: Path, root: Path) -> str:
-    """A hash of files: their names below a folder, and their bytes."""
+    """Return a hash of files: of their names below a folder and of their content."""
     found = hashlib.sha256()
     for path in sorted(paths):
         found.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
@@ -173,20 +173,20 @@ def digest(*paths: Path, root: Path) -> str:
 
 
 def results_of(run: Path) -> str:
-    """A hash of what a run must give again: results.csv, specs, final weights."""
+    """Return a hash of what a run must reproduce: results.csv, specs and final weights."""
     kept = [run / "results.csv", *run.glob("specs/*"), *run.glob("checkpoints/joint/*.safetensors")]
     return digest(*kept, root=run)
 
 
 def files_of(folder: Path) -> list[str]:
-    """Names of all files below a folder, in an order that does not depend on hashes."""
+    """Return the names of all files below a folder, in an order that does not depend on hashing."""
     found = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() or path.is_symlink()]
     return sorted(found, key=lambda name: (STAGE.sub("", name), name))
 
 
 @dataclass(frozen=True)
 class Place:
-    """A folder with the runs that are broken, each made once, by whichever process asks first."""
+    """A folder with the runs to break. The first process that asks for a run makes it."""
 
     root: Path
 

@@ -1,4 +1,4 @@
-"""Kills, damages and bad overrides: everything ends as if nothing had happened, or is refused in one line.
+"""Try kills, damages and bad overrides: each must have no effect on results, or be refused in one line.
 
 python benchmarks/faults.py --log docs/results/faults.csv --out docs/results/faults.md   # an hour of two cores
 python benchmarks/faults.py --short                             # a minute
@@ -53,7 +53,7 @@ not read at all; an override works, or is refused in two lines at most.
 
 @dataclass(frozen=True)
 class Outcome:
-    """A trial: of which kind, what was done, and what is wrong; empty: nothing. `group` and `number` repeat it."""
+    """The result of a trial: its kind, what was done, and the fault, if any. `group` and `number` repeat the trial."""
 
     group: str
     number: int
@@ -64,7 +64,7 @@ class Outcome:
 
 
 def try_once(root: Path, group: str, number: int, seed: int, signals: int) -> list[Outcome]:
-    """One trial, or all signals to one run."""
+    """Do one trial, or send all signals to one run."""
     import torch
 
     from fault_place import Place, train
@@ -89,7 +89,7 @@ def try_once(root: Path, group: str, number: int, seed: int, signals: int) -> li
 
 
 def campaign(trials: Sequence[tuple[str, int]], *, seed: int, jobs: int, signals: int) -> Iterator[Outcome]:
-    """Outcomes of trials, several at a time; each process does one after the other."""
+    """Yield outcomes of trials from several processes, each of which does one trial after the other."""
     with TemporaryDirectory(prefix="faults-") as scratch:
         pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"))
         waiting = {pool.submit(try_once, Path(scratch), *each, seed, signals): each for each in trials}
@@ -103,7 +103,7 @@ def campaign(trials: Sequence[tuple[str, int]], *, seed: int, jobs: int, signals
 
 
 def table(outcomes: Sequence[Outcome], name: Callable[[Outcome], str]) -> str:
-    """Tried, right and wrong by a name that an outcome has, as Markdown."""
+    """Count tried, right and wrong trials by an attribute of outcomes, as a Markdown table."""
     tried, wrong = Counter(map(name, outcomes)), Counter(name(each) for each in outcomes if each.wrong)
     lines = ["| | tried | right | wrong |", "|---|---|---|---|"]
     lines += [f"| {each} | {count} | {count - wrong[each]} | {wrong[each]} |" for each, count in sorted(tried.items())]
@@ -111,7 +111,7 @@ def table(outcomes: Sequence[Outcome], name: Callable[[Outcome], str]) -> str:
 
 
 def tables(outcomes: Sequence[Outcome]) -> str:
-    """Kills by signal, damages by what was damaged and by kind, overrides by kind."""
+    """Return tables of kills by signal, of damages by target and by kind, and of overrides by kind."""
     kills = [each for each in outcomes if each.group == KILLS]
     damages = [each for each in outcomes if each.group in DAMAGES]
     overrides = [each for each in outcomes if each.group == OVERRIDES]
@@ -125,7 +125,7 @@ def tables(outcomes: Sequence[Outcome]) -> str:
 
 
 def faults(outcomes: Sequence[Outcome], *, seed: int) -> str:
-    """What was wrong, and how to repeat it."""
+    """List the faults, and how to repeat each."""
     found = [each for each in outcomes if each.wrong]
     lines = [f"{len(found)} of {len(outcomes)} were wrong.\n"]
     for each in sorted(found, key=lambda each: (each.group, each.number)):
@@ -135,7 +135,7 @@ def faults(outcomes: Sequence[Outcome], *, seed: int) -> str:
 
 
 class Log:
-    """Outcomes in a CSV file, to which each is added as soon as it is known."""
+    """A CSV file to which each outcome is appended as soon as it is known."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -161,7 +161,7 @@ class Log:
 
 
 def commit() -> str:
-    """The commit that is tried."""
+    """Return the commit that is tested."""
     git = shutil.which("git")
     asked = [git, "describe", "--always", "--dirty"] if git else ["false"]
     said = subprocess.run(asked, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
@@ -169,7 +169,7 @@ def commit() -> str:
 
 
 def head(outcomes: Sequence[Outcome], *, jobs: int, seed: int) -> str:
-    """What was run where."""
+    """Return the page's head: what was run, and where."""
     import torch
 
     from nestlm.utils.devices import cpu_name

@@ -1,4 +1,4 @@
-"""Training speed on one GPU: plain steps, elastic steps with a frozen teacher, and sandwich steps.
+"""Measure training speed on one GPU: plain steps, elastic steps with a frozen teacher, and sandwich steps.
 
     python benchmarks/gpu_training.py [model=llama2_7b] [data.sequence_length=4096] [OVERRIDE ...]
 
@@ -50,7 +50,7 @@ WAYS = {
 
 
 class Steps(L.Callback):
-    """Seconds of each step."""
+    """A callback that measures the seconds of each step."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -91,7 +91,7 @@ class RandomTokens(torch.utils.data.IterableDataset[Batch]):
 
 
 def objective_of(stage: str, settings: Settings) -> Objective:
-    """What the stage trains on; no values of choices, so that ways differ in what the table says."""
+    """Return the objective that a stage trains on, without learned values of choices, which no way times."""
     if stage == "pretrain":
         return PretrainObjective()
     return ElasticObjective(
@@ -100,7 +100,7 @@ def objective_of(stage: str, settings: Settings) -> Objective:
 
 
 def measure(overrides: list[str], stage: str) -> tuple[Settings, float, float]:
-    """Settings, median seconds of a step and peak bytes of one way."""
+    """Return the settings, the median seconds of a step and the peak bytes of one way to train."""
     settings = build(compose(overrides))
     steps = Steps()
     trainer = make_trainer(settings.trainer, callbacks=[steps])

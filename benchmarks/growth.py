@@ -1,4 +1,4 @@
-"""How cost grows: a step's time with its sub-networks, routing with layers and choices, memory with the vocabulary.
+"""Measure how cost grows: step time with sub-networks, routing with layers and choices, memory with the vocabulary.
 
 OMP_WAIT_POLICY=PASSIVE python benchmarks/growth.py
 
@@ -33,13 +33,13 @@ REPEATS = 7
 
 
 def small() -> Shape:
-    """Two layers are enough to see how costs grow."""
+    """Return a decoder of two layers, which is enough to see how costs grow."""
     shape = llama(256)
     return replace(shape, config=replace(shape.config, blocks=shape.config.blocks[:2]), rows=4, length=128)
 
 
 def steps_of(number: int) -> Way:
-    """A sandwich step of so many sub-networks, the whole model among them."""
+    """Return a sandwich step with a given number of sub-networks, the full model among them."""
     shape = small()
     sampler = Sandwich(num_random=number - 2)
     objective = ElasticObjective(shape.space, sampler=sampler, distillation=CrossEntropy(), values=None, seed=0)
@@ -47,7 +47,7 @@ def steps_of(number: int) -> Way:
 
 
 def routing_of(layers: int, fractions: Sequence[float]) -> Way:
-    """The exact knapsack of a budget, whose losses are made up."""
+    """Return a call of the exact knapsack on made-up losses."""
     shares = ",".join(f"{share:g}" for share in fractions)
     overrides = [
         f"model.num_layers={layers}", "axes=mlp", f"axes.mlp_width.fractions=[{shares}]",
@@ -65,7 +65,7 @@ def routing_of(layers: int, fractions: Sequence[float]) -> Way:
 
 
 def losses_of(vocab_size: int) -> Way:
-    """Loss and gradients of one batch."""
+    """Return a function that computes loss and gradients of one batch."""
     shape = small()
     shape = replace(shape, config=replace(shape.config, vocab_size=vocab_size))
     decoder, batch = shape.decoder(), shape.batch
@@ -73,20 +73,20 @@ def losses_of(vocab_size: int) -> Way:
 
 
 def draw(axes: Axes, numbers: Sequence[float], spreads: Sequence[Spread], *, label: str) -> None:
-    """Medians with quartiles."""
+    """Draw medians with quartiles."""
     low, middle, high = zip(*spreads, strict=True)
     (line,) = axes.plot(numbers, middle, marker="o", label=label)
     axes.fill_between(numbers, low, high, alpha=0.2, color=line.get_color())
 
 
 def timed(make: Callable[[int], Way], numbers: Sequence[int]) -> list[Spread]:
-    """Milliseconds, taken in turns."""
+    """Return milliseconds of functions that are called in turns."""
     seconds = take_turns({str(number): make(number) for number in numbers}, repeats=REPEATS)
     return [Spread.of([turn * 1e3 for turn in turns]) for turns in seconds.values()]
 
 
 def main() -> None:
-    """Measure and draw."""
+    """Measure, and draw the picture."""
     argparse.ArgumentParser(description=__doc__).parse_args()
     figure, (steps, routing, memory) = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
     times, work = timed(steps_of, SUBNETS), [flops(steps_of(number)) for number in SUBNETS]

@@ -1,4 +1,4 @@
-"""How fast a sharded checkpoint is read, and how much memory that takes.
+"""Measure how fast a sharded checkpoint is read, and how much memory that takes.
 
     OMP_WAIT_POLICY=PASSIVE python benchmarks/import_speed.py [--gigabytes 2.0]
 
@@ -57,7 +57,7 @@ def make(folder: Path, gigabytes: float) -> None:
 
 
 def read(way: str, folder: str) -> None:
-    """Read it one way; prints seconds, CPU seconds, and the peak of the resident set, bytes."""
+    """Read the checkpoint in one way; prints seconds, CPU seconds, and the peak of resident memory in bytes."""
     import torch
     import transformers
     from safetensors.torch import load_file
@@ -82,7 +82,7 @@ def read(way: str, folder: str) -> None:
 
 
 def peak_memory() -> int:
-    """Bytes that this program had in memory at most.
+    """Return this process's peak of resident memory, in bytes.
 
     Not `ru_maxrss`: that starts at what the process was before it became this program, the one that started it.
     """
@@ -91,7 +91,7 @@ def peak_memory() -> int:
 
 
 def run(way: str, folder: Path) -> tuple[float, float, float]:
-    """Seconds, CPU seconds and peak bytes of a way, in a new process."""
+    """Return seconds, CPU seconds and peak bytes of one way, measured in a new process."""
     command = [sys.executable, __file__, "--read", way, "--folder", str(folder)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     seconds, used, peak = json.loads(done.stdout.splitlines()[-1])
@@ -99,13 +99,13 @@ def run(way: str, folder: Path) -> tuple[float, float, float]:
 
 
 def spread(values: list[float], digits: int) -> str:
-    """Median and quartiles."""
+    """Return median and quartiles as text."""
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 def measure(folder: Path, *, load: float) -> str:
-    """The page; `load` is the machine's before anything was made."""
+    """Return the page; `load` is the machine's load before the checkpoint was made."""
     from nestlm.model.checkpoint import shard_files
 
     shards = [path.stat().st_size for path in shard_files(folder)]
@@ -135,7 +135,7 @@ def measure(folder: Path, *, load: float) -> str:
 
 
 def main() -> None:
-    """Make the checkpoint, measure, write the page."""
+    """Make the checkpoint, measure, and write the page."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--gigabytes", type=float, default=2.0)
     parser.add_argument("--folder", type=Path)

@@ -1,4 +1,4 @@
-"""Claim 10: tokens a second of the data loader alone, over those of training the tiny model.
+"""Measure claim 10: tokens per second of the data loader alone, over those of training the tiny model.
 
 OMP_WAIT_POLICY=PASSIVE python benchmarks/loader.py
 """
@@ -23,7 +23,7 @@ STEPS = 20
 
 
 def rows(shape: Shape, *, repeats: int) -> Iterator[Row]:
-    """The demo's rows and batches, in this process, each row's checksums looked at."""
+    """Yield the row for the demo's data and batches, loaded in this process with checksums verified."""
     if shape.config.hidden_size != 256:  # one model is enough: it is the demo's
         return
     settings = build(compose([]))

@@ -1,4 +1,4 @@
-"""Memory that `dry_run=true` predicts for training stages beside what they really take.
+"""Compare the memory that `dry_run=true` predicts for training stages with the memory that they take.
 
 python benchmarks/memory.py > docs/results/memory.md
 
@@ -70,7 +70,7 @@ RANK_RUNS = 5  # of several ranks, since what gloo holds differs with who waits 
 
 
 class Measured(Exception):  # noqa: N818
-    """What a stage's training took; it ends a stage of which nothing else is wanted."""
+    """Raised with the bytes that a stage's training took, to end the stage there."""
 
     def __init__(self, peak: int) -> None:
         super().__init__(peak)
@@ -78,7 +78,7 @@ class Measured(Exception):  # noqa: N818
 
 
 class RandomTokens(L.LightningDataModule):
-    """Batches of random tokens, in two documents a row."""
+    """Batches of random tokens, with two documents in each row."""
 
     def __init__(self, settings: Settings, *, num_steps: int) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ class RandomTokens(L.LightningDataModule):
 
 
 class MeasuringContext(Context):
-    """Trains under a meter on random tokens, and ends the stage there."""
+    """A stage context that trains on random tokens, measures memory meanwhile, and then ends the stage."""
 
     def data(self, *, stream: str, num_steps: int = 0) -> Any:
         """No text is needed."""
@@ -118,14 +118,14 @@ class MeasuringContext(Context):
 
 
 def held(tensor: Tensor) -> Tensor:
-    """What this rank has of a tensor."""
+    """Return the part of a tensor that this rank holds."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def both(
     stage: str, overrides: Sequence[str], *, folder: Path, of_runs: Callable[[Iterable[int]], float] = min
 ) -> tuple[float, float]:
-    """Bytes predicted and taken at most by a stage of a command line; of several ranks, by rank 0.
+    """Return the predicted and the measured peak bytes of a stage of a command line; of several ranks, those of rank 0.
 
     Args:
         stage: its name.
@@ -146,7 +146,7 @@ def both(
 
 
 def make_inputs(settings: Settings, folder: Path) -> None:
-    """Random weights in place of what earlier stages would leave behind."""
+    """Write random weights as the results of earlier stages."""
     folder.mkdir()
     decoder = Decoder.empty(settings.model.decoder_config())
     decoder.init_weights(seed=0)
@@ -159,7 +159,7 @@ def make_inputs(settings: Settings, folder: Path) -> None:
 
 
 def measure(work: tuple[str, list[str], str]) -> int:
-    """Bytes that a stage takes at most while it trains, on random weights and made-up text; as a rank, or alone."""
+    """Return the peak bytes of a stage while it trains, on random weights and made-up text; as one rank, or alone."""
     stage, command, folder = work
     settings = compose.build(compose.compose(command))
     known = next(each for each in STAGES if each.name == stage)
@@ -176,7 +176,7 @@ def measure(work: tuple[str, list[str], str]) -> int:
 
 
 def main() -> None:
-    """Print the page."""
+    """Measure, and print the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trainer", default="cpu", help="as in trainer=NAME, where a row does not name one")
     parser.add_argument("overrides", nargs="*", help="of one command line; default: the rows of the page")

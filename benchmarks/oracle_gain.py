@@ -1,4 +1,4 @@
-"""How much could choices per token gain at all? An oracle that is told what each choice costs each token.
+"""Estimate the most that choices per token could gain, by an oracle that knows what each choice costs each token.
 
 It runs every choice of every site by itself and sees each token's KL to the whole model; then each token takes the MLP
 widths of the least KL plus price of cost, at the price at which the mean cost is that of the knapsack's sub-network.
@@ -40,7 +40,7 @@ LARGEST = 100.0  # nats for the cost of the whole model
 
 
 def text(settings: Settings, run: Path) -> list[Batch]:
-    """Calibration text, tokenized as the run did."""
+    """Return calibration text, tokenized as in the run."""
     with tempfile.TemporaryDirectory() as folder:
         prepare_source(
             settings.data.source,
@@ -57,7 +57,7 @@ def text(settings: Settings, run: Path) -> list[Batch]:
 
 @torch.no_grad()
 def costs_of_choices(calibration: CalibrationData, table: CostTable) -> list[Tensor]:
-    """KL of each token to the whole model under each single choice, one tensor (sites, choices, B, L) a batch."""
+    """Return for each batch the KL of each token to the full model under each single choice: (sites, choices, B, L)."""
     space, found = table.space, []
     for batch in calibration.batches:
         read = LossReader(batch.targets_BL, teacher=calibration.run(batch, full, HeadInputs.read).read)
@@ -71,7 +71,7 @@ def costs_of_choices(calibration: CalibrationData, table: CostTable) -> list[Ten
 
 
 def choose(kl: Tensor, table: CostTable, *, spec: Sequence[int], price: float) -> Tensor:
-    """Choices of each token, (sites, B, L): MLP widths by KL and price of cost, heads as in a spec."""
+    """Return choices of each token, (sites, B, L): MLP widths by KL and price of cost, heads as in a spec."""
     rows = []
     for row, (site, widths) in enumerate(table.space.choices.items()):
         if site.axis == MLP_WIDTH:
@@ -83,7 +83,7 @@ def choose(kl: Tensor, table: CostTable, *, spec: Sequence[int], price: float) -
 
 
 def mean_share(chosen: list[Tensor], table: CostTable) -> float:
-    """Mean cost of choices, as a share."""
+    """Return the mean cost of choices, as a share of the full model's."""
     indices = torch.cat([indices_SBL.flatten(1) for indices_SBL in chosen], dim=1)
     rows = (table.shares[row][index].mean() for row, index in enumerate(indices))
     return table.constant / table.whole + float(sum(rows))

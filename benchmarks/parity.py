@@ -1,4 +1,4 @@
-"""Every model family against transformers, on tiny random weights: logits, and the way in and out again.
+"""Compare every model family with transformers on tiny random weights: logits, and files read and written again.
 
     python benchmarks/parity.py
 
@@ -68,7 +68,7 @@ CASES: dict[str, tuple[type[Any], dict[str, Any]]] = {
 
 
 def checkpoint(case: str, folder: Path, *, shard_size: str = "30KB") -> None:
-    """Write a case's checkpoint, sharded, with a tokenizer and generation settings."""
+    """Write a case's checkpoint in shards, with a tokenizer and generation settings."""
     kind, changes = CASES[case]
     changes = dict(changes)
     dtype = changes.pop("dtype", torch.float32)
@@ -86,12 +86,12 @@ def checkpoint(case: str, folder: Path, *, shard_size: str = "30KB") -> None:
 
 
 def opened(folder: Path) -> Any:
-    """A checkpoint as transformers reads it, in float32."""
+    """Return a checkpoint as transformers reads it, in float32."""
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def imported(folder: Path) -> tuple[Family, Decoder]:
-    """A checkpoint as we read it."""
+    """Return a checkpoint as nestlm reads it."""
     family = family_from_checkpoint(weights=str(folder), context_length=None, pretraining_tokens=None)
     decoder = Decoder(family.decoder_config())
     family.load_weights(decoder)
@@ -100,19 +100,19 @@ def imported(folder: Path) -> tuple[Family, Decoder]:
 
 @torch.no_grad()
 def largest_difference(decoder: Decoder, model: Any) -> tuple[float, float]:
-    """Largest difference of logits, and their standard deviation, in float32."""
+    """Return the largest difference of logits and their standard deviation, in float32."""
     tokens_BL = torch.randint(0, VOCABULARY, (4, 64), generator=torch.Generator().manual_seed(0))
     theirs_BLV = model(tokens_BL).logits
     return float((decoder(tokens_BL).logits_BLV - theirs_BLV).abs().max()), float(theirs_BLV.std())
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint."""
+    """Return all tensors of a checkpoint."""
     return {name: tensor for shard in shard_files(folder) for name, tensor in load_file(shard).items()}
 
 
 def differing(folder: Path, other: Path) -> list[str]:
-    """What differs between two checkpoint folders: tensors in a bit or their dtype, other files in a byte."""
+    """List what differs between two checkpoint folders: tensors in a bit or in their dtype, other files in a byte."""
     ours, theirs = weights_of(folder), weights_of(other)
     tensors = [
         name
@@ -127,7 +127,7 @@ def differing(folder: Path, other: Path) -> list[str]:
 
 
 def row(case: str) -> str:
-    """A line of the table."""
+    """Return a line of the table."""
     with TemporaryDirectory() as scratch:
         folder, out = Path(scratch) / "in", Path(scratch) / "out"
         checkpoint(case, folder)

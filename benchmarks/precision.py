@@ -1,4 +1,4 @@
-"""bfloat16 products (`trainer.precision=bf16-mixed`) beside float32, forward and backward, on this processor.
+"""Compare bfloat16 products (`trainer.precision=bf16-mixed`) with float32, forward and backward, on this processor.
 
 OMP_WAIT_POLICY=PASSIVE python benchmarks/precision.py
 """
@@ -17,7 +17,7 @@ from turns import Way, ratio, take_turns
 
 
 def passes(shape: Shape, *, bf16: bool) -> Way:
-    """A pass, with products in bfloat16 or all in float32."""
+    """Return a forward and backward pass with products in bfloat16, or all in float32."""
     decoder, batch = shape.decoder(), shape.batch
 
     def loss() -> Tensor:

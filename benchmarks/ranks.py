@@ -1,4 +1,4 @@
-"""What a step costs in two processes, sharded or copied, beside one process and torch's own data parallelism.
+"""Measure a step in two processes, sharded or copied, compared with one process and with torch's own data parallelism.
 
     OMP_WAIT_POLICY=PASSIVE python benchmarks/ranks.py [--steps 20]
 
@@ -46,7 +46,7 @@ turn, after {warm_up} that do not count; {flops:.2f} TFLOPs a step, whichever wa
 
 
 class Way:
-    """A model, how it is held, and a training step of it."""
+    """A model, how it is distributed, and a training step of it."""
 
     def __init__(
         self, name: str, hold: Callable[[Decoder], nn.Module], *, share: collectives.RowShard, threads: int
@@ -82,7 +82,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def placed(reference: Decoder, placement: Placement) -> Decoder:
-    """A decoder with the same weights, held as a trainer would."""
+    """Return a decoder with the same weights, distributed as a trainer would."""
     decoder = Decoder.on_meta(reference.config)
     placement.place(decoder, blocks=decoder.blocks)
     for mine, theirs in zip(decoder.parameters(), reference.parameters(), strict=True):
@@ -91,7 +91,7 @@ def placed(reference: Decoder, placement: Placement) -> Decoder:
 
 
 def measure(steps: int) -> list[tuple[str, list[float], list[float]]]:
-    """Names, seconds and losses of every way; on each rank."""
+    """Return names, seconds and losses of every way; called on each rank."""
     is_gpu = torch.cuda.device_count() >= RANKS
     rank = int(os.environ["LOCAL_RANK"])
     device = torch.device("cuda", rank) if is_gpu else torch.device("cpu")
@@ -122,13 +122,13 @@ def measure(steps: int) -> list[tuple[str, list[float], list[float]]]:
 
 
 def spread(values: list[float]) -> str:
-    """Median and quartiles."""
+    """Return median and quartiles as text."""
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return f"{middle:.3f} ({low:.3f} to {high:.3f})"
 
 
 def machine() -> str:
-    """Devices, in words."""
+    """Describe the devices in words."""
     if torch.cuda.device_count() >= RANKS:
         return f"{RANKS} of {torch.cuda.get_device_name()}"
     return f"{os.cpu_count()} CPU cores ({platform.machine()})"

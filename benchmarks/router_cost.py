@@ -1,4 +1,4 @@
-"""What routing itself costs at the sizes of llama2_7b: time to find a spec, and a dynamic router's FLOPs and bytes.
+"""Measure what routing costs at llama2_7b's sizes: the time to find a spec, and a dynamic router's FLOPs and bytes.
 
 python benchmarks/router_cost.py
 """
@@ -24,7 +24,7 @@ BYTES_PER_WEIGHT = 2  # bfloat16
 
 
 def find_times(router: Router, budgets: list[Budget]) -> list[float]:
-    """Milliseconds to a spec, one a budget."""
+    """Return the milliseconds to a spec, for each budget."""
     times = []
     for budget in budgets:
         started = time.perf_counter()

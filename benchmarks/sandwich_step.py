@@ -1,4 +1,4 @@
-"""Claims 3 and 4: a sandwich step takes its share of a plain step's time, and no more memory.
+"""Measure claims 3 and 4: time and memory of a sandwich step, compared with a plain step.
 
 OMP_WAIT_POLICY=PASSIVE python benchmarks/sandwich_step.py
 """
@@ -19,7 +19,7 @@ STEPS = 2  # of a turn, so that random draws are several
 
 
 def rows(shape: Shape, *, repeats: int) -> Iterator[Row]:
-    """The full model, the smallest and two random sub-networks, each on the text alone, over a plain step."""
+    """Yield rows for a sandwich step on text alone: full model, smallest and two random sub-networks."""
     sandwich = ElasticObjective(
         shape.space, sampler=Sandwich(num_random=2), distillation=CrossEntropy(), values=None, seed=0
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Overrides that a config's own schema suggests, good and bad: each is to work, or to be refused in a line or two.
+"""Draw overrides, good and bad, from the config's own schema: each must work, or be refused in a line or two.
 
 python benchmarks/schema_overrides.py --number 500 --seed 0 model=tiny   # prints what ends in a traceback
 """
@@ -29,7 +29,7 @@ TARGETS = (
 
 
 def overrides_of(base: list[str]) -> Iterator[str]:
-    """Every override that a config's keys suggest: deletions, values of all kinds, unknown fields, other classes."""
+    """Yield overrides for a config's keys: deletions, values of all kinds, unknown fields and other classes."""
     for key, value in [*flat_items(compose(base)), *((group, {}) for group in ("experiment", "debug", "launcher"))]:
         if key.endswith("_target_"):
             yield from (f"{key}={target}" for target in TARGETS)
@@ -43,7 +43,7 @@ def overrides_of(base: list[str]) -> Iterator[str]:
 
 
 def outcome(base: list[str], override: str) -> str | None:
-    """None where a dry run would go on, or what it says. Raises what a user would see as a traceback."""
+    """Return None where a dry run accepts the overrides, else the error message. Bugs are raised."""
     try:
         plain = with_sizes(compose([*base, override]))
         settings = build(plain, plugins=plugins_of(plain))
@@ -55,7 +55,7 @@ def outcome(base: list[str], override: str) -> str | None:
 
 
 def fault(said: str | None) -> str | None:
-    """What is wrong with a message; None where nothing is."""
+    """Return the fault in an error message, or None."""
     if said is None:
         return None
     lines = said.splitlines()
@@ -67,7 +67,7 @@ def fault(said: str | None) -> str | None:
 
 
 def tried(base: list[str], *, number: int, seed: int) -> Iterator[tuple[str, str | None, str | None]]:
-    """A number of overrides drawn from all: each with what is said, and what is wrong about that."""
+    """Try a number of drawn overrides; yields each with its message and the fault in it."""
     every = list(overrides_of(base))
     for override in random.Random(seed).sample(every, min(number, len(every))):
         try:
@@ -79,7 +79,7 @@ def tried(base: list[str], *, number: int, seed: int) -> Iterator[tuple[str, str
 
 
 def main() -> None:
-    """Print what is wrong, and a count."""
+    """Print the faults, and a count."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--number", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)

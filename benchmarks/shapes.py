@@ -1,4 +1,4 @@
-"""The decoders that speed is measured on, and what is done with them."""
+"""Define the decoders that speed is measured on, and the passes and steps that are timed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ QUARTERS = (0.25, 0.5, 0.75, 1.0)
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder, the batch that it runs on, and where.
+    """A decoder, the batch that it runs on, and their device.
 
     Attributes:
         name: for tables.
@@ -87,7 +87,7 @@ class Shape:
 
 
 def llama(hidden_size: int) -> Shape:
-    """The Llama shape of the claims: 6 layers, 8 heads, MLP 2.6875 D, V 2048."""
+    """Return the Llama shape of the claims: 6 layers, 8 heads, MLP width 2.6875 D, V 2048."""
     block = BlockConfig(num_heads=8, num_kv_groups=8, mlp_width=hidden_size * 43 // 16)
     config = DecoderConfig(
         vocab_size=2048, hidden_size=hidden_size, head_dim=hidden_size // 8, context_length=512, blocks=(block,) * 6,
@@ -97,14 +97,14 @@ def llama(hidden_size: int) -> Shape:
 
 
 def on_gpu(model: str) -> Shape:
-    """Four layers of a named model, in bfloat16."""
+    """Return four layers of a named model, in bfloat16."""
     config = build(compose([f"model={model}", "model.init=random", "data=synthetic"])).model.decoder_config()
     config = replace(config, blocks=config.blocks[:4])
     return Shape(f"`{model}`, 4 layers", config, rows=8, length=2048, device="cuda", dtype=torch.bfloat16)
 
 
 def forward_backward(model: nn.Module, loss: Way) -> Way:
-    """A pass forward and back; gradients are new each time."""
+    """Return a forward and backward pass that starts without gradients."""
 
     def way() -> None:
         model.zero_grad()
@@ -116,7 +116,7 @@ def forward_backward(model: nn.Module, loss: Way) -> Way:
 def training_step(
     decoder: Decoder, objective: Objective, batch: Batch, *, first_steps: int, teacher: Decoder | None = None
 ) -> Way:
-    """A whole step, as the LightningModule does it: all terms of an objective, clipping, the optimizer.
+    """Return a step as the LightningModule does it: all terms of an objective, clipping, and the optimizer.
 
     The first steps come again and again, so that each turn draws the same sub-networks.
     """
@@ -134,7 +134,7 @@ def training_step(
 
 
 def no_grad(way: Way) -> Way:
-    """The same without gradients."""
+    """Return the same function without gradients."""
 
     def quiet() -> Tensor:
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Claim 9: seconds from `python train.py` to the first training step of the tiny model, caches warm.
+"""Measure claim 9: seconds from `python train.py` to the first training step of the tiny model, with warm caches.
 
 python benchmarks/start.py
 """
@@ -32,7 +32,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def rows(shape: Shape, *, repeats: int) -> Iterator[Row]:
-    """Each in a process of its own; the text is prepared before."""
+    """Yield the row; each start is a new process, and the text is prepared before."""
     if shape.config.hidden_size != 256:  # one model is enough: it is the demo's
         return
     with TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""Where the time of a pass forward and back goes, by torch's profiler.
+"""Measure where the time of a forward and backward pass goes, with torch's profiler.
 
 OMP_WAIT_POLICY=PASSIVE python benchmarks/step_profile.py
 
@@ -40,7 +40,7 @@ REST = "sums, products by element, and all else"
 
 
 def shares(shape: Shape, policy: Policy) -> tuple[Counter[str], float]:
-    """Shares of the time by part, and milliseconds of a pass."""
+    """Return shares of the time by part, and the milliseconds of a pass."""
     decoder, batch = shape.decoder(), shape.batch
     way = forward_backward(
         decoder, lambda: decoder(batch.tokens_BL, policy, read=LossReader(batch.targets_BL)).read.loss
@@ -57,7 +57,7 @@ def shares(shape: Shape, policy: Policy) -> tuple[Counter[str], float]:
 
 
 def part_of(event: Any) -> str:
-    """Where it belongs: by its outermost caller that is a part of its own."""
+    """Return the part that an operation belongs to: its outermost caller that is a part."""
     part = REST
     while event is not None:
         part = PARTS.get(event.name, part)

@@ -1,4 +1,4 @@
-"""Claim 2: half of the neurons and heads, forward and backward, take their share of the whole model's time.
+"""Measure claim 2: half of the neurons and heads, forward and backward, and their share of the full model's time.
 
 OMP_WAIT_POLICY=PASSIVE python benchmarks/sub_network.py
 """
@@ -15,7 +15,7 @@ from turns import Way, flops, ratio, take_turns
 
 
 def rows(shape: Shape, *, repeats: int) -> Iterator[Row]:
-    """The ratio of times over that of FLOPs."""
+    """Yield rows of the ratio of times over the ratio of FLOPs."""
     decoder, batch = shape.decoder(), shape.batch
 
     def passes(policy: Policy) -> Way:

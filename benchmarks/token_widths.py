@@ -1,4 +1,4 @@
-"""Claim 6: tokens of different widths in one pass, beside the ideal of their mean FLOPs and beside masks.
+"""Measure claim 6: tokens of different widths in one pass, compared with the ideal of their mean FLOPs and with masks.
 
 On a GPU also how much faster than the whole model a pass is whose tokens cost half of it in the mean.
 
@@ -22,7 +22,7 @@ from turns import ratio, take_turns
 
 
 def rows(shape: Shape, *, repeats: int) -> Iterator[Row]:
-    """Four widths at every site, equally likely for every token."""
+    """Yield rows for four widths at every site, equally likely for every token."""
     decoder, batch, space = shape.decoder(), shape.batch, shape.space
     generator = torch.Generator().manual_seed(2)
     table = Flops(shape.length).tabulate(space, axes=shape.axes, config=shape.config, per_token=True)
@@ -60,7 +60,7 @@ def rows(shape: Shape, *, repeats: int) -> Iterator[Row]:
 
 
 def masked(drawn: dict[Site, Tensor], shape: Shape) -> Policy:
-    """All units run, and those beyond a token's width are multiplied by 0."""
+    """Return a pass in which all units run, and those beyond a token's width are multiplied by 0."""
     decisions = {}
     for site, widths in shape.space.choices.items():
         units = torch.arange(widths[-1], device=shape.device)

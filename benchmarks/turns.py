@@ -1,4 +1,4 @@
-"""Times of several ways to do the same, which take turns in one process, so that a busy machine slows all alike."""
+"""Time several functions that take turns in one process, so that a busy machine slows all of them alike."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Spread(NamedTuple):
 
 
 def take_turns(ways: Mapping[str, Way], *, repeats: int = REPEATS, warm_up: int = WARM_UP) -> dict[str, list[float]]:
-    """Seconds of each way in each round; the rounds that warm up are left out."""
+    """Return the seconds of each function in each round, without the warm-up rounds."""
     keep_freed_blocks(torch.device("cuda" if torch.cuda.is_available() else "cpu"))  # as runs do
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(warm_up + repeats):
@@ -60,12 +60,12 @@ def synchronize() -> None:
 
 
 def ratio(mine: Sequence[float], theirs: Sequence[float]) -> Spread:
-    """Of two ways' seconds, round by round."""
+    """Return the ratio of two functions' seconds, round by round."""
     return Spread.of([one / other for one, other in zip(mine, theirs, strict=True)])
 
 
 def added(total: Sequence[int], one: Sequence[int], other: Sequence[int], *rest: Any, **named: Any) -> int:
-    """Of a product that is added to what is there."""
+    """Count the FLOPs of a product that is added to a tensor."""
     del total, rest, named
     return 2 * one[0] * one[1] * other[1]
 
@@ -74,14 +74,14 @@ UNCOUNTED = {torch.ops.aten.addmm_: added}  # by torch
 
 
 def flops(way: Way) -> int:
-    """Floating-point operations of products, as torch counts them; attention counts whole squares, not triangles."""
+    """Return the FLOPs of products, as torch counts them; attention counts full squares, not triangles."""
     with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter, sdpa_kernel(SDPBackend.MATH):
         way()
     return counter.get_total_flops()
 
 
 def peak(way: Way) -> int:
-    """Bytes that a way takes at most on top of what was there before."""
+    """Return the peak bytes that a function takes on top of what was allocated before."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -93,7 +93,7 @@ def peak(way: Way) -> int:
 
 
 def highest(profiler: profile) -> int:
-    """The most that was allocated at once since the profiler began, in bytes."""
+    """Return the peak of allocated bytes since the profiler began."""
     results: Any = profiler.profiler
     events = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
     total = most = 0
