@@ -33,7 +33,7 @@ class Products:
     def run(
         self, weight: Tensor, rows: int | slice, *, outputs: float = 1.0, inputs: float = 1.0, back: bool = False
     ) -> None:
-        """The first rows, or some, through shares of a map's outputs and inputs; back: with the gradients of both."""
+        """Multiply rows by a share of a map's outputs and inputs; with `back`, also compute the gradients of both."""
         cut = weight[: int(len(weight) * outputs), : int(weight.shape[1] * inputs)]
         x_ni = self.inputs[cut.shape[1]][rows if isinstance(rows, slice) else slice(rows)]
         made_no = F.linear(x_ni, cut)
@@ -42,7 +42,7 @@ class Products:
             torch.mm(made_no.T, x_ni)
 
     def whole_batch(self, share: float, *, rows: int, back: bool = False) -> Way:
-        """All rows at one width."""
+        """Multiply all rows at one width."""
 
         def way() -> None:
             for *inward, o, down in self.layers:
@@ -55,7 +55,7 @@ class Products:
         return no_grad(way)
 
     def groups(self, shares: Sequence[float], *, rows: int) -> Way:
-        """As many rows at each width; keys, values and logits whole for all."""
+        """Multiply an equal number of rows at each width; keys, values and logits at full width for all."""
         each = rows // len(shares)
 
         def way() -> None:

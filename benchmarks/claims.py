@@ -105,7 +105,7 @@ class Finding:
 
     @property
     def verdict(self) -> str:
-        """Whether the whole interval lies on one side of what is allowed, and there is something to judge."""
+        """Judge a finding: decided where the whole interval lies on one side of the limit."""
         if self.decided == 0:
             return UNDECIDED
         if self.mean.mean + self.margin < self.slack:

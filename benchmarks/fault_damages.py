@@ -35,24 +35,24 @@ class Victim:
     rng: random.Random
 
     def flip_bit(self) -> None:
-        """Turn one bit anywhere."""
+        """Flip one bit at a random place of the file."""
         content = bytearray(self.path.read_bytes() or b"\0")
         content[self.rng.randrange(len(content))] ^= 1 << self.rng.randrange(8)
         self.path.write_bytes(content)
 
     def zero_page(self) -> None:
-        """Zero a page of the disk, at most 4 KiB."""
+        """Overwrite one page of the file, at most 4 KiB, with zeros."""
         content = self.path.read_bytes()
         start = self.rng.randrange(0, len(content) + 1, PAGE)
         self.path.write_bytes(content[:start] + bytes(len(content[start : start + PAGE])) + content[start + PAGE :])
 
     def truncate(self) -> None:
-        """Cut a file anywhere."""
+        """Truncate the file at a random length."""
         content = self.path.read_bytes()
         self.path.write_bytes(content[: self.rng.randrange(len(content) + 1)])
 
     def empty(self) -> None:
-        """Leave nothing in a file."""
+        """Truncate the file to length 0."""
         self.path.write_bytes(b"")
 
     def remove(self) -> None:
@@ -60,12 +60,12 @@ class Victim:
         self.path.unlink()
 
     def append(self) -> None:
-        """Write something behind a file's end."""
+        """Append bytes to the file."""
         with self.path.open("ab") as file:
             file.write(self.rng.randbytes(self.rng.choice((1, 40, 5000))))
 
     def edit(self) -> None:
-        """Change a digit of a text, or a few bytes of anything else."""
+        """Change a digit of a text file, or a few bytes of any other file."""
         content = self.path.read_bytes()
         digits = [at.start() for at in re.finditer(rb"[0-9]", content)]
         if digits and b"\0" not in content:
@@ -77,11 +77,11 @@ class Victim:
             self.path.write_bytes(content[:at] + self.rng.randbytes(8) + content[at + 8 :])
 
     def put_others(self) -> None:
-        """Put another run's file of the same name in its place; where it has none, another file of the folder."""
+        """Replace the file by another run's file of the same name, or else by another file of its folder."""
         shutil.copyfile(self.other or sorted(self.path.parent.iterdir())[0].resolve(), self.path)
 
     def put_others_folder(self) -> None:
-        """Put another run's whole folder in the place of the file's."""
+        """Replace the file's folder by another run's folder."""
         if self.other is None or self.path.parent == self.root:
             self.put_others()
         else:
@@ -89,17 +89,17 @@ class Victim:
             shutil.copytree(self.other.parent, self.path.parent)
 
     def link_elsewhere(self) -> None:
-        """Move a file out of its folder, and leave a link to it."""
+        """Move the file out of its folder, and leave a link to it."""
         shutil.move(self.path, self.elsewhere / self.path.name)
         self.path.symlink_to(self.elsewhere / self.path.name)
 
     def link_to_nowhere(self) -> None:
-        """Leave a link to what is not there."""
+        """Replace the file by a link whose target does not exist."""
         self.path.unlink()
         self.path.symlink_to(self.elsewhere / "absent")
 
     def put_folder(self) -> None:
-        """Put a folder in a file's place."""
+        """Replace the file by a folder."""
         self.path.unlink()
         self.path.mkdir()
 
@@ -140,7 +140,7 @@ class Target:
     only: str = ""
 
     def files(self, place: Place) -> list[str]:
-        """Names of the files that are damaged."""
+        """List the names of files to damage."""
         return [name for name in files_of(self.make(place) / self.part) if self.only in name]
 
 

@@ -71,17 +71,17 @@ class Ended:
 
     @property
     def refused(self) -> bool:
-        """Whether it ended with exit code 2."""
+        """Tell whether the command ended with exit code 2."""
         return self.code == 2
 
     @property
     def message(self) -> str:
-        """Lines of its refusal."""
+        """Return the lines of the error message."""
         _, _, message = self.errors.rpartition("error: ")
         return message.strip()
 
     def fault(self, *, lines: int = 1, asked: str = "") -> str | None:
-        """What is wrong about how it ended; None: it worked, or was refused well.
+        """Return the fault in how the command ended; None if it worked, or was refused with a good message.
 
         Args:
             lines: of a refusal, at most.
@@ -192,7 +192,7 @@ class Place:
 
     @cached_property
     def texts(self) -> Path:
-        """A folder of 60 text files."""
+        """Make a folder of 60 text files."""
         with self.made("texts") as folder:
             if folder is not None:
                 from nestlm.data.sources.synthetic import Synthetic
@@ -203,7 +203,7 @@ class Place:
 
     @cached_property
     def parent(self) -> Path:
-        """A checkpoint of a family."""
+        """Make a checkpoint of a model family."""
         with self.made("parent") as folder:
             if folder is not None:
                 import parity
@@ -213,23 +213,23 @@ class Place:
 
     @property
     def prepared(self) -> Path:
-        """A prepared folder of several shards."""
+        """Make a folder of prepared text in several shards."""
         return self.text("prepared") / "text"
 
     def text(self, name: str) -> Path:
-        """A folder in whose `text` prepared text lies, of other shards where it is called otherwise."""
+        """Make a folder with prepared text in `text`; another name gives other shards."""
         with self.made(name) as folder:
             if folder is not None:
                 need(self.prepare(folder / "text", share=0.1 if name == "prepared" else 0.15))
         return self.root / name
 
     def prepare(self, folder: Path, *, share: float = 0.1) -> Ended:
-        """Fill a folder with prepared text, or go on with it."""
+        """Prepare text in a folder, or resume preparing it."""
         sizes = ("--heldout-share", share, "--shard-tokens", 12_000)
         return nestlm("prepare", self.texts, "--tokenizer", self.parent, "--out", folder, *sizes)
 
     def overrides(self, name: str, place: Path, *, seed: int = 0) -> list[str]:
-        """The command line of a run in a place."""
+        """Return the command line of a run in a folder."""
         known = {
             key: getattr(self, key)
             for key in ("texts", "prepared", "parent")
@@ -239,14 +239,14 @@ class Place:
         return [*filled, f"seed={seed}", f"run_dir={place / 'run'}", f"cache_dir={place / 'cache'}"]
 
     def run(self, name: str, *, seed: int = 0) -> Path:
-        """The place of a finished run: `run` and `cache` in it."""
+        """Make a finished run; returns the folder that holds `run` and `cache`."""
         with self.made(f"{name}-{seed}") as folder:
             if folder is not None:
                 need(train(*self.overrides(name, folder, seed=seed)))
         return self.root / f"{name}-{seed}"
 
     def killed(self, stage: str) -> Path:
-        """The place of a long run that was killed when a stage had two checkpoints."""
+        """Make a long run that is killed when a stage has two checkpoints; returns its folder."""
         with self.made(f"killed-{stage}") as folder:
             if folder is not None:
                 command = [sys.executable, str(TRAIN), *self.overrides("long", folder)]
@@ -261,7 +261,7 @@ class Place:
 
     @contextmanager
     def fresh(self, folder: Path) -> Iterator[Path]:
-        """A copy of a folder, removed afterwards."""
+        """Yield a copy of a folder, and remove it afterwards."""
         trials = self.root / "trials"
         trials.mkdir(exist_ok=True)
         with TemporaryDirectory(dir=trials) as scratch:
@@ -269,7 +269,7 @@ class Place:
 
     @contextmanager
     def made(self, name: str) -> Iterator[Path | None]:
-        """A folder to fill, where nobody has yet."""
+        """Yield a folder to fill, or None where another process has filled it."""
         from filelock import FileLock
 
         with FileLock(self.root / f"{name}.lock"):

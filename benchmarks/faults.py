@@ -141,7 +141,7 @@ class Log:
         self.path = path
 
     def take(self) -> list[Outcome]:
-        """What is known and was right; what was wrong is forgotten, so that it is tried again."""
+        """Read the log's outcomes without a fault, and drop the others, so that their trials are done again."""
         rows = list[Outcome]()
         if self.path.is_file():
             with self.path.open(newline="", encoding="utf-8") as file:
@@ -155,7 +155,7 @@ class Log:
         return kept
 
     def add(self, outcome: Outcome) -> None:
-        """Add a row."""
+        """Append an outcome."""
         with self.path.open("a", newline="", encoding="utf-8") as file:
             csv.writer(file, lineterminator="\n").writerow(asdict(outcome).values())
 

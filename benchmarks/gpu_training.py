@@ -65,7 +65,7 @@ class Steps(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stop it."""
+        """Stop the clock."""
         synchronize()
         self.seconds.append(time.perf_counter() - self.started)
 

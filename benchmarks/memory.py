@@ -85,7 +85,7 @@ class RandomTokens(L.LightningDataModule):
         self.settings, self.num_steps, self.vocab_size = settings.data, num_steps, settings.model.vocab_size
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """One batch a step."""
+        """Return one batch for each step."""
         row_shard = collectives.RowShard(collectives.rank(), collectives.num_ranks())
         shape = (self.settings.batch_size // row_shard.num_ranks, self.settings.sequence_length + 1)
         documents_BL = torch.arange(shape[1] - 1).ge(shape[1] // 2).long().expand(shape[0], -1).contiguous()
@@ -99,11 +99,11 @@ class MeasuringContext(Context):
     """A stage context that trains on random tokens, measures memory meanwhile, and then ends the stage."""
 
     def data(self, *, stream: str, num_steps: int = 0) -> Any:
-        """No text is needed."""
+        """Return random tokens in place of the run's text."""
         return RandomTokens(self.settings, num_steps=num_steps)
 
     def train(self, stage: str, task: Task, *, callbacks: Sequence[L.Callback] = ()) -> dict[str, Any]:
-        """Train and raise what it took."""
+        """Train, then raise Measured with the peak bytes."""
         device = self.device()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)

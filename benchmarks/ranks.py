@@ -61,7 +61,7 @@ class Way:
         self.seconds: list[float] = []
 
     def step(self, rows_BL: Tensor) -> None:
-        """One step on this rank's rows of the batch."""
+        """Do one training step on this rank's rows of the batch."""
         torch.set_num_threads(self.threads)
         own_BL = self.share.own(rows_BL)
         started = time.perf_counter()

@@ -46,14 +46,14 @@ class Shape:
     dtype: torch.dtype = torch.float32
 
     def decoder(self) -> Decoder:
-        """With random weights, the same each time."""
+        """Return the decoder with random weights, the same at each call."""
         decoder = Decoder(self.config)
         decoder.init_weights(seed=0)
         return decoder.to(self.device, self.dtype)
 
     @cached_property
     def batch(self) -> Batch:
-        """Random tokens; each row is one document."""
+        """Return a batch of random tokens; each row is one document."""
         generator = torch.Generator().manual_seed(1)
         rows_BL = torch.randint(self.config.vocab_size, (self.rows, self.length + 1), generator=generator)
         rows_BL = rows_BL.to(self.device)
@@ -61,16 +61,16 @@ class Shape:
 
     @property
     def axes(self) -> tuple[Axis, ...]:
-        """Quarters of neurons and heads."""
+        """Return elastic axes with four choices each: quarters of the neurons and of the heads."""
         return MLPWidth(fractions=QUARTERS, multiple_of=1), AttnHeads(fractions=QUARTERS, multiple_of=1)
 
     @property
     def space(self) -> SearchSpace:
-        """Of those axes."""
+        """Return the search space of `axes`."""
         return search_space(self.axes, self.config)
 
     def litgpt_sizes(self) -> dict[str, Any]:
-        """Arguments of litgpt's `Config`, which whittle's networks take, too."""
+        """Return the arguments of litgpt's `Config`, which whittle's networks use as well."""
         config, block = self.config, self.config.blocks[0]
         return {
             "block_size": config.context_length, "vocab_size": config.vocab_size,
@@ -82,7 +82,7 @@ class Shape:
         }  # fmt: skip
 
     def half(self) -> SubnetSpec:
-        """Half of all neurons and heads."""
+        """Return the sub-network with half of all neurons and heads."""
         return self.space.spec(dict.fromkeys(self.space.sites, QUARTERS.index(0.5)))
 
 

@@ -27,7 +27,7 @@ class Spread(NamedTuple):
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """Of at least two values."""
+        """Compute median and quartiles of at least two values."""
         return cls(*statistics.quantiles(values, n=4, method="inclusive"))
 
     def __truediv__(self, other: float) -> Spread:
