@@ -17,7 +17,7 @@ AGAINST = "knapsack"  # the router whose losses are subtracted in the second tab
 
 
 def table(runs: list[RunResults], keys: list[str]) -> str:
-    """Rows by the keys, columns by budget.
+    """Return a table with a row for each combination of the keys and a column for each budget.
 
     A cell is the validation loss, mean ± standard deviation over seeds, then what was used of the budget's cost and of
     the whole model's time. It ends in * where a sequence of some seed ended above its budget.

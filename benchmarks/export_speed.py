@@ -78,7 +78,7 @@ def export_row(run: str, options: list[str], scratch: Path) -> str:
 
 
 def in_transformers(decoder: Decoder, family: Family, folder: Path) -> Way:
-    """Greedy decoding of an export in transformers."""
+    """Return a function that decodes greedily with an export in transformers."""
     hf_folder.export_hf(decoder, family, folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
     prompt = torch.arange(PROMPT)[None] + 1
@@ -87,7 +87,7 @@ def in_transformers(decoder: Decoder, family: Family, folder: Path) -> Way:
 
 
 def in_llama(decoder: Decoder, family: Family, path: Path, tokenizer: Path) -> Way:
-    """Greedy decoding of an export in llama.cpp."""
+    """Return a function that decodes greedily with an export in llama.cpp."""
     gguf_file.write_gguf(
         decoder, family, path, precision="f32", tokenizer=tokenizer, texts=gguf_file.TextFormat(0, 0), name=path.stem
     )  # fmt: skip
