@@ -18,6 +18,8 @@ from typing import Any
 
 from nestlm.errors import BudgetError
 
+# Places in every block where the decoder asks its policy. An axis is named after the place that it cuts; `DEPTH` is the
+# whole block, attention and MLP.
 MLP_WIDTH = "mlp_width"
 ATTN_HEADS = "attn_heads"
 DEPTH = "depth"
@@ -52,6 +54,11 @@ class Site:
 
     axis: str
     layer: int
+
+    @property
+    def is_block(self) -> bool:
+        """Whether the site chooses if its block runs at all, so that choice 0 skips the block's other sites."""
+        return self.axis == DEPTH
 
     def __str__(self) -> str:
         return f"{self.axis}[{self.layer}]"
@@ -119,19 +126,24 @@ class SearchSpace:
         return groups
 
     @cached_property
-    def depth_sites(self) -> dict[Site, Site]:
-        """For each other site of a block that can be skipped: the depth site of that block."""
-        depth = {site.layer: site for site in self.sites if site.axis == DEPTH}
-        return {site: depth[site.layer] for site in self.sites if site.axis != DEPTH and site.layer in depth}
+    def block_sites(self) -> tuple[Site, ...]:
+        """The sites that choose whether their block runs, by layer; other blocks always run."""
+        return tuple(site for site in self.sites if site.is_block)
+
+    @cached_property
+    def enclosing(self) -> dict[Site, Site]:
+        """For each site inside a block that may be skipped: the site that chooses whether that block runs."""
+        blocks = {site.layer: site for site in self.block_sites}
+        return {site: blocks[site.layer] for site in self.sites if not site.is_block and site.layer in blocks}
 
     @property
     def size(self) -> int:
         """Number of different sub-networks; widths inside a skipped block do not count."""
         by_layer: dict[int, int] = {}
         for site, widths in self.choices.items():
-            if site.axis != DEPTH:
+            if not site.is_block:
                 by_layer[site.layer] = by_layer.get(site.layer, 1) * len(widths)
-        for site in self.axes.get(DEPTH, ()):
+        for site in self.block_sites:
             by_layer[site.layer] = by_layer.get(site.layer, 1) + 1
         return math.prod(by_layer.values())
 
@@ -147,8 +159,8 @@ class SearchSpace:
             site: the site.
             indices: the choice index at every site.
         """
-        depth = self.depth_sites.get(site)
-        return depth is None or indices[depth] != 0
+        block = self.enclosing.get(site)
+        return block is None or indices[block] != 0
 
     def spec(self, indices: Mapping[Site, int]) -> SubnetSpec:
         """Build the spec with the given choice index at each site; -1 is the full width.

@@ -16,7 +16,7 @@ from nestlm.cost.static import Flops
 from nestlm.cost.table import Bound, CostTable, PriceList, TokenTable
 from nestlm.data.batch import Batch
 from nestlm.elastic.axes.base import search_space
-from nestlm.elastic.axes.depth import Depth, with_layers
+from nestlm.elastic.axes.depth import Depth
 from nestlm.elastic.sampler.base import independent
 from nestlm.errors import ConfigError
 from nestlm.eval.policy_scores import mean_width, spent_shares
@@ -68,7 +68,7 @@ def test_influence_is_one_less_the_mean_cosine(tokens_BL):
 
 def named(importance: list[float], share: float) -> tuple[int, ...]:
     scores = {Site("depth", layer): torch.tensor([score]) for layer, score in enumerate(importance)}
-    (axis,) = with_layers((Depth(share=share),), scores, num_layers=len(importance))
+    axis = Depth(share=share).ranked(scores, num_layers=len(importance))
     return tuple(site.layer for site in search_space((axis,), replace(CONFIG, blocks=CONFIG.blocks[:1] * 4)).sites)
 
 
@@ -97,8 +97,7 @@ def test_rankings_without_text_name_blocks_too():
         ranking = build("ranking", option)
         for seed in range(8):
             scores = ranking.scores(decoder, axes=BOTH, batches=[], seed=seed)
-            *_, axis = with_layers((*AXES, Depth(share=0.3)), scores, num_layers=3)
-            found.setdefault(option, set()).add(axis.layers)
+            found.setdefault(option, set()).add(Depth(share=0.3).ranked(scores, num_layers=3).layers)
     assert found == {"none": {(1,)}, "magnitude": {(1,)}, "random": {(0,), (1,), (2,)}}
 
 

@@ -86,7 +86,10 @@ def test_a_router_decides_in_the_modelling_file_as_it_does_here(name, tmp_path):
     option, granularity, depth = ROUTED[name]
     nested = nest(FAMILIES[name], tmp_path / "in", depth=depth)
     router, plan = routed(nested, Variant(option, "dynamic", granularity), share=0.85)
-    policy, routing = router.policy(plan), ExportedRouter.from_plan(router, plan, config=nested.decoder.config)
+    policy, routing = (
+        router.policy(plan),
+        ExportedRouter.from_plan(router, plan, axes=nested.axes, config=nested.decoder.config),
+    )
     (tmp_path / "out").mkdir()
     small = extract(nested.decoder, routing.spec, axes=nested.axes)
     hf_folder.write_hf_folder(small, nested.family, tmp_path / "out", routing=routing)
@@ -108,7 +111,7 @@ def test_a_router_decides_in_the_modelling_file_as_it_does_here(name, tmp_path):
 def test_rows_of_a_padded_batch_decide_as_they_do_alone(tmp_path):
     nested = nest(FAMILIES["llama"], tmp_path / "in")
     router, plan = routed(nested, Variant("value", "dynamic"), share=0.85)
-    routing = ExportedRouter.from_plan(router, plan, config=nested.decoder.config)
+    routing = ExportedRouter.from_plan(router, plan, axes=nested.axes, config=nested.decoder.config)
     (tmp_path / "out").mkdir()
     hf_folder.write_hf_folder(
         extract(nested.decoder, routing.spec, axes=nested.axes), nested.family, tmp_path / "out", routing=routing

@@ -25,7 +25,7 @@ def folder(request, tmp_path_factory):
     place = tmp_path_factory.mktemp(request.param)
     nested = nest(FAMILIES[name], place / "in", depth=depth)
     router, plan = routed(nested, variant, share=0.85)
-    routing = ExportedRouter.from_plan(router, plan, config=nested.decoder.config)
+    routing = ExportedRouter.from_plan(router, plan, axes=nested.axes, config=nested.decoder.config)
     (place / "out").mkdir()
     hf_folder.write_hf_folder(
         extract(nested.decoder, routing.spec, axes=nested.axes), nested.family, place / "out", routing=routing

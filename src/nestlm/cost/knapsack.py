@@ -23,7 +23,7 @@ from scipy.optimize import Bounds as SolverBounds
 from scipy.optimize import LinearConstraint, linprog, milp
 
 from nestlm.cost.table import Bound, PriceList
-from nestlm.spec import DEPTH, Budget, SearchSpace, Site, SubnetSpec
+from nestlm.spec import Budget, SearchSpace, Site, SubnetSpec
 
 Array = NDArray[np.float64]
 Choices = NDArray[np.intp]
@@ -248,10 +248,10 @@ def joint_choices(space: SearchSpace) -> list[Choices]:
     rows = {site: row for row, site in enumerate(space.sites)}
     inside: dict[Site, list[Site]] = {}
     for site in space.sites:
-        inside.setdefault(space.depth_sites.get(site, site), []).append(site)
+        inside.setdefault(space.enclosing.get(site, site), []).append(site)
     items = []
     for first, sites in inside.items():
-        skips = first.axis == DEPTH
+        skips = first.is_block
         others = [site for site in sites if site != first]
         combined = list(product(*(range(len(space.choices[site])) for site in others))) if skips else []
         picks = np.full((1 + len(combined) if skips else len(space.choices[first]), len(space.sites)), -1)

@@ -220,22 +220,25 @@ def nearby(limit: Limit, table: CostTable, cost: float) -> Limit:
     return Limit(exact, limit.unit)
 
 
-def beside_depth(rows: Mapping[Site, tuple[float, ...]], space: SearchSpace) -> Rows:
-    """Prices that add up where blocks may be skipped.
+def price_inside_blocks(rows: Mapping[Site, tuple[float, ...]], space: SearchSpace) -> Rows:
+    """Make prices add up where blocks may be skipped, together with the sites inside them.
 
-    Running a block costs what it takes at the smallest widths, and a width what it takes more: a skipped block, whose
-    sites all take their smallest choice, then costs nothing.
+    A block that runs is charged the smallest widths of its sites, and a site only what a wider choice adds. Then a
+    skipped block, whose sites all take their smallest choice, costs nothing.
 
     Args:
-        rows: of a depth site the price of a block without its width sites, of these their own prices.
+        rows: prices of every site by itself; of a site that is a block, (0, price of what its other sites do not hold).
         space: the choices.
+
+    Returns:
+        The prices as a cost table holds them, in the order of the space.
     """
     added = dict(rows)
-    for site, depth in space.depth_sites.items():
+    for site, block_site in space.enclosing.items():
         smallest = rows[site][0]
         added[site] = tuple(price - smallest for price in rows[site])
-        skipped, runs = added[depth]
-        added[depth] = (skipped, runs + smallest)
+        skipped, runs = added[block_site]
+        added[block_site] = (skipped, runs + smallest)
     return tuple(added[site] for site in space.sites)
 
 

@@ -9,7 +9,7 @@ from rich.table import Table
 from nestlm.cost.latency.latency import Latency
 from nestlm.cost.static import Flops
 from nestlm.distributed.device_layout import Layout, Precision
-from nestlm.elastic.axes.base import width_axes
+from nestlm.elastic.axes.base import WidthAxis
 from nestlm.estimate.fake_step import PARTS
 from nestlm.estimate.memory import predict
 from nestlm.pipeline.flops import flops_per_token
@@ -31,7 +31,9 @@ def describe(settings: Settings) -> None:
         output.print(f"{name:<15} {table.whole:{digits}} {table.unit}  (smallest sub-network {smallest_cost:{digits}})")
     choices = ", ".join(f"{axis} {list(space.choices[sites[0]])}" for axis, sites in space.axes.items())
     output.print(f"search space    {space.size:.3g} sub-networks  ({len(space.sites)} sites: {choices})")
-    for axis in width_axes(settings.axis_list):
+    for axis in settings.axis_list:
+        if not isinstance(axis, WidthAxis):
+            continue
         fewest = min(len(space.choices[site]) for site in space.axes[axis.name])
         if fewest < len(axis.fractions):
             output.print(f"                {len(axis.fractions)} fractions of {axis.name} round to {fewest} widths")

@@ -17,7 +17,6 @@ from nestlm.cost.static import Flops
 from nestlm.data.batch import Batch
 from nestlm.distributed.collectives import ALL_ROWS, RowShard
 from nestlm.distributed.device_layout import Precision
-from nestlm.elastic.axes.depth import Depth
 from nestlm.elastic.axes.mlp_width import MLPWidth
 from nestlm.elastic.sampler.base import MixedSpecs, Sample
 from nestlm.estimate.memory_tracker import MemoryTracker, with_cuda_kernels
@@ -30,7 +29,7 @@ from nestlm.router.base import Router
 from nestlm.router.dynamic.base import DynamicRouter
 from nestlm.router.relaxed import gated_policy
 from nestlm.router.static.logits import StaticLogitsRouter
-from nestlm.spec import Budget, SearchSpace
+from nestlm.spec import Budget, SearchSpace, Site
 from nestlm.train.lightning_module import NestedLM
 from nestlm.train.task import Task
 
@@ -38,7 +37,7 @@ DRAWS, TOKENS = 64, 64  # of a sampler, in rows of so many tokens: the widest ar
 WEIGHTS, GRADIENTS, STATES, TEACHER = "weights", "gradients", "optimizer states", "teacher"
 REST = "activations, logits, loss"
 PARTS = (WEIGHTS, GRADIENTS, STATES, TEACHER, REST)
-ALL_RUN = {"mlp_width": MLPWidth(fractions=(1.0,), multiple_of=1)}  # for runs whose only axis is depth
+ALL_RUN = {"mlp_width": MLPWidth(fractions=(1.0,), multiple_of=1)}  # for runs whose only axis skips blocks
 UPDATE = "update"
 ROUTED_SHARE = 0.75  # of a width: between the smallest and the whole, of which few draws run just that
 PART_OF_BACKWARD = "; "  # in the name of a moment: what it comes to is named after it
@@ -163,7 +162,7 @@ class FakeStep:
     def shortened(self, num_blocks: int) -> Settings:
         """The settings of a model of fewer blocks, none of which is skipped."""
         settings = self.settings
-        axes = {name: axis for name, axis in settings.axes.items() if not isinstance(axis, Depth)} or ALL_RUN
+        axes = {name: axis for name, axis in settings.axes.items() if not Site(axis.name, 0).is_block} or ALL_RUN
         return replace(
             settings,
             model=replace(settings.model, num_layers=num_blocks),

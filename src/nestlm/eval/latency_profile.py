@@ -28,7 +28,7 @@ from nestlm.router.dynamic.base import features
 from nestlm.router.dynamic.pacing import LEVELS, Pace, PacedSite
 from nestlm.router.dynamic.token_bucket import Ledger
 from nestlm.router.networks import SiteNetworks
-from nestlm.spec import DEPTH, SearchSpace, Site
+from nestlm.spec import SearchSpace, Site
 from nestlm.utils.console import track
 from nestlm.utils.devices import device_name, synchronize
 from nestlm.utils.malloc import keep_freed_blocks
@@ -229,8 +229,8 @@ def mix_designs(space: SearchSpace, tokens: int) -> list[Mix]:
 
 
 def lowest(space: SearchSpace) -> Indices:
-    """Nothing runs; a block is skipped by a choice of its own."""
-    return np.array([0 if site.axis == DEPTH else SKIPPED for site in space.sites])
+    """Return the indices at which nothing runs: that of width 0 where it is a choice, else `SKIPPED`."""
+    return np.array([SKIPPED if widths[0] else 0 for widths in space.choices.values()])
 
 
 def one_axis_at_a_time(space: SearchSpace, *, narrowest: int) -> Indices:
@@ -269,7 +269,7 @@ def running(indices: Indices, space: SearchSpace) -> NDArray[np.bool_]:
     """Which tokens run the block of a site, (sites, tokens)."""
     rows = {site: row for row, site in enumerate(space.sites)}
     runs = np.ones(indices.shape, dtype=bool)
-    for site, depth in space.depth_sites.items():
+    for site, depth in space.enclosing.items():
         runs[rows[site]] = indices[rows[depth]] != 0
     return runs
 

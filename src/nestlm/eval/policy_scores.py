@@ -104,7 +104,7 @@ class PolicyEvaluation(L.LightningModule):
         for name, table in self.prices.tables.items():
             self.spent[name].append(spent_shares(output.decisions, table, batch_size=sequences).cpu())
         for site, widths in self.prices.space.choices.items():
-            depth = self.prices.space.depth_sites.get(site)
+            depth = self.prices.space.enclosing.get(site)
             block = WHOLE if depth is None else output.decisions[depth]
             ran = output.decisions[site].inside(block, whole=widths[-1])
             self.widths[site] += sequences * mean_width(ran, whole=widths[-1])
@@ -161,7 +161,7 @@ def spent_shares(decisions: Mapping[Site, Decision], table: CostTable, *, batch_
 
 def runs_block(site: Site, decisions: Mapping[Site, Decision], space: SearchSpace) -> Tensor | int:
     """1 where the block of a site runs, 0 where it is skipped: for all tokens, or as the index of a mixture."""
-    depth = space.depth_sites.get(site)
+    depth = space.enclosing.get(site)
     width = None if depth is None else decisions[depth].width
     return width.index if isinstance(width, Mixed) else int(width != 0)
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nestlm.elastic.axes.base import Axis
 from nestlm.elastic.surgery import kept_layers
 from nestlm.errors import ExportError
 from nestlm.nn.config import DecoderConfig
@@ -34,15 +35,23 @@ class ExportedRouter:
     weights: dict[str, Tensor]
 
     @classmethod
-    def from_plan(cls, router: DynamicRouter, plan: Plan, *, config: DecoderConfig) -> ExportedRouter:
-        """Of a router that plans to keep a budget.
+    def from_plan(
+        cls, router: DynamicRouter, plan: Plan, *, axes: tuple[Axis, ...], config: DecoderConfig
+    ) -> ExportedRouter:
+        """Collect what a router needs to keep a budget by a plan.
+
+        Args:
+            router: makes the decisions.
+            plan: its plan for the budget.
+            axes: the axes of the router's sites.
+            config: sizes of the whole model.
 
         Raises:
             ExportError: a router of another kind than the two that are known.
         """
         space = router.prices.space
         spec = space.spec({site: plan.fixed.get(row, -1) for site, row in router.rows.items()})
-        place = {layer: number for number, layer in enumerate(kept_layers(config, spec))}
+        place = {layer: number for number, layer in enumerate(kept_layers(config, spec, axes=axes))}
         sites, weights = [], dict[str, Tensor]()
         for site, row in router.rows.items():
             if row in plan.fixed:

@@ -107,7 +107,11 @@ def export_model(
         ExportError: the format cannot hold it, the folder cannot be written, or it computes something else.
     """
     check_form(chosen, form=form, precision=precision)
-    routing = None if chosen.routed is None else ExportedRouter.from_plan(*chosen.routed, config=nested.decoder.config)
+    routing = (
+        None
+        if chosen.routed is None
+        else ExportedRouter.from_plan(*chosen.routed, axes=nested.axes, config=nested.decoder.config)
+    )
     spec = chosen.spec if routing is None else routing.spec
     assert spec is not None, "a router has stored widths"
     small = extract(nested.decoder, spec, axes=nested.axes).eval()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -179,8 +179,15 @@ class Family(ABC):
         return sizes | self.make_own_keys()
 
     def decoder_config(self) -> DecoderConfig:
-        """Build the configuration of the decoder. Raises ConfigError for sizes that do not fit together."""
+        """Build the configuration of the decoder, whose blocks all have attention and an MLP.
+
+        Raises:
+            ConfigError: a size that is not positive, or sizes that do not fit together.
+        """
         block = BlockConfig(self.num_heads, self.num_kv_groups, self.mlp_width)
+        for name, size in asdict(block).items():
+            if size <= 0:
+                raise ConfigError(f"model.{name}: got {size}, wanted a positive size")
         return DecoderConfig(
             vocab_size=self.vocab_size,
             hidden_size=self.hidden_size,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 import torch
@@ -14,7 +14,10 @@ from nestlm.nn.rope import RopeScaling, rotary_table
 
 @dataclass(frozen=True)
 class BlockConfig:
-    """Sizes of one block: H query heads, G KV groups, F neurons."""
+    """Sizes of one block: H query heads, G KV groups, F neurons.
+
+    A block of 0 heads has no attention, one of 0 neurons has no MLP; the norm before the missing part is missing, too.
+    """
 
     num_heads: int
     num_kv_groups: int
@@ -24,6 +27,14 @@ class BlockConfig:
     def heads_per_group(self) -> int:
         """Query heads that share one K and V."""
         return self.num_heads // self.num_kv_groups
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the block has neither attention nor MLP, so that it returns its input."""
+        return self.num_heads == 0 and self.mlp_width == 0
+
+
+NO_BLOCK = BlockConfig(num_heads=0, num_kv_groups=0, mlp_width=0)
 
 
 @dataclass(frozen=True)
@@ -78,17 +89,17 @@ class DecoderConfig:
             "context_length": self.context_length,
             "num_layers": len(self.blocks),
         }
+        for name, size in sizes.items():
+            if size <= 0:
+                raise ConfigError(f"model.{name}: got {size}, wanted a positive size")
         for block in self.blocks:
-            sizes |= {"num_heads": block.num_heads, "num_kv_groups": block.num_kv_groups, "mlp_width": block.mlp_width}
-            for name, size in sizes.items():
-                if size <= 0:
-                    raise ConfigError(f"model.{name}: got {size}, wanted a positive size")
-            if block.num_heads % block.num_kv_groups:
+            for name, size in asdict(block).items():
+                if size < 0:
+                    raise ConfigError(f"model.{name}: got {size}, wanted a size of 0 or more")
+            if block.num_heads % block.num_kv_groups if block.num_kv_groups else block.num_heads:
                 raise ConfigError(
                     f"model.num_kv_groups: got {block.num_kv_groups}, wanted a divisor of num_heads={block.num_heads}"
                 )
-        if not self.blocks:
-            raise ConfigError("model.num_layers: got 0, wanted a positive size")
         for name, value in (("rope_theta", self.rope_theta), ("norm_eps", self.norm_eps)):
             if value <= 0:
                 raise ConfigError(f"model.{name}: got {value}, wanted a positive number")

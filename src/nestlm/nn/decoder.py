@@ -22,6 +22,8 @@ from nestlm.nn.norm import LayerNorm1P, make_norm
 from nestlm.nn.policy import Decision, Mixed, Policy, Stream, full
 from nestlm.spec import ATTN_HEADS, DEPTH, MLP_WIDTH, Site
 
+SERVES_LATER_TOKENS = ("attn.k", "attn.v")  # modules of a block whose outputs later tokens read
+
 # Makes something of the residual stream after the final norm, (B, L, D), and of the head's weight, (V, D). It is called
 # within the forward pass, since weights in shards are whole only there.
 Reader = Callable[[Tensor, Tensor], Any]
@@ -46,17 +48,19 @@ class DecoderOutput(NamedTuple):  # not a dataclass: FSDP looks for tensors in t
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP, each added to the residual stream."""
+    """Pre-norm attention and MLP, each added to the residual stream; a part of size 0 does not exist."""
 
     def __init__(self, config: DecoderConfig, *, block: BlockConfig, layer: int) -> None:
         super().__init__()
         self.depth_site = Site(DEPTH, layer)
         self.heads_site, self.mlp_site = Site(ATTN_HEADS, layer), Site(MLP_WIDTH, layer)
         self.num_groups, self.mlp_width = block.num_kv_groups, block.mlp_width
-        self.attn_norm = make_norm(config)
-        self.attn = GroupedQueryAttention(config, block=block)
-        self.mlp_norm = make_norm(config)
-        self.mlp = MLP(config, mlp_width=block.mlp_width)
+        if block.num_heads:
+            self.attn_norm = make_norm(config)
+            self.attn = GroupedQueryAttention(config, block=block)
+        if block.mlp_width:
+            self.mlp_norm = make_norm(config)
+            self.mlp = MLP(config, mlp_width=block.mlp_width)
 
     def forward(
         self, hidden_BLD: Tensor, policy: Policy, *, sight: Sight, stream: Stream, cache: LayerCache | None
@@ -72,11 +76,11 @@ class Block(nn.Module):
         depth = policy(self.depth_site, hidden_BLD, stream)
         heads = policy(self.heads_site, hidden_BLD, stream)
         ran = heads.inside(depth, whole=self.num_groups)
-        if ran.width != 0:
+        if self.num_groups and ran.width != 0:
             new_BLD = new_BLD + self.attn(self.attn_norm(new_BLD), ran, sight=sight, cache=cache)
         neurons = policy(self.mlp_site, new_BLD, stream)
         ran = neurons.inside(depth, whole=self.mlp_width)
-        if ran.width != 0:
+        if self.mlp_width and ran.width != 0:
             new_BLD = new_BLD + self.mlp(self.mlp_norm(new_BLD), ran)
         if depth.gate is not None and depth.width != 0:
             new_BLD = hidden_BLD + block_gate(depth) * (new_BLD - hidden_BLD)

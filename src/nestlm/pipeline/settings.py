@@ -16,7 +16,6 @@ from nestlm.data.datamodule import DataSettings
 from nestlm.data.special_tokens import SpecialTokens
 from nestlm.data.tokenizer import load_tokenizer
 from nestlm.elastic.axes.base import Axis, search_space
-from nestlm.elastic.axes.depth import Depth
 from nestlm.elastic.ranking.base import Ranking
 from nestlm.elastic.sampler.base import Sampler
 from nestlm.errors import ConfigError
@@ -125,11 +124,7 @@ class Settings:
 
     def with_skippable(self, layers: Sequence[int]) -> Settings:
         """The same settings with the blocks that the ranking lets be skipped."""
-        axes = {
-            name: replace(axis, layers=tuple(layers)) if isinstance(axis, Depth) else axis
-            for name, axis in self.axes.items()
-        }
-        return replace(self, axes=axes)
+        return replace(self, axes={name: axis.at_layers(layers) for name, axis in self.axes.items()})
 
     def space(self) -> SearchSpace:
         """The choices of the model."""

@@ -19,7 +19,6 @@ from nestlm.data.preparation import prepare_source
 from nestlm.data.prepared_data import PreparedData
 from nestlm.distributed import collectives
 from nestlm.elastic.axes.base import search_space
-from nestlm.elastic.axes.depth import with_layers
 from nestlm.elastic.ranking.base import order
 from nestlm.elastic.surgery import sort_units
 from nestlm.eval.latency_profile import profile as measure
@@ -32,7 +31,7 @@ from nestlm.pipeline.tasks import elastic_task, joint_task, pretrain_task, route
 from nestlm.router.base import Answer, Router
 from nestlm.router.calibration_data import CalibrationData
 from nestlm.router.static.uniform import UniformRouter
-from nestlm.spec import DEPTH, Budget
+from nestlm.spec import Budget
 from nestlm.train.callbacks.elastic_probe import Probe
 from nestlm.train.objective.base import StageModels
 from nestlm.train.objective.elastic import ElasticObjective
@@ -113,12 +112,12 @@ def rank(context: Context) -> Result:
     context.write({str(site): score for site, score in scores.items()}, "importance.safetensors")
     sort_units(decoder, {site: order(score) for site, score in scores.items()}, axes=settings.axis_list)
     context.save(decoder, MODEL)
-    axes = with_layers(settings.axis_list, scores, num_layers=len(decoder.config.blocks))
+    axes = tuple(axis.ranked(scores, num_layers=len(decoder.config.blocks)) for axis in settings.axis_list)
     space = search_space(axes, decoder.config)
     sliced = context.score(decoder, {"smallest_sliced": fixed(space.smallest())})
     used = min(settings.ranking.num_sequences, len(context.data(stream="calibration").rows("calibration")))
     result = {"sequences": used} | {name: score.loss for name, score in (unsorted | sliced).items()}
-    return result | ({SKIPPABLE: [site.layer for site in space.axes[DEPTH]]} if DEPTH in space.axes else {})
+    return result | ({SKIPPABLE: [site.layer for site in space.block_sites]} if space.block_sites else {})
 
 
 def calibration_batches(context: Context, device: torch.device) -> Iterator[Batch]:

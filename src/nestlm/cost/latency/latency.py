@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from nestlm.cost.latency.table_file import LatencyTable, Phase
-from nestlm.cost.table import CostTable, TokenTable, beside_depth
+from nestlm.cost.table import CostTable, TokenTable, price_inside_blocks
 from nestlm.elastic.axes.base import Axis
 from nestlm.errors import ConfigError, NestlmError
 from nestlm.nn.config import DecoderConfig
@@ -72,13 +72,13 @@ class Latency:
             alone = dict(zip(space.sites, measured.rows(space), strict=True))
             tokens = measured.tokens() if per_token else None
             rows = None if tokens is None else dict(zip(space.sites, tokens.rows(space), strict=True))
-        fixed = beside_depth(alone, space)
+        fixed = price_inside_blocks(alone, space)
         whole = measured.constant + sum(row[-1] for row in fixed)
         if tokens is None or rows is None:
             return CostTable("latency", self.unit, space, constant=measured.constant, prices=fixed, whole=whole)
         # what the narrowest width takes at a site that decides is taken whatever is decided; but a token that skips the
         # block saves what that width takes where all tokens run it
-        saved = {site: alone[site][0] for site in space.depth_sites}
+        saved = {site: alone[site][0] for site in space.enclosing}
         shared = tuple(max(0.0, row[0] - saved.get(site, 0.0)) for site, row in rows.items())
         added = {site: tuple(price - row[0] + saved.get(site, 0.0) for price in row) for site, row in rows.items()}
         router = tokens.router
@@ -87,7 +87,7 @@ class Latency:
             self.unit,
             space,
             constant=measured.constant + sum(shared),
-            prices=beside_depth(added, space),
+            prices=price_inside_blocks(added, space),
             whole=whole,
             shared=shared,
             fixed=fixed,

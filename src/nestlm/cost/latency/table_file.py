@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from nestlm.cost.table import Rows
 from nestlm.errors import BudgetError, ConfigError
-from nestlm.spec import DEPTH, SearchSpace, Site
+from nestlm.spec import SearchSpace, Site
 
 Phase = Literal["prefill", "decode"]
 Time = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
@@ -44,9 +44,9 @@ class Prices(BaseModel, frozen=True, extra="forbid"):
                 f"no prices for the axis {site.axis}, wanted them beside {', '.join(self.prices) or 'none'}; add them, "
                 "or leave the axis out of axes"
             )
-        if isinstance(by_layer, list) and site.axis == DEPTH:
+        if isinstance(by_layer, list) and site.is_block:
             raise ConfigError(
-                f"prices.{DEPTH}: got a list of layers, wanted one mapping for all, since the ranking says "
+                f"prices.{site.axis}: got a list of layers, wanted one mapping for all, since the ranking says "
                 "which blocks may be skipped"
             )
         if isinstance(by_layer, list) and len(by_layer) != layers:
@@ -77,9 +77,9 @@ class Prices(BaseModel, frozen=True, extra="forbid"):
             axis: [dict(zip(space.choices[site], by_site[site], strict=True)) for site in sites]
             for axis, sites in space.axes.items()
         }
-        depth = [by_site[site] for site in space.axes.get(DEPTH, ())]
-        if depth:
-            prices[DEPTH] = dict(enumerate(map(max, zip(*depth, strict=True))))
+        if space.block_sites:
+            blocks = [by_site[site] for site in space.block_sites]
+            prices[space.block_sites[0].axis] = dict(enumerate(map(max, zip(*blocks, strict=True))))
         return prices
 
 

@@ -1,87 +1,105 @@
-"""What an elasticity axis has to say; everything else (slices, sorting, extraction, prices) follows from it."""
+"""Base classes of elasticity axes, and the search space that axes span."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
+
+from torch import Tensor
+from typing_extensions import override
 
 from nestlm.errors import ConfigError
 from nestlm.nn.config import BlockConfig, DecoderConfig
 from nestlm.spec import SearchSpace, Site
 
 
-@dataclass(frozen=True)
-class Cut:
-    """A parameter of the block that an axis cuts: `rows` entries along `dim` belong to one unit.
-
-    `serves_later_tokens` is True where later tokens read what it computes (K and V): one choice a token cannot cut it.
-    """
-
-    parameter: str
-    dim: int
-    rows: int
-    serves_later_tokens: bool = False
-
-
 class Axis(ABC):
-    """One elasticity axis: the unit that a choice counts, and where there are choices."""
+    """One elasticity axis: what a unit is, where widths can be chosen, and what is left of a block at a width.
+
+    `resize` is the only description of what an axis cuts. Sorting, extraction and prices build the resized block on the
+    meta device and compare its parameters with those of the whole block (`nestlm.elastic.surgery`).
+
+    Attributes:
+        name: the place at which the decoder asks its policy, one of those in `nestlm.spec`.
+    """
 
     name: ClassVar[str]
 
     @abstractmethod
     def units(self, block: BlockConfig) -> int:
-        """Number of units in a block."""
+        """Count the units of a whole block. A width is a number of units, and the first units are kept."""
+
+    @abstractmethod
+    def resize(self, block: BlockConfig, width: int) -> BlockConfig:
+        """Return the sizes of the block with `width` units, which may be 0 or more than the block has.
+
+        Args:
+            block: sizes of a block.
+            width: 0 removes the whole part, its norm included.
+        """
 
     @abstractmethod
     def sites(self, config: DecoderConfig) -> Mapping[Site, tuple[int, ...]]:
-        """The choices at every site, by layer.
+        """Return the widths to choose from at every site, ascending, the last one with all units.
 
         Raises:
-            ConfigError: the settings name no choices in blocks of these sizes.
+            ConfigError: the axis' settings leave nothing to choose in blocks of these sizes.
         """
+
+    def observed(self, block: BlockConfig, *, config: DecoderConfig) -> tuple[str, tuple[int, int]] | None:
+        """Name the module of a block whose input shows how active each unit is.
+
+        Rankings hook the module, so it must be one that is called, such as `attn.o` or `mlp.down`; projections that
+        share an input are multiplied together, and their modules are not called.
+
+        Returns:
+            The module, and the shape (parts, entries) of one unit in its input: a unit's importance is the L2 norm over
+            entries, summed over parts and tokens. None: the unit is the block itself, ranked by its influence on the
+            residual stream.
+        """
+        del block, config
+        return None
+
+    def ranked(self, scores: Mapping[Site, Tensor], *, num_layers: int) -> Self:
+        """Return the axis after the ranking, for an axis whose sites depend on importance; others return themselves.
+
+        Args:
+            scores: importance of each unit, (units,) by site.
+            num_layers: number of blocks.
+        """
+        del scores, num_layers
+        return self
+
+    def at_layers(self, layers: Sequence[int]) -> Self:
+        """Return the axis with its sites in the layers that an earlier ranking chose; others return themselves."""
+        del layers
+        return self
 
 
 @dataclass(frozen=True)
 class WidthAxis(Axis):
-    """An axis that leaves a prefix of a block's units.
+    """An axis whose widths are fractions of a block's units, the same fractions in every block.
 
     Attributes:
-        fractions: the choices as shares of all units, ascending, ending in 1.0.
+        fractions: ascending, above 0, the last one 1.0.
         multiple_of: widths other than the full one are rounded to a multiple of this.
     """
 
-    mixes_tokens: ClassVar[bool] = False  # True where the units own a share of the attention scores
     fractions: tuple[float, ...]
     multiple_of: int = 1
 
+    @override
     def sites(self, config: DecoderConfig) -> Mapping[Site, tuple[int, ...]]:
         return {Site(self.name, layer): self.choices(block) for layer, block in enumerate(config.blocks)}
 
-    @abstractmethod
-    def cuts(self, block: BlockConfig, *, config: DecoderConfig) -> tuple[Cut, ...]:
-        """The parameters that a choice cuts, biases included where the decoder has them."""
-
-    @abstractmethod
-    def resize(self, block: BlockConfig, width: int) -> BlockConfig:
-        """The sizes of the block with `width` units left."""
-
-    @abstractmethod
-    def observed(self, block: BlockConfig, *, config: DecoderConfig) -> tuple[str, tuple[int, int]]:
-        """Module of the block whose input shows the units at work, and the shape (parts, entries) of one unit.
-
-        One that is called as a module: `attn.o` or `mlp.down`. Maps into a site run together, as products.
-
-        Importance is the L2 norm over entries, summed over parts and tokens.
-        """
-
     def choices(self, block: BlockConfig) -> tuple[int, ...]:
-        """Widths to choose from in a block; fractions that round to the same width are one choice.
+        """Return the widths to choose from in a block; fractions that round to the same width are one choice.
 
         Raises:
-            ConfigError: fractions are not ascending shares ending in 1.0, or one gives no unit.
+            ConfigError: fractions that are not ascending above 0, do not end in 1.0, or round to no unit.
         """
         where, units = f"axes.{self.name}", self.units(block)
         if self.multiple_of <= 0:
@@ -98,18 +116,21 @@ class WidthAxis(Axis):
                     "raise the fraction or lower multiple_of"
                 )
             width = min(width, units)
-            if not widths or width > widths[-1]:  # fractions whose widths meet are one choice
+            if not widths or width > widths[-1]:
                 widths.append(width)
         return tuple(widths)
 
 
 def search_space(axes: tuple[Axis, ...], config: DecoderConfig) -> SearchSpace:
-    """All sites of a model, axis by axis."""
+    """Collect the sites of all axes, axis by axis.
+
+    Raises:
+        ConfigError: no axis, two axes at one place, or an axis with nothing to choose.
+    """
     if not axes:
         raise ConfigError("axes: got none, wanted at least one elasticity axis, such as axes=mlp_heads")
+    names = [axis.name for axis in axes]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"axes: got {names.count(name)} axes that cut {name}, wanted one; leave the others out")
     return SearchSpace({site: widths for axis in axes for site, widths in axis.sites(config).items()})
-
-
-def width_axes(axes: tuple[Axis, ...]) -> tuple[WidthAxis, ...]:
-    """Those that cut units out of blocks."""
-    return tuple(axis for axis in axes if isinstance(axis, WidthAxis))

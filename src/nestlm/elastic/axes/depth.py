@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from torch import Tensor
+from typing_extensions import override
 
 from nestlm.elastic.axes.base import Axis
 from nestlm.errors import ConfigError
-from nestlm.nn.config import BlockConfig, DecoderConfig
+from nestlm.nn.config import NO_BLOCK, BlockConfig, DecoderConfig
 from nestlm.spec import DEPTH, Site
 
 
@@ -19,31 +20,49 @@ from nestlm.spec import DEPTH, Site
 class Depth(Axis):
     """Unit: a whole block, attention and MLP, which is skipped (0) or runs (1).
 
-    How many blocks may be skipped follows from the config, so that the search space has a size and prices before
-    anything is trained: blocks cost alike. Which ones they are, the ranking says.
+    `share` fixes how many blocks may be skipped before anything is trained, so that the search space has a size and
+    prices. The ranking decides which blocks they are.
 
     Attributes:
-        share: of the blocks, that may be skipped.
-        layers: of these blocks, ascending; None before the ranking, where the last ones but the very last stand in.
+        share: of the blocks, above 0 and below 1.
+        layers: the blocks that may be skipped, ascending. None before the ranking: the last blocks except the very last
+            stand in for them, at the same price.
     """
 
     name: ClassVar[str] = DEPTH
     share: float
     layers: tuple[int, ...] | None = None
 
+    @override
     def units(self, block: BlockConfig) -> int:
-        del block
         return 1
 
+    @override
+    def resize(self, block: BlockConfig, width: int) -> BlockConfig:
+        return block if width else NO_BLOCK
+
+    @override
     def sites(self, config: DecoderConfig) -> Mapping[Site, tuple[int, ...]]:
         layers = self.least_important([0.0] * len(config.blocks)) if self.layers is None else self.layers
         return {Site(DEPTH, layer): (0, 1) for layer in layers}
 
+    @override
+    def ranked(self, scores: Mapping[Site, Tensor], *, num_layers: int) -> Self:
+        importance = [float(scores.get(Site(DEPTH, layer), 0.0)) for layer in range(num_layers)]
+        return replace(self, layers=self.least_important(importance))
+
+    @override
+    def at_layers(self, layers: Sequence[int]) -> Self:
+        return replace(self, layers=tuple(layers))
+
     def least_important(self, importance: list[float]) -> tuple[int, ...]:
-        """The layers that may be skipped. Of equal ones the last but the very last, whose output nothing mends.
+        """Return the layers that may be skipped, given the importance of every layer.
+
+        Equally important layers are taken from the back, the very last one at the end: no later block could make up for
+        its output.
 
         Raises:
-            ConfigError: the share is none, or leaves no block, or no block that always runs.
+            ConfigError: the share rounds to no block or to all blocks.
         """
         blocks = len(importance)
         count = math.floor(self.share * blocks + 0.5)
@@ -54,15 +73,3 @@ class Depth(Axis):
             )
         late_first = [*range(blocks - 2, -1, -1), blocks - 1]
         return tuple(sorted(sorted(late_first, key=lambda layer: importance[layer])[:count]))
-
-
-def with_layers(axes: tuple[Axis, ...], scores: Mapping[Site, Tensor], *, num_layers: int) -> tuple[Axis, ...]:
-    """The axes, of which depth names the blocks that a ranking finds least important. One without a score is at 0."""
-
-    def named(axis: Axis) -> Axis:
-        if not isinstance(axis, Depth):
-            return axis
-        importance = [float(scores.get(Site(DEPTH, layer), 0.0)) for layer in range(num_layers)]
-        return replace(axis, layers=axis.least_important(importance))
-
-    return tuple(named(axis) for axis in axes)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from nestlm.elastic.axes.base import Cut, WidthAxis
+from typing_extensions import override
+
+from nestlm.elastic.axes.base import WidthAxis
 from nestlm.nn.config import BlockConfig, DecoderConfig
 from nestlm.spec import MLP_WIDTH
 
@@ -16,17 +18,14 @@ class MLPWidth(WidthAxis):
 
     name: ClassVar[str] = MLP_WIDTH
 
+    @override
     def units(self, block: BlockConfig) -> int:
         return block.mlp_width
 
-    def cuts(self, block: BlockConfig, *, config: DecoderConfig) -> tuple[Cut, ...]:
-        projections = ("gate", "up") if config.gated_mlp else ("up",)
-        kinds = ("weight", "bias") if config.mlp_bias else ("weight",)
-        projected = [Cut(f"mlp.{name}.{kind}", 0, 1) for name in projections for kind in kinds]
-        return (*projected, Cut("mlp.down.weight", 1, 1))
-
+    @override
     def resize(self, block: BlockConfig, width: int) -> BlockConfig:
         return replace(block, mlp_width=width)
 
+    @override
     def observed(self, block: BlockConfig, *, config: DecoderConfig) -> tuple[str, tuple[int, int]]:
         return "mlp.down", (1, 1)

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from nestlm.data.batch import Batch
 from nestlm.distributed import collectives
-from nestlm.elastic.axes.base import Axis, WidthAxis, width_axes
+from nestlm.elastic.axes.base import Axis
 from nestlm.errors import ConfigError
 from nestlm.nn.decoder import Decoder
 from nestlm.spec import Site
@@ -21,11 +21,11 @@ from nestlm.spec import Site
 
 @dataclass(frozen=True)
 class Activation:
-    """Sum over tokens of a unit's activation: |h_i| of a neuron, ||head output||_2 of a head.
+    """Importance of a unit: how active it is, summed over tokens: |h_i| of a neuron, ||head output||_2 of a head.
 
-    A reconstruction of how Flextron ranks; the paper says that it ranks by importance, then sorts. Of a block it is its
-    influence (Men et al., arXiv 2403.03853): 1 less the mean over tokens of the cosine of the hidden states before and
-    after it.
+    This reconstructs how Flextron ranks: the paper says that it ranks units by importance and sorts them. A block's
+    importance is its influence (Men et al., arXiv 2403.03853): 1 less the mean over tokens of the cosine of the hidden
+    states before and after it.
     """
 
     num_sequences: int
@@ -38,9 +38,10 @@ class Activation:
     def scores(
         self, decoder: Decoder, *, axes: tuple[Axis, ...], batches: Iterable[Batch], seed: int
     ) -> dict[Site, Tensor]:
-        """Accumulated in float32 over all batches of all ranks."""
+        """Run the decoder over all batches and sum, in float32, over the batches of all ranks."""
         del seed
         sums: dict[Site, Tensor] = {}
+        influences: set[Site] = set()
         ran: set[Site] = set()
         hooks: list[RemovableHandle] = []
         tokens = 0
@@ -49,12 +50,14 @@ class Activation:
                 site = Site(axis.name, layer)
                 total = sums[site] = torch.zeros(axis.units(block))
                 watched = decoder.get_submodule(f"blocks.{layer}")
-                if isinstance(axis, WidthAxis):
-                    name, unit_shape = axis.observed(block, config=decoder.config)
+                observed = axis.observed(block, config=decoder.config)
+                if observed is None:
+                    influences.add(site)
+                    hooks.append(watch_block(watched, total=total))
+                else:
+                    name, unit_shape = observed
                     watched = watched.get_submodule(name)
                     hooks.append(watch_units(watched, (len(total), *unit_shape), total=total))
-                else:
-                    hooks.append(watch_block(watched, total=total))
                 hooks.append(watched.register_forward_pre_hook(lambda *_, site=site: ran.add(site)))
         try:
             for batch in batches:
@@ -69,18 +72,23 @@ class Activation:
         device = next(decoder.parameters()).device
         seen = float(collectives.all_reduce_sum(torch.tensor(tokens, dtype=torch.float64, device=device)))
         sums = {site: collectives.all_reduce_sum(total.to(device)).cpu() for site, total in sums.items()}
-        widths = {axis.name for axis in width_axes(axes)}
-        return {site: total if site.axis in widths else total / seen for site, total in sums.items()}
+        return {site: total / seen if site in influences else total for site, total in sums.items()}
 
 
 def remove(hooks: Iterable[RemovableHandle]) -> None:
-    """Watch no more."""
+    """Remove hooks from their modules."""
     for hook in hooks:
         hook.remove()
 
 
 def watch_units(module: nn.Module, shape: tuple[int, ...], *, total: Tensor) -> RemovableHandle:
-    """Add up how active each unit is in what a module is given; `shape` is (units, parts, entries)."""
+    """Hook a module so that each call adds the activity of every unit in its input to `total`, (units,).
+
+    Args:
+        module: its input is (B, L, units * parts * entries).
+        shape: (units, parts, entries).
+        total: float32, on the CPU.
+    """
 
     def record(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         del module
@@ -91,7 +99,10 @@ def watch_units(module: nn.Module, shape: tuple[int, ...], *, total: Tensor) -> 
 
 
 def watch_block(block: nn.Module, *, total: Tensor) -> RemovableHandle:
-    """Add up by how much a block turns each token's hidden state: 1 less the cosine of before and after."""
+    """Hook a block so that each call adds, for every token, 1 less the cosine of its hidden states before and after.
+
+    The sum over tokens goes to `total`, (1,), float32 on the CPU.
+    """
 
     def record(block: nn.Module, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, Any]) -> None:
         del block

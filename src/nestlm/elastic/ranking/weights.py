@@ -1,4 +1,4 @@
-"""Rankings that need no text: by weight magnitude, at random, and none."""
+"""Rankings that need no calibration text: by the norm of weights, at random, and none."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 from nestlm.data.batch import Batch
 from nestlm.distributed.fsdp import whole
 from nestlm.elastic.axes.base import Axis
-from nestlm.elastic.surgery import cuts_by_site
+from nestlm.elastic.surgery import slices_by_site
 from nestlm.nn.decoder import Decoder
 from nestlm.spec import Site
 
 
 @dataclass(frozen=True)
 class Magnitude:
-    """L2 norm of all weights that a unit owns. Blocks are all alike: magnitude does not tell what they do."""
+    """Importance of a unit: the L2 norm of all weights that it owns. Blocks all score 0: norms do not rank them."""
 
     num_sequences: int
 
@@ -29,16 +29,16 @@ class Magnitude:
         del batches, seed
         squares = {site: torch.zeros(units) for site, units in unit_counts(decoder, axes=axes).items()}
         parameters = dict(decoder.named_parameters())
-        for site, cut, name in cuts_by_site(axes, decoder.config):
-            rows = whole(parameters[name].detach()).float().cpu().movedim(cut.dim, 0)
-            per_unit = rows.pow(2).reshape(len(rows), -1).sum(1).unflatten(0, (-1, cut.rows)).sum(1)
+        for site, part, name in slices_by_site(axes, decoder.config):
+            rows = whole(parameters[name].detach()).float().cpu().movedim(part.dim, 0)
+            per_unit = rows.pow(2).reshape(len(rows), -1).sum(1).unflatten(0, (-1, part.rows)).sum(1)
             squares[site] += per_unit
         return {site: total.sqrt() for site, total in squares.items()}
 
 
 @dataclass(frozen=True)
 class Random:
-    """A random order: the ablation that shows what sorting is worth."""
+    """Importance of a unit: a uniform random number. The ablation that shows what sorting is worth."""
 
     num_sequences: int
 
@@ -52,7 +52,10 @@ class Random:
 
 @dataclass(frozen=True)
 class Unsorted:
-    """All units alike: the order of the checkpoint stays. Of equal blocks the last but the very last may be skipped."""
+    """Importance of a unit: 0, so that units keep the order of the checkpoint.
+
+    Among equally important blocks, the last ones except the very last may be skipped.
+    """
 
     num_sequences: int
 
@@ -64,7 +67,7 @@ class Unsorted:
 
 
 def unit_counts(decoder: Decoder, *, axes: tuple[Axis, ...]) -> dict[Site, int]:
-    """Number of units at every site."""
+    """Count the units of every axis in every layer."""
     return {
         Site(axis.name, layer): axis.units(block) for axis in axes for layer, block in enumerate(decoder.config.blocks)
     }

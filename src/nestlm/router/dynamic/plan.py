@@ -233,7 +233,7 @@ def fix_sites(plan: Plan, heard: Mapping[int, Tensor], *, caution: float) -> Pla
 def inside_skipped(fixed: Mapping[int, int], space: SearchSpace) -> dict[int, int]:
     """The smallest choice, by row, of the sites in blocks that are skipped."""
     rows = {site: row for row, site in enumerate(space.sites)}
-    return {rows[site]: 0 for site, depth in space.depth_sites.items() if fixed.get(rows[depth]) == 0}
+    return {rows[site]: 0 for site, depth in space.enclosing.items() if fixed.get(rows[depth]) == 0}
 
 
 def settle(start: Plan, heard: Mapping[int, Tensor], *, caution: float = 1.0) -> Plan:
