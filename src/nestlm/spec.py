@@ -255,7 +255,7 @@ class Limit:
 
 @dataclass(frozen=True)
 class Budget:
-    """What a deployment allows: limits that a sub-network must all keep."""
+    """The limits of a deployment; a sub-network must keep all of them."""
 
     limits: tuple[Limit, ...]
 

@@ -20,7 +20,7 @@ from nestlm.elastic.axes.base import search_space
 from nestlm.errors import CheckpointError, ExportError
 from nestlm.export import exporter, gguf_file, hf_folder, new_folder
 from nestlm.export.model_card import CardFacts
-from nestlm.model.checkpoint import CHECKSUMS, check_sha256sums, read_config
+from nestlm.model.checkpoint import CHECKSUMS, check_sha256sums, read_hf_config
 from nestlm.model.parent_files import ParentFiles
 from nestlm.pipeline.cache import contents_identity
 
@@ -191,7 +191,7 @@ def test_links_lead_out_of_no_folder_but_a_hubs_snapshot(folder, tmp_path):
     (snapshot / "config.json").unlink()
     (snapshot / "config.json").symlink_to(secret)
     with pytest.raises(CheckpointError, match="link out of"):
-        read_config(snapshot)
+        read_hf_config(snapshot)
 
 
 @pytest.mark.parametrize(
@@ -279,7 +279,7 @@ def test_a_tied_head_of_its_own_is_refused(tmp_path):
 def test_json_that_is_none_is_named_in_a_short_line(folder, content, said):
     (folder / "config.json").write_text(content)
     with pytest.raises(CheckpointError, match=said) as caught:
-        read_config(folder)
+        read_hf_config(folder)
     assert len(str(caught.value)) < 400
     (folder / "config.json").write_text("{}")
     (folder / "tokenizer_config.json").write_text(content)

@@ -69,7 +69,7 @@ def read_documents(path: Path, *, name: str, text_key: str) -> Iterator[Document
     """
     kind = format_suffix(path)
     if kind == ".parquet":
-        yield from read_parquet(path, name=name, text_key=text_key)
+        yield from read_parquet_rows(path, name=name, text_key=text_key)
         return
     try:
         with open_text(path) as file:
@@ -78,7 +78,7 @@ def read_documents(path: Path, *, name: str, text_key: str) -> Iterator[Document
             elif kind == ".json":
                 yield from read_json_array(file, name=name, text_key=text_key)
             elif kind == ".csv":
-                yield from read_csv(file, name=name, text_key=text_key)
+                yield from read_csv_rows(file, name=name, text_key=text_key)
             else:
                 yield Document(name, read_plain_text(file, name))
     except UnicodeDecodeError as error:
@@ -203,7 +203,7 @@ def get_text(value: Any, key: str) -> str:
     return text
 
 
-def read_csv(file: IO[str], *, name: str, text_key: str) -> Iterator[Document]:
+def read_csv_rows(file: IO[str], *, name: str, text_key: str) -> Iterator[Document]:
     """Yield a document for each row of a CSV file that has a text in the column `text_key`.
 
     Raises:
@@ -222,7 +222,7 @@ def read_csv(file: IO[str], *, name: str, text_key: str) -> Iterator[Document]:
         raise DataError(f"data: {name} line {rows.line_num} is no CSV ({error}); mend or remove it") from error
 
 
-def read_parquet(path: Path, *, name: str, text_key: str) -> Iterator[Document]:
+def read_parquet_rows(path: Path, *, name: str, text_key: str) -> Iterator[Document]:
     """Yield a document for each row of a parquet file that has a text in the column `text_key`.
 
     Raises:

@@ -197,7 +197,7 @@ class TokenizerConfigs:
     def declared_text(self, name: str) -> str | None:
         """Return the text of the token that the files declare under `name`, or None.
 
-        special_tokens_map.json takes precedence, except over a tokenizer_config.json that lists its added tokens.
+        special_tokens_map.json takes precedence over tokenizer_config.json, but is ignored if that lists added tokens.
         """
         config = self.read_file(TOKENIZER_CONFIG)
         maps = [config] if "added_tokens_decoder" in config else [self.read_file(SPECIAL_MAP), config]

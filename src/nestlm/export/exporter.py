@@ -29,7 +29,7 @@ from nestlm.export.exported_router import ExportedRouter
 from nestlm.export.hub_upload import check_hub_token, upload_model
 from nestlm.export.model_card import CardFacts, model_card
 from nestlm.export.new_folder import check_can_be_made, naming_write_errors, new_folder
-from nestlm.model.checkpoint import read_config
+from nestlm.model.checkpoint import read_hf_config
 from nestlm.model.family import Family
 from nestlm.model.parent_files import TOKENIZER_JSON, ParentFiles
 from nestlm.nn.decoder import Decoder
@@ -225,7 +225,7 @@ def write_tokenizer(nested: ExportSource, folder: Path) -> None:
     hf_folder.write_hf_json(folder / "tokenizer_config.json", settings)
     ids = {"bos_token_id": start, "eos_token_id": [main, *others] if others else main}
     hf_folder.write_hf_json(folder / "generation_config.json", ids)
-    hf_folder.write_hf_json(folder / "config.json", read_config(folder) | ids)
+    hf_folder.write_hf_json(folder / "config.json", read_hf_config(folder) | ids)
 
 
 def with_start(tokenizer: Tokenizer, token: str, token_id: int) -> Tokenizer:

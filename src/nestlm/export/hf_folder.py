@@ -17,7 +17,7 @@ from nestlm.export import remote
 from nestlm.export.exported_router import ExportedRouter
 from nestlm.export.new_folder import naming_write_errors, new_folder
 from nestlm.export.weight_range import check_weight_range
-from nestlm.model.checkpoint import CONFIG, read_config, read_json_object
+from nestlm.model.checkpoint import CONFIG, read_checkpoint_json, read_hf_config
 from nestlm.model.family import Family
 from nestlm.model.parent_files import (
     GENERATION,
@@ -170,7 +170,7 @@ def write_modelling(
         "per_layer_config": layers,
     }
     path = folder / CONFIG
-    write_hf_json(path, read_config(folder) | own | ({} if routing is None else {"router": routing.config}))
+    write_hf_json(path, read_hf_config(folder) | own | ({} if routing is None else {"router": routing.config}))
 
 
 def class_infix(family: Family) -> str:
@@ -211,7 +211,7 @@ def check_code(folder: Path, family: Family, kind: str | None) -> None:
             raise ExportError(f"export: {name} is not a file of nestlm; nothing was run, and nothing is left of it")
     for path in folder.glob("*.json"):
         if path.name in OBJECTS:
-            content = read_json_object(folder, path.name)
+            content = read_checkpoint_json(folder, path.name)
             if path.name == CONFIG and kind is not None and content.get("auto_map") == auto_map(kind, family):
                 del content["auto_map"]
             if drop_code_keys(content) != content:
@@ -221,7 +221,7 @@ def check_code(folder: Path, family: Family, kind: str | None) -> None:
 def set_dtype(folder: Path, weights: Mapping[str, Tensor]) -> None:
     """Name the dtype of the weights in a config.json that says another, or none."""
     largest = max(weights.values(), key=lambda weight: weight.numel())
-    config, name = read_config(folder), str(largest.dtype).removeprefix("torch.")
+    config, name = read_hf_config(folder), str(largest.dtype).removeprefix("torch.")
     if config.get("dtype", config.get("torch_dtype")) != name:
         config.pop("torch_dtype", None)
         write_hf_json(folder / CONFIG, config | {"dtype": name})

@@ -49,7 +49,7 @@ def path_in_checkpoint(folder: Path, name: str) -> Path:
     return path
 
 
-def read_json_object(folder: Path, name: str) -> dict[str, Any]:
+def read_checkpoint_json(folder: Path, name: str) -> dict[str, Any]:
     """Read a JSON file that holds an object. Raises CheckpointError for other content, or a link out of the folder."""
     path = path_in_checkpoint(folder, name)
     try:
@@ -69,11 +69,11 @@ def refuse_constant(name: str) -> None:
     raise ValueError(f"it holds {name}, which is no number of JSON")
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_hf_config(folder: Path) -> dict[str, Any]:
     """Read the config.json of a folder. Raises CheckpointError if it is missing or damaged."""
     if not (folder / CONFIG).is_file():
         raise CheckpointError(f"model.weights: {folder} holds no config.json; wanted a Hugging Face checkpoint folder")
-    config = read_json_object(folder, CONFIG)
+    config = read_checkpoint_json(folder, CONFIG)
     if config.get("transformers_weights") is not None:
         raise CheckpointError(
             f"model.weights: {folder / CONFIG} names its weights by transformers_weights, which is not read; name the "
@@ -219,7 +219,7 @@ def shard_files(folder: Path) -> list[Path]:
             f"model.weights: {folder} holds no {SINGLE} and no index of several{found}; wanted safetensors, as "
             "transformers' save_pretrained writes them"
         )
-    names = read_json_object(folder, INDEX).get("weight_map")
+    names = read_checkpoint_json(folder, INDEX).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
         raise CheckpointError(f"model.weights: {folder / INDEX} is no index of shards; fetch it again")
     shards = []

@@ -69,7 +69,7 @@ def read_object(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     return value
 
 
-def check_value(config: Mapping[str, Any], name: str, value: Any) -> None:
+def check_supported_value(config: Mapping[str, Any], name: str, value: Any) -> None:
     """Check that a key is missing or has the only value that nestlm supports. Raises CheckpointError otherwise."""
     if config.get(name, value) != value:
         raise CheckpointError(f"model.weights: {name} is {quote(config[name])} in config.json, wanted {value!r}")

@@ -14,8 +14,8 @@ from nestlm.model.checkpoint import (
     TensorHeader,
     check_tensors,
     path_in_checkpoint,
-    read_config,
     read_headers,
+    read_hf_config,
     read_tensors,
     tensors_equal,
 )
@@ -136,7 +136,7 @@ class Family(ABC):
         Raises:
             CheckpointError: a size is missing or invalid, or the config has a feature that is not supported.
         """
-        config_json.check_value(config, "hidden_act", cls.activation)
+        config_json.check_supported_value(config, "hidden_act", cls.activation)
         theta, scaling = read_rotary(config)
         hidden_size, heads = (
             config_json.read_size(config, "hidden_size"),
@@ -237,7 +237,7 @@ class Family(ABC):
         """
         if self.weights is not None:
             folder = hub.fetch_small_files(self.weights)
-            self.check_config(read_config(folder))
+            self.check_config(read_hf_config(folder))
             if Path(self.weights).is_dir():
                 self.check_headers()
         elif self.init is None and not dry_run:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from typing_extensions import override
 
-from nestlm.model.config_json import check_value, read_flag
+from nestlm.model.config_json import check_supported_value, read_flag
 from nestlm.model.family import Family
 from nestlm.model.rope_config import PARTIAL, read_rotary_share
 
@@ -39,7 +39,7 @@ class Llama(Family):
     @classmethod
     @override
     def parse_own_keys(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        check_value({PARTIAL: read_rotary_share(config, 1.0)}, PARTIAL, 1.0)
+        check_supported_value({PARTIAL: read_rotary_share(config, 1.0)}, PARTIAL, 1.0)
         attention_bias = read_flag(config, "attention_bias")
         return {
             "qk_norm": False,

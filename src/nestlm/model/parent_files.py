@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from nestlm.errors import CheckpointError
-from nestlm.model.checkpoint import path_in_checkpoint, read_headers, read_json_object
+from nestlm.model.checkpoint import path_in_checkpoint, read_checkpoint_json, read_headers
 from nestlm.model.hub import HUB_ID
 from nestlm.utils.json_files import to_json
 
@@ -62,7 +62,7 @@ class ParentFiles:
     @classmethod
     def read(cls, folder: Path) -> ParentFiles:
         """Read a folder that `write` wrote. Raises CheckpointError for a damaged file, or a link out of the folder."""
-        facts = read_json_object(folder, FACTS)
+        facts = read_checkpoint_json(folder, FACTS)
         dtypes, repository = facts.get("dtypes"), facts.get("repository")
         is_named = repository is None or (isinstance(repository, str) and HUB_ID.fullmatch(repository))
         if not isinstance(dtypes, dict) or not is_named:
@@ -131,7 +131,7 @@ def read_small_files(folder: Path) -> dict[str, bytes]:
     for name in (CONFIG, GENERATION, *TOKENIZER_OBJECTS):
         path = path_in_checkpoint(folder, name)
         if path.is_file():
-            content = read_json_object(folder, name)
+            content = read_checkpoint_json(folder, name)
             kept = drop_code_keys(content)
             files[name] = path.read_bytes() if kept == content else to_json(kept).encode()
     templates = sorted((folder / TEMPLATES).glob("*.jinja"))

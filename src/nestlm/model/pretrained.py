@@ -10,7 +10,7 @@ from typing import Any
 from nestlm import model
 from nestlm.errors import CheckpointError
 from nestlm.model import hub
-from nestlm.model.checkpoint import read_config
+from nestlm.model.checkpoint import read_hf_config
 from nestlm.model.config_json import quote
 from nestlm.model.family import Family
 
@@ -26,7 +26,7 @@ def family_from_checkpoint(*, weights: str, context_length: int | None, pretrain
     Raises:
         CheckpointError: there is no checkpoint, or its family or features are not supported.
     """
-    config = read_config(hub.fetch_small_files(weights))
+    config = read_hf_config(hub.fetch_small_files(weights))
     known = find_families()
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in known:

@@ -30,7 +30,7 @@ from nestlm.train.optim import OptimSettings
 from nestlm.train.settings import ElasticSettings, JointSettings, RouterSettings, StageSettings
 from nestlm.train.trainer_arguments import TrainerArguments, check_devices
 from nestlm.utils.deferred import Deferred
-from nestlm.utils.messages import check_name
+from nestlm.utils.messages import check_folder_name
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Settings:
     traceback: bool
 
     def __post_init__(self) -> None:
-        check_name(self.experiment_name, "experiment_name", parts=8)
+        check_folder_name(self.experiment_name, "experiment_name", parts=8)
         for name in ("run_dir", "cache_dir"):
             if getattr(self, name) == "":
                 raise ConfigError(f"{name}: got an empty text, wanted a folder, or null")

@@ -11,7 +11,7 @@ from nestlm.router.base import Router
 from nestlm.train.objective.base import Signal
 from nestlm.train.objective.elastic_values import ValueSettings
 from nestlm.utils.deferred import Deferred
-from nestlm.utils.messages import check_name
+from nestlm.utils.messages import check_folder_name
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class RouterSettings:
     joint_lr: float
 
     def __post_init__(self) -> None:
-        check_name(self.name, "router.name", parts=1)
+        check_folder_name(self.name, "router.name", parts=1)
         if self.steps < 0:
             raise ConfigError(f"router.steps: got {self.steps}, wanted 0 or more")
         if self.signal is not None and (self.lr <= 0 or self.joint_lr <= 0):

@@ -51,7 +51,7 @@ def check_text(text: str, where: str) -> None:
         raise ConfigError(f"{where}: got {quote_value(text)}, wanted at most {LONGEST_NAME} bytes between slashes")
 
 
-def check_name(name: str, where: str, *, parts: int) -> None:
+def check_folder_name(name: str, where: str, *, parts: int) -> None:
     """Check that a text names a folder below another one, in at most `parts` parts between slashes.
 
     Raises:
