@@ -69,7 +69,7 @@ def prepare_all(source: TextFolder, file: Path) -> dict[str, float]:
             source, Path(out), vocab_size=None, tokenizer_file=file, heldout_share=0.02, timings=timings
         )
         return {
-            "`nestlm prepare`, once the files are surveyed": manifest.num_tokens / timings["seconds"],
+            "`nestlm prepare`, after the first pass over the files": manifest.num_tokens / timings["seconds"],
             "`nestlm prepare`, all of it": manifest.num_tokens / (time.perf_counter() - started),
             "`nestlm prepare`, all of it, a CPU second": manifest.num_tokens / (time.process_time() - cpu),
         }
