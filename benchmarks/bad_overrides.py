@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
-from nestlm.config.compose import CONF, compose
+from nestlm.config.compose import compose
+from nestlm.config.groups import CONF
 from nestlm.utils.nested_dict import flat_items
 
 VALUES = (
@@ -20,7 +21,7 @@ TARGETS = (
     "", "null", "5", "[]", "{}", "x", "os.system", "builtins.eval", "nestlm", "nestlm.", ".nestlm", "nestlm..spec",
     "nestlm.nowhere.X", "nestlm.train.settings.Nowhere", "nestlm.train.settings.Settings", "torch.nn.Linear",
     "torch.load",
-    "nowhere.at.all", "'nestlm.train.settings.Settings '", "nestlm.config.compose.run", "lightning.pytorch.Trainer",
+    "nowhere.at.all", "'nestlm.train.settings.Settings '", "nestlm.config.commands.train", "lightning.pytorch.Trainer",
     "subprocess.Popen", "numpy.testing.runstring", "__main__.x", "nestlm.router.static.logits.Router",
 )  # fmt: skip
 SYNTAX = (

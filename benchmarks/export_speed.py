@@ -27,7 +27,8 @@ from typing import Any
 import torch
 import transformers
 
-from nestlm.config.compose import build, compose, load
+from nestlm.config.commands import load
+from nestlm.config.compose import build, compose
 from nestlm.cost.table import PriceList
 from nestlm.data.tokenizer import train_tokenizer
 from nestlm.elastic.surgery import extract
@@ -66,7 +67,15 @@ PROMPT, NEW, REPEATS, SHARE = 16, 48, 7, 0.5
 def export_row(run: str, options: list[str], scratch: Path) -> str:
     """Run one export command; returns its seconds and the facts that it prints."""
     out = scratch / "-".join(options)
-    command = [sys.executable, "-c", "from nestlm.cli.app import main; main()", "export", run, *options, f"--out={out}"]
+    command = [
+        sys.executable,
+        "-c",
+        "from nestlm.__main__ import main; main()",
+        "export",
+        run,
+        *options,
+        f"--out={out}",
+    ]
     started = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     seconds = time.perf_counter() - started

@@ -152,14 +152,14 @@ def where_raised() -> str:
 
 def train(*overrides: str) -> Ended:
     """Call `python train.py OVERRIDE ...`."""
-    from nestlm.config.compose import run
+    from nestlm.config import commands
 
-    return call(run, ["train.py", *overrides])
+    return call(commands.train, ["train.py", *overrides])
 
 
 def nestlm(*arguments: object) -> Ended:
     """Call `nestlm VERB ...`."""
-    from nestlm.cli.app import main
+    from nestlm.__main__ import main
 
     return call(main, ["nestlm", *map(str, arguments)])
 

@@ -12,7 +12,9 @@ import traceback
 from collections.abc import Iterator
 from typing import Any
 
-from nestlm.config.compose import USER_ERRORS, build, compose, explain, plugins_of, with_sizes
+from nestlm.config.allowlist import plugins_of
+from nestlm.config.compose import build, compose, with_sizes
+from nestlm.config.error_messages import USER_ERRORS, explain
 from nestlm.pipeline.checks import check
 from nestlm.train.trainer import check_trainer
 from nestlm.utils.nested_dict import flat_items

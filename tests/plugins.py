@@ -7,8 +7,9 @@ import pkgutil
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from nestlm.config import nodes
-from nestlm.config.compose import CONF, compose
+from nestlm.config import instantiate
+from nestlm.config.compose import compose
+from nestlm.config.groups import CONF
 from nestlm.pipeline.settings import Settings
 
 # What a test run needs to be small; synthetic text yields a vocabulary of this size.
@@ -47,7 +48,7 @@ def build(group: str, option: str) -> Any:
     """The object of a group's option, with the settings of a small run around it."""
     around = NANO if group != "data" else []
     node = compose([*around, *choose(group, option)])[group]
-    return nodes.build(node, get_type_hints(Settings, include_extras=True)[group], where=group)
+    return instantiate.build(node, get_type_hints(Settings, include_extras=True)[group], where=group)
 
 
 def classes(package: str, base: type | None = None) -> set[str]:

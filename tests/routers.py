@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from models import AXES, decoder_config
-from nestlm.config import nodes
+from nestlm.config import instantiate
 from nestlm.config.allowlist import import_object
 from nestlm.cost.memory import Memory
 from nestlm.cost.static import Flops
@@ -53,7 +53,7 @@ class Variant:
 
     def settings(self):
         spelled = [f"router={self.option}", f"router.policy={self.policy}", f"router.granularity={self.granularity}"]
-        return nodes.build(compose([*NANO, *spelled])["router"], RouterSettings, where="router")
+        return instantiate.build(compose([*NANO, *spelled])["router"], RouterSettings, where="router")
 
     def router(self, *, static: PriceList = STATIC, tokens: PriceList = TOKENS) -> Router:
         if self.policy == "static":

@@ -11,17 +11,18 @@ if TYPE_CHECKING:  # heavy to import
 
 
 def load(run: str | Path, *, device: str | None = None, plugins: Sequence[str] = ()) -> NestedModel:
-    """The nested model that a finished run left.
+    """Load the nested model of a finished run.
 
     Args:
         run: the run's folder.
-        device: as torch names it; None: that of the run's trainer.
-        plugins: packages whose classes the run's config may name, beside those of nestlm; they are imported. The
-            environment variable NESTLM_PLUGINS names them, too, separated by commas.
+        device: a device as torch names it; None: the device of the run's trainer.
+        plugins: packages whose classes the run's config may name, beside those of nestlm. They are imported. The
+            environment variable NESTLM_PLUGINS names further ones, separated by commas.
 
     Raises:
-        NestlmError: it is no finished run, of another version of nestlm, damaged, or the device is not there.
+        NestlmError: the folder holds no finished run, or a damaged one, or one of another version of nestlm, or the
+            device is absent.
     """
-    from nestlm.config.compose import load as load_run
+    from nestlm.config.commands import load as load_run
 
     return load_run(Path(run), device=device, plugins=plugins)

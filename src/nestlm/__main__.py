@@ -1,10 +1,10 @@
-"""The entry point of the `nestlm` command, which listens to signals before it imports anything heavy."""
+"""The entry point of the command `nestlm`. It handles signals before it imports anything heavy."""
 
 from nestlm.utils.interrupts import exit_on_signals
 
 
 def main() -> None:
-    """Run a command line."""
+    """Run the command line of this process."""
     exit_on_signals()
     from nestlm.cli.app import main as run
 

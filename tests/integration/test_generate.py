@@ -59,7 +59,7 @@ def test_names_of_special_tokens_in_a_prompt(static_run):
 def test_output_that_cannot_be_shown_or_is_not_read(static_run):
     """A terminal without the characters, and a reader that has gone."""
     arguments = ["generate", str(static_run), "--prompt", "the cat", "--max-tokens", "60", "--temperature", "5"]
-    script = f"import sys; sys.argv[1:] = {arguments!r}; from nestlm.cli.app import main; main()"
+    script = f"import sys; sys.argv[1:] = {arguments!r}; from nestlm.__main__ import main; main()"
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "PYTHONIOENCODING": "ascii"}
     shown = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert shown.returncode == 0, shown.stderr
@@ -109,7 +109,7 @@ def test_bad_input_is_named_and_ends_with_its_exit_code(static_run, tmp_path):
         assert isinstance(done.exception, error)
         assert said in str(done.exception)
     script = (
-        "import sys; from nestlm.cli.app import main; sys.argv[1:] = ['generate', 'nowhere', '--prompt', 'a']; main()"
+        "import sys; from nestlm.__main__ import main; sys.argv[1:] = ['generate', 'nowhere', '--prompt', 'a']; main()"
     )
     done = python(script)
     assert (done.returncode, done.stdout) == (2, "")

@@ -21,6 +21,9 @@ PAGE = ROOT / "docs/howto/from-weights-to-a-latency-model.md"
 ADDING = sorted((ROOT / "docs/howto").glob("add-*.md"))
 NAME = re.compile(r"[\w/]+\.(?:py|yaml)")
 FILE = re.compile(rf"^(`{NAME.pattern}`[^\n]*)\n\n```\w+\n(.*?)```", flags=re.DOTALL | re.MULTILINE)  # name and text
+# The file to edit, the line that is there, and the one to add below it.
+EDIT = re.compile(rf"`({NAME.pattern})`[^\n]*\n\n```diff\n ([^\n]+\n)\+([^\n]+\n)```")
+COMMANDS = {"python train.py ": ["train.py"], "nestlm ": ["-m", "nestlm"]}
 
 
 def commands(page: Path) -> list[str]:
@@ -74,22 +77,28 @@ def test_every_command_runs_as_written_and_ends_in_a_60_percent_model(place):
 def test_what_a_page_adds_runs_by_its_command(page, place):
     """In a copy of the project. A file that the project has already is the one that the page shows."""
     shutil.copytree(ROOT / "conf", place / "conf")
-    shutil.copytree(ROOT / "src", place / "src")
+    shutil.copytree(ROOT / "src", place / "src", symlinks=True)  # src/nestlm/conf is a link to conf/
     files = [(NAME.findall(line)[-1], text) for line, text in FILE.findall(page.read_text(encoding="utf-8"))]
     for name, text in files:
         path = place / name
         if path.exists():
             assert path.read_text(encoding="utf-8") == text, f"{name} is another by now"
         path.write_text(text, encoding="utf-8")
+    for name, before, added in EDIT.findall(page.read_text(encoding="utf-8")):
+        text = (place / name).read_text(encoding="utf-8")
+        assert text.count(before) == 1, f"{name} is another by now"
+        (place / name).write_text(text.replace(before, before + added), encoding="utf-8")
     own = [Path(name).stem for name, _ in files]
     lines = [line.partition(" #")[0] for block in commands(page) for line in block.splitlines()]
-    lines = [line for line in lines if line.startswith("python train.py") and any(name in line for name in own)]
+    lines = [line for line in lines if line.startswith(tuple(COMMANDS)) and any(name in line for name in own)]
     assert lines, "a page says how to run what it adds"
     for line in lines:
-        _, script, *said = line.replace("FOLDER", "text").split()
+        start = next(start for start in COMMANDS if line.startswith(start))
+        said = line.removeprefix(start).replace("FOLDER", "text").split()
         small = [each for each in NANO if each != "data=synthetic" or "data=" not in line]
+        is_short = start == "nestlm " or "dry_run=true" in said
         done = processes.run(
-            [sys.executable, script, *said, *([] if "dry_run=true" in said else small)],
+            [sys.executable, *COMMANDS[start], *said, *([] if is_short else small)],
             cwd=place,
             env=os.environ | {"PYTHONPATH": "src"},
         )

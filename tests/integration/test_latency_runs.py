@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from nestlm.cli.app import app
-from nestlm.config import compose as command_line
+from nestlm.config import commands
 from nestlm.errors import BudgetError, ConfigError
 from nestlm.eval import latency_profile
 from nestlm.utils.devices import device_name
@@ -133,7 +133,7 @@ def test_a_budget_that_the_measured_table_cannot_meet_stops_before_training(run,
 def test_a_dry_run_waits_for_the_table(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train.py", *NANO, "cost=latency", "budget=12ms", "dry_run=true"])
-    command_line.run()
+    commands.train()
     printed = capsys.readouterr().out
     assert "measured by the run" in printed
     assert "elastic" in printed

@@ -13,7 +13,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import memory as benchmark
 from models import DECODERS
-from nestlm.config.compose import build, compose, explain
+from nestlm.config.compose import build, compose
+from nestlm.config.error_messages import explain
 from nestlm.distributed.device_layout import Layout, Precision
 from nestlm.errors import ConfigError
 from nestlm.estimate.fake_step import GRADIENTS, PARTS, REST, STATES, TEACHER, WEIGHTS, FakeStep

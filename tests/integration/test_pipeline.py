@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 import nestlm
 import wandb_files
 from nestlm.cli.app import app
-from nestlm.config.compose import CONF, compose
+from nestlm.config.compose import compose
+from nestlm.config.groups import CONF
 from nestlm.errors import NestlmError
 from nestlm.report.render import render
 from plugins import options

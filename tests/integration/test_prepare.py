@@ -13,7 +13,7 @@ from random import Random
 
 import pytest
 
-from nestlm.cli.prepare import prepare_folder
+from nestlm.cli.prepare_folder import prepare_folder
 from nestlm.data.manifest import JOURNAL, MANIFEST, Manifest
 from nestlm.data.preparation import prepare_source
 from nestlm.data.sources.synthetic import Synthetic
@@ -42,7 +42,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(corpus: Path, tokenizer: Path, out: Path) -> list[str]:
-    program = [sys.executable, "-c", "from nestlm.cli.app import main; main()"]
+    program = [sys.executable, "-c", "from nestlm.__main__ import main; main()"]
     where = ["prepare", str(corpus), "--tokenizer", str(tokenizer), "--out", str(out)]
     return [*program, *where, "--shard-tokens", str(SHARD)]
 

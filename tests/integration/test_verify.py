@@ -78,7 +78,7 @@ def test_what_was_changed_is_found_and_reasons_are_given_first(run):
 def test_the_command_takes_the_runs_number_of_threads(run, tmp_path):
     """In a process that was started with another one; also its exit codes."""
     folder, threads = run("budget=0.8", "router=uniform"), torch.get_num_threads()
-    command = ("-c", "from nestlm.cli.app import main; main()", "verify")
+    command = ("-c", "from nestlm.__main__ import main; main()", "verify")
     same = alone(*command, folder, "--out", "again", threads=threads + 1, cwd=tmp_path)
     assert (same.returncode, same.stdout) == (0, "same, bit for bit\n"), same.stderr
     assert json.loads((tmp_path / "again/provenance.json").read_text())["threads"] == threads

@@ -6,7 +6,8 @@ import pytest
 
 import ablations
 from claims import AT, CLAIMS, NARROW, TEACHER, Contrast, Finding, examine
-from nestlm.config.compose import CONF, build, compose
+from nestlm.config.compose import build, compose
+from nestlm.config.groups import CONF
 from nestlm.pipeline.checks import check
 from nestlm.pipeline.settings import Settings
 from nestlm.report.comparison import Cell, compare

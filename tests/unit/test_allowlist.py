@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 import nestlm
-from nestlm.config import compose as composing
+from nestlm.config import commands
 from nestlm.config.allowlist import FOREIGN, FUNCTIONS, PLUGINS, import_object
 from nestlm.config.compose import build, compose, settings_of
 from nestlm.errors import ConfigError, NestlmError, NotAllowedError
@@ -28,7 +28,7 @@ DANGEROUS = [
     # names in modules of ours that they did not define, or that are no class of the field's type
     "nestlm.pipeline.run.shutil.rmtree", "nestlm.api.run_and_report.describe", "nestlm.cli.app.main",
     "nestlm.train.settings.Trainer",
-    "nestlm.train.settings.torch.load", "nestlm.config.nodes.build", "nestlm.config.compose.run",
+    "nestlm.train.settings.torch.load", "nestlm.config.instantiate.build", "nestlm.config.commands.train",
     "nestlm.model.pretrained.family_from_checkpoint",
     "nestlm.report.page.Path", "nestlm.errors.NestlmError", "nestlm.config.sweep.CheckSweep", "nestlm.cost.table.Cost",
     # no names
@@ -111,7 +111,7 @@ def test_a_run_folder_names_no_dangerous_code(target, tmp_path, monkeypatch):
     assert package == "nestlm" or package not in {name.partition(".")[0] for name in set(sys.modules) - before}
 
 
-@pytest.mark.parametrize("door", [nestlm.load, settings_of, lambda run: composing.verify(run, out=None, tolerance=0.0)])
+@pytest.mark.parametrize("door", [nestlm.load, settings_of, lambda run: commands.verify(run, out=None, tolerance=0.0)])
 def test_every_way_to_open_a_run_refuses_it(door, tmp_path, marker, capsys):
     config = changed(compose(NANO), ("sampler", "_target_"), f"{MARKER}.Sampler")
     config["plugins"] = []
@@ -126,8 +126,7 @@ def test_every_way_to_open_a_run_refuses_it(door, tmp_path, marker, capsys):
 def test_the_command_line_refuses_it_in_one_line(tmp_path, marker):
     run = run_folder(tmp_path / "run", changed(compose(NANO), ("trainer", "_target_"), f"{MARKER}.touch"))
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, "-m", "nestlm.cli.app", "generate", str(run), "--prompt", "x"]
-    command[1:3] = ["-c", "from nestlm.cli.app import main; main()"]
+    command = [sys.executable, "-m", "nestlm", "generate", str(run), "--prompt", "x"]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     (line,) = done.stderr.strip().splitlines()
@@ -172,12 +171,12 @@ def test_a_package_of_ones_own_takes_part_where_the_command_line_names_it(packag
     for named in ([], ["plugins=[own]"], ["plugins=[own_package_2]"], ["plugins=[os]"]):
         monkeypatch.setattr(sys, "argv", ["train.py", *OWN, *named, "dry_run=true"])
         with pytest.raises(SystemExit) as exit_:
-            composing.run()
+            commands.train()
         assert exit_.value.code == 2
         assert "plugins=[own_package]" in capsys.readouterr().err
         assert not package.exists()
     monkeypatch.setattr(sys, "argv", ["train.py", *OWN, "plugins=[own_package]", "dry_run=true"])
-    composing.run()
+    commands.train()
     assert "search space" in capsys.readouterr().out
     assert package.exists()
 
@@ -222,7 +221,7 @@ def test_hydra_itself_makes_nothing_else(override, mode, marker, monkeypatch, ca
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train.py", *mode, override, "dry_run=true"])
     with pytest.raises(SystemExit) as exit_:
-        composing.run()
+        commands.train()
     assert exit_.value.code == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("error: hydra.")
@@ -233,7 +232,7 @@ def test_hydra_itself_makes_nothing_else(override, mode, marker, monkeypatch, ca
 def test_a_pickle_of_hydra_is_not_read(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys, "argv", ["train.py", "--experimental-rerun", str(tmp_path / "config.pickle")])
     with pytest.raises(SystemExit) as exit_:
-        composing.run()
+        commands.train()
     assert exit_.value.code == 2
     assert "pickle" in capsys.readouterr().err
 

@@ -11,8 +11,8 @@ SOURCE = ROOT / "src/nestlm"
 FILES = sorted(SOURCE.rglob("*.py"))
 # A module in one of these folders is one option of a config group, one family, one stage or one verb, and has its name.
 PLUGINS = {
-    "cli", "cost", "data/sources", "elastic/axes", "elastic/ranking", "elastic/sampler", "model", "pipeline/stages",
-    "router/dynamic", "router/static", "train/callbacks", "train/objective", "train/signal",
+    "cli/verbs", "cost", "data/sources", "elastic/axes", "elastic/ranking", "elastic/sampler", "model",
+    "pipeline/stages", "router/dynamic", "router/static", "train/callbacks", "train/objective", "train/signal",
 }  # fmt: skip
 LINES, FUNCTION_LINES, LOOSE = 400, 60, 5
 # Left to rename or to shorten.

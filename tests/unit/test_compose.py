@@ -6,8 +6,9 @@ import sys
 import pytest
 
 from nestlm.api.reproduce import read
-from nestlm.config.compose import build, compose, run
-from plugins import MIXTURE, NANO, choose, options
+from nestlm.config.commands import train
+from nestlm.config.compose import build, compose
+from plugins import CONF, MIXTURE, NANO, choose, options
 from runs import run_folder
 from schema_overrides import tried
 
@@ -74,6 +75,16 @@ MISTAKES = {
     ),
     "a mixture's key": (["data=mixture", "data.sources=[{path: a, share: 1}]"], ["data.sources", "share", "weight"]),
     "a mixture of nothing": (["data=mixture", "data.sources=[]"], ["data.sources", "got none"]),
+    "a split of what is split": (
+        ["data=shards", "data.path=a", "data.heldout_share=0.1"],
+        ["data.heldout_share", "chosen option of data has no such field"],
+    ),
+    "workers of a stream": (
+        ["data=hf_streaming", "data.path=a", "data.num_workers=2"], ["data.num_workers", "chosen option"]
+    ),
+    "workers of a stream, added": (
+        ["data=hf_streaming", "data.path=a", "+data.num_workers=2"], ["data.num_workers: got 2", "read in one place"]
+    ),
     "absent shards": (["data=shards", "data.path=/does/not/exist"], ["/does/not/exist", "manifest.json", "prepare"]),
     "absent path": (["data.path=/does/not/exist"], ["/does/not/exist", "no folder"]),
     "data=stdlib data.path=/x": (["data=stdlib", "data.path=/x"], ["data.path"]),
@@ -136,7 +147,7 @@ def test_a_mistake_is_named_in_two_lines(overrides, expected, monkeypatch, capsy
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train.py", *overrides])
     with pytest.raises(SystemExit) as exit_:
-        run()
+        train()
     printed = capsys.readouterr().err.strip()
     assert exit_.value.code == 2
     assert printed.startswith("error: ")
@@ -170,7 +181,7 @@ def test_the_home_folder_is_found(monkeypatch, tmp_path):
 def test_fractions_whose_widths_meet_are_one_choice(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train.py", *NANO, "model.num_kv_groups=2", "budget=[1.0,0.7]", "dry_run=true"])
-    run()
+    train()
     printed = capsys.readouterr().out
     assert "attn_heads [1, 2]" in printed
     assert "4 fractions of attn_heads round to 2 widths" in printed
@@ -180,7 +191,7 @@ def test_the_traceback_is_there_on_demand(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train.py", "budget=7", "traceback=true"])
     with pytest.raises(ValueError, match="at most"):
-        run()
+        train()
 
 
 def test_a_sweep_that_a_file_names_is_checked_too(monkeypatch, capsys, tmp_path):
@@ -193,11 +204,11 @@ def test_a_sweep_that_a_file_names_is_checked_too(monkeypatch, capsys, tmp_path)
     arguments = ["train.py", "-m", "--config-dir", str(tmp_path), "+swept=none", "dry_run=true"]
     monkeypatch.setattr(sys, "argv", arguments)
     with pytest.raises(SystemExit) as exit_:
-        run()
+        train()
     assert exit_.value.code == 2
     assert "error: router=glob(zzz*)" in capsys.readouterr().err
     monkeypatch.setattr(sys, "argv", [*arguments, "router=uniform"])
-    run()
+    train()
     assert "search space" in capsys.readouterr().out
 
 
@@ -206,7 +217,7 @@ def test_a_cluster_that_is_not_there_is_named(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr(sys, "argv", ["train.py", "-m", "launcher=submitit", "seed=0,1"])
     with pytest.raises(SystemExit) as exit_:
-        run()
+        train()
     assert exit_.value.code == 2
     printed = capsys.readouterr().err
     assert "no srun" in printed
@@ -216,7 +227,7 @@ def test_a_cluster_that_is_not_there_is_named(monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize("launcher", ["joblib", "submitit", "submitit_local"])
 def test_a_launcher_without_its_package_is_one_line(launcher, tmp_path):
     """In a process of its own, where Hydra finds no plug-ins."""
-    hidden = "import sys; sys.modules['hydra_plugins'] = None; from nestlm.config.compose import run; run()"
+    hidden = "import sys; sys.modules['hydra_plugins'] = None; from nestlm.config.commands import train; train()"
     command = [sys.executable, "-c", hidden, f"launcher={launcher}"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 2
@@ -242,7 +253,7 @@ def test_a_launcher_changes_no_setting(launcher):
 def test_dry_run_needs_no_weights(name, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train.py", f"model={name}", "router=surrogate", "dry_run=true"])
-    run()
+    train()
     printed = capsys.readouterr().out
     parameters = {
         "llama2_7b": "6,738,415,616",
@@ -257,8 +268,6 @@ def test_dry_run_needs_no_weights(name, monkeypatch, capsys, tmp_path):
 
 
 def test_every_option_of_every_group_composes():
-    from nestlm.config.compose import CONF
-
     for path in sorted(CONF.glob("*/*.yaml")):
         group, option = path.parent.name, path.stem
         if group in ("experiment", "debug"):

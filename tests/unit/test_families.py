@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import parity
-from nestlm.config.compose import CONF, build, compose, with_sizes
+from nestlm.config.compose import build, compose, with_sizes
+from nestlm.config.groups import CONF
 from nestlm.elastic.axes.base import search_space
 from nestlm.elastic.axes.depth import Depth
 from nestlm.elastic.surgery import extract

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from models import AXES, decoder_config
-from nestlm.config.compose import CONF
+from nestlm.config.groups import CONF
 from nestlm.cost.latency.fit import fit_prices, mean_error, predict
 from nestlm.cost.latency.latency import Latency
 from nestlm.cost.latency.table_file import LatencyTable, Prices

@@ -1,4 +1,4 @@
-"""What `nestlm generate` and `nestlm evaluate` write: to a terminal, and to files."""
+"""The output of `nestlm generate` and `nestlm evaluate`: on the terminal, and in files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from nestlm.router.at_budget import AtBudget
 from nestlm.spec import Budget
 from nestlm.utils.console import console, output
 
-# Shown columns of an evaluation beside the tasks': heading, key, format.
+# Printed columns of an evaluation, without those of tasks: heading, key, format.
 SHOWN = (
     ("router", "router", "{}"),
     ("budget", "budget", "{}"),
@@ -33,12 +33,19 @@ SHOWN = (
 )
 SCORES = ("router", "budget", "achieved", "val_loss", "perplexity", "bits_per_byte", "accuracy")
 STDERR = " stderr"
-WIDEST = 10_000  # columns: a table is cut nowhere, a narrow terminal wraps its lines
+WIDEST = 10_000  # columns of a terminal: no table is cut, a narrow terminal wraps its lines
 
 
 @dataclass(frozen=True)
-class Written:
-    """A continuation that was written, and its speed: tokens a second after the first, None where there is but one."""
+class Continuation:
+    """A continuation of a prompt.
+
+    Attributes:
+        found: the sub-network or policy that generated it.
+        text: the continuation.
+        tokens: how many tokens it has.
+        speed: tokens a second after the first token; None for a single token.
+    """
 
     found: AtBudget
     text: str
@@ -47,13 +54,13 @@ class Written:
 
     @property
     def facts(self) -> list[str]:
-        """Router, share, tokens and speed, as they are shown."""
+        """Router, share of the cost, number of tokens, and speed, as texts to print."""
         share = "for each token" if self.found.achieved is None else f"{self.found.achieved:.4f} of the cost"
         speed = "" if self.speed is None else f"{self.speed:.1f} tokens/s"
         return [self.found.router, share, f"{self.tokens} tokens", speed]
 
 
-def write(
+def print_continuation(
     model: NestedModel,
     prompt: str,
     *,
@@ -63,14 +70,14 @@ def write(
     sampling: Sampling,
     special_tokens: bool,
 ) -> None:
-    """Continue a prompt, and write to standard output what is there as soon as it is."""
+    """Continue a prompt at one budget. Tokens go to standard output as they come, the speed to standard error."""
     found, ids = model.at(budget, router=router), model.encode(prompt, special_tokens=special_tokens)
-    written = continued(model, ids, found, max_tokens=max_tokens, sampling=sampling, shown=True)
+    written = generate_text(model, ids, found, max_tokens=max_tokens, sampling=sampling, shown=True)
     sys.stdout.write("\n")
     console.print(f"budget {budget}: {', '.join(filter(None, written.facts))}", highlight=False, markup=False)
 
 
-def continued(
+def generate_text(
     model: NestedModel,
     ids: list[int],
     found: AtBudget,
@@ -78,8 +85,17 @@ def continued(
     max_tokens: int,
     sampling: Sampling,
     shown: bool = False,
-) -> Written:
-    """Continue the tokens of a prompt; `shown` writes to standard output what is there as soon as it is."""
+) -> Continuation:
+    """Continue the tokens of a prompt.
+
+    Args:
+        model: the nested model.
+        ids: tokens of the prompt.
+        found: the sub-network or policy to generate with.
+        max_tokens: the most tokens to generate.
+        sampling: how tokens are drawn.
+        shown: print tokens to standard output as they come.
+    """
     text, pieces, times = TextStream(model.tokenizer, ids), list[str](), list[float]()
 
     def take(piece: str) -> None:
@@ -94,10 +110,10 @@ def continued(
         take(text.add(token))
     take(text.rest())
     speed = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else None
-    return Written(found, "".join(pieces), len(times), speed)
+    return Continuation(found, "".join(pieces), len(times), speed)
 
 
-def compare(
+def print_comparison(
     model: NestedModel,
     prompt: str,
     *,
@@ -107,13 +123,13 @@ def compare(
     sampling: Sampling,
     special_tokens: bool,
 ) -> None:
-    """Print the continuations of one prompt at several budgets side by side, each generated alone after a warm-up."""
+    """Print continuations of one prompt at several budgets side by side. Each is generated alone, after a warm-up."""
     table = Table(show_lines=True, expand=True)
-    columns, ids = list[Written](), model.encode(prompt, special_tokens=special_tokens)
+    columns, ids = list[Continuation](), model.encode(prompt, special_tokens=special_tokens)
     for budget in budgets:
         found = model.at(budget, router=router)
-        continued(model, ids, found, max_tokens=2, sampling=GREEDY)
-        columns.append(continued(model, ids, found, max_tokens=max_tokens, sampling=sampling))
+        generate_text(model, ids, found, max_tokens=2, sampling=GREEDY)
+        columns.append(generate_text(model, ids, found, max_tokens=max_tokens, sampling=sampling))
         table.add_column(f"budget {budget}", ratio=1, overflow="fold")
     table.add_row(*(Text("\n".join(filter(None, column.facts))) for column in columns))
     table.add_row(*(Text(column.text) for column in columns))
@@ -121,8 +137,14 @@ def compare(
 
 
 def print_scores(rows: Sequence[Mapping[str, Any]], *, out: Path, title: str) -> None:
-    """Print an evaluation, and write it as OUT.csv, numbers in full, and as OUT.md."""
-    text, tasks = shown_text(rows), shown_tasks(rows)
+    """Print an evaluation, and write it to OUT.csv with all digits, and to OUT.md.
+
+    Args:
+        rows: a row for each budget: columns of SCORES, and metrics of tasks.
+        out: path of both files without their endings.
+        title: heading of the table.
+    """
+    text, tasks = heldout_lines(rows), task_lines(rows)
     print_table(text, title)
     if len(tasks[0]) > 1:
         print_table(tasks, "tasks")
@@ -135,7 +157,7 @@ def print_scores(rows: Sequence[Mapping[str, Any]], *, out: Path, title: str) ->
 
 
 def print_table(lines: list[list[str]], title: str) -> None:
-    """Headings and rows, as wide as they are."""
+    """Print a table whose first line holds the headings, without cutting any cell."""
     table = Table(title=title, title_justify="left")
     for number, heading in enumerate(lines[0]):
         table.add_column(heading, justify="right" if number else "left")
@@ -145,25 +167,25 @@ def print_table(lines: list[list[str]], title: str) -> None:
     Console(width=max(output.width, natural), soft_wrap=True).print(table)
 
 
-def shown_text(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """Headings, then the cells of held-out text."""
+def heldout_lines(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Return headings and cells of the scores on held-out text, as `print_table` takes them."""
     return [[heading for heading, _, _ in SHOWN]] + [
         [pattern.format(row[key]) for _, key, pattern in SHOWN] for row in rows
     ]
 
 
-def shown_tasks(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """Headings, then the cells of tasks: each metric with its standard error, where it has one."""
+def task_lines(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Return headings and cells of task metrics, each with its standard error if it has one."""
     metrics = [key for key in rows[0] if key not in SCORES and not key.endswith(STDERR)]
     lines = [["budget", *metrics]]
     for row in rows:
         errors = [row.get(name + STDERR) for name in metrics]
-        shown = ["" if error is None else f" ± {short(error)}" for error in errors]
-        cells = [short(row[name]) + error for name, error in zip(metrics, shown, strict=True)]
+        shown = ["" if error is None else f" ± {format_score(error)}" for error in errors]
+        cells = [format_score(row[name]) + error for name, error in zip(metrics, shown, strict=True)]
         lines.append([row["budget"], *cells])
     return lines
 
 
-def short(number: float) -> str:
-    """Four digits after the point, or four in all."""
+def format_score(number: float) -> str:
+    """Format a number with four digits after the point, or with four digits in all from 1000 on."""
     return f"{number:.4f}" if abs(number) < 1000 else f"{number:.4g}"

@@ -1,11 +1,11 @@
-"""The classes that `_target_` may name in a config. Everything else is refused before it is imported.
+"""The classes that `_target_` may name in a config. Any other name is refused before it is imported.
 
-A config is data: one from elsewhere, such as a run's folder, must not be able to run code. Allowed are, always by the
-type that the field wants:
+A config is data: one from elsewhere, such as a run's folder, must not be able to run code. A class must suit the
+annotation of the field where it stands. These are allowed:
 
 - classes of nestlm, under the name of the module that defines them;
 - the classes of other packages that FOREIGN lists;
-- classes of packages that the user named: `plugins=[PACKAGE]` on the command line of `train.py`, the environment
+- classes of packages that the user named: `plugins=[PACKAGE]` on the command line of `nestlm train`, the environment
   variable NESTLM_PLUGINS, or an argument of `nestlm.load`. A run's folder cannot name them by itself.
 """
 
@@ -30,7 +30,7 @@ TORCH = (
     "ASGD", "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD"
 )  # fmt: skip
 TORCHAO = ("Adam4bit", "Adam8bit", "AdamFp8", "AdamW4bit", "AdamW8bit", "AdamWFp8")
-# By the class that a field wants: the classes of other packages that may stand there.
+# The class that a field wants, and the classes of other packages that may stand there.
 FOREIGN = {
     "lightning.pytorch.trainer.trainer.Trainer": ("lightning.Trainer", "lightning.pytorch.Trainer"),
     "lightning.pytorch.loggers.logger.Logger": tuple(
@@ -41,7 +41,7 @@ FOREIGN = {
         *(f"torchao.optim.{name}" for name in TORCHAO),
     ),
 }
-# Functions that make one of several classes.
+# Functions that a `_target_` may name, and the class of what they return.
 FUNCTIONS = {
     "nestlm.data.sources.auto.source_from_path": "nestlm.data.sources.base.Source",
     "nestlm.router.by_policy.logits_router": "nestlm.router.base.Router",
@@ -51,19 +51,32 @@ FUNCTIONS = {
 
 
 def allowed_plugins(named: Iterable[str] = ()) -> tuple[str, ...]:
-    """The packages that the user allows: those named, and those of the environment. Raises ConfigError."""
+    """Return the packages that the user allows: the named ones, and those of NESTLM_PLUGINS.
+
+    Raises:
+        NotAllowedError: a name is no dotted name.
+    """
     found = [*named, *filter(None, os.environ.get(PLUGINS, "").split(","))]
     return tuple(check_name(name, where="plugins") for name in found)
 
 
 def plugins_of(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """The packages that a command line's config allows. Raises ConfigError for what are no names."""
+    """Return the packages in the field `plugins` of a config that the user composed on a command line.
+
+    Raises:
+        NotAllowedError: a name is no dotted name.
+    """
     named = config.get("plugins")
     return tuple(check_name(name, where="plugins") for name in named) if isinstance(named, list) else ()
 
 
 def check_plugins(named: Any, *, allowed: Sequence[str]) -> None:
-    """Raise NotAllowedError where a config names a package of plug-ins that the user did not."""
+    """Raise NotAllowedError if a config names a package of plug-ins that the user does not allow.
+
+    Args:
+        named: the config's field `plugins`.
+        allowed: packages that the user allows.
+    """
     for name in named if isinstance(named, list) else ():
         if check_name(name, where="plugins") not in allowed:
             raise NotAllowedError(
@@ -73,24 +86,24 @@ def check_plugins(named: Any, *, allowed: Sequence[str]) -> None:
 
 
 def check_name(name: Any, *, where: str) -> str:
-    """The dotted name. Raises NotAllowedError where it is none."""
+    """Return a name if it is a dotted name, such as package.module.Class; raise NotAllowedError otherwise."""
     if not isinstance(name, str) or NAME.fullmatch(name) is None:
         raise NotAllowedError(f"{where}: got {quote_value(name)}, wanted a dotted name, such as package.module.Class")
     return name
 
 
 def locate(path: Any, kinds: Sequence[type], *, where: str, plugins: Sequence[str]) -> Callable[..., Any]:
-    """The class that a `_target_` names, imported only where it is allowed.
+    """Import the class that a `_target_` names, if a config may name it.
 
     Args:
-        path: the `_target_`.
-        kinds: classes that the field wants.
+        path: the value of `_target_`.
+        kinds: base classes or protocols that the field wants.
         where: dotted name of the field, for messages.
         plugins: packages that the user allows.
 
     Raises:
-        NotAllowedError: the name is no dotted name, is not on the list, or names something of another type.
-        ConfigError: there is nothing of that name, or its package is not installed.
+        NotAllowedError: the value is no dotted name, is not allowed, or names an object of another type.
+        ConfigError: the name does not exist, or its package is not installed.
     """
     key = f"{where}._target_".lstrip(".")
     name = check_name(path, where=key)
@@ -119,12 +132,12 @@ def locate(path: Any, kinds: Sequence[type], *, where: str, plugins: Sequence[st
 
 
 def full_name(kind: Any) -> str:
-    """Module and name of a class."""
+    """Return the module and the name of a class, joined by a dot."""
     return f"{getattr(kind, '__module__', '')}.{getattr(kind, '__qualname__', '')}"
 
 
 def suits(found: type, kind: type) -> bool:
-    """Whether a class can be made and is of a kind: a subclass, or with all that a protocol wants."""
+    """Tell whether a class can be built and is a subclass of a kind, or has every member of a protocol."""
     if inspect.isabstract(found) or getattr(found, "_is_protocol", False):
         return False
     if not getattr(kind, "_is_protocol", False):
@@ -136,7 +149,11 @@ def suits(found: type, kind: type) -> bool:
 
 
 def import_object(path: str, *, where: str) -> Any:
-    """The object of a dotted path that is allowed. Raises ConfigError with the nearest name that exists."""
+    """Import the object at a dotted path, without asking whether a config may name it.
+
+    Raises:
+        ConfigError: it does not exist; the message suggests the most similar name.
+    """
     module_path, _, name = path.rpartition(".")
     if not module_path:
         raise ConfigError(f"{where}._target_: got {path!r}, wanted a dotted name, such as package.module.Class")

@@ -1,4 +1,4 @@
-"""The jobs of a sweep, by any launcher: what fails is named at once and again at the end, and no sweep is empty."""
+"""Sweeps under any launcher: failed jobs are named at once and again at the end, and an empty sweep is refused."""
 
 from __future__ import annotations
 
@@ -22,9 +22,13 @@ ONE_MACHINE = ("joblib", "submitit_local")  # launchers whose jobs run side by s
 
 
 class JobFailed(Exception):  # noqa: N818 (it reports one)
-    """A job of a sweep ended with an error. Of plain strings, since it travels between processes.
+    """A job of a sweep ended with an error. Hydra raises it again after the other jobs have ended.
 
-    Hydra holds it until the other jobs have ended, and raises it then.
+    It holds strings alone, since it is pickled between processes.
+
+    Attributes:
+        message: the job and its error, in one line.
+        folder: the folder with the messages of all failed jobs.
     """
 
     def __init__(self, message: str, folder: str) -> None:
@@ -36,17 +40,17 @@ class JobFailed(Exception):  # noqa: N818 (it reports one)
 
 
 def in_sweep() -> bool:
-    """Whether the current job is one of a sweep (`-m`)."""
+    """Tell whether the current job belongs to a sweep (`-m`)."""
     return HydraConfig.get().mode == RunMode.MULTIRUN
 
 
 def shares_machine() -> bool:
-    """Whether other jobs of the same sweep run at the same time on this machine."""
+    """Tell whether other jobs of the sweep run on this machine at the same time."""
     return in_sweep() and HydraConfig.get().runtime.choices["hydra/launcher"] in ONE_MACHINE
 
 
 def link_run(folder: Path) -> None:
-    """Leave a link to the run's folder in the sweep's, under the job's number: so a sweep's folder holds its runs."""
+    """Link the folder of a job's run from the sweep's folder, under the number of the job."""
     hydra = HydraConfig.get()
     link = Path(hydra.sweep.dir) / str(hydra.job.num)
     link.parent.mkdir(parents=True, exist_ok=True)
@@ -59,7 +63,7 @@ def link_run(folder: Path) -> None:
 
 
 def job_failed(message: str) -> JobFailed:
-    """Print which job failed and why, and leave that in the sweep's folder for `failures`."""
+    """Print which job failed and why, write it to the sweep's folder, and return the error to raise."""
     hydra = HydraConfig.get()
     line = f"job {hydra.job.num} ({' '.join(hydra.overrides.task)}): {message}"
     print(f"failed: {line}", file=sys.stderr, flush=True)
@@ -70,16 +74,16 @@ def job_failed(message: str) -> JobFailed:
 
 
 def failures(first: JobFailed) -> list[str]:
-    """Lines of all jobs that failed in the sweep of one that did, in the order of the jobs."""
+    """Return a line for each failed job of the sweep that an error belongs to, in the order of the jobs."""
     paths = sorted(Path(first.folder).glob("*.txt"), key=lambda path: int(path.stem))
     return [path.read_text(encoding="utf-8").strip() for path in paths]
 
 
 class CheckSweep(Callback):
-    """Stop a sweep that cannot start, or that has no jobs, which Hydra takes for a success."""
+    """A callback of Hydra that ends a sweep which cannot start or has no jobs. Hydra takes no jobs for a success."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Exit with a line that says what is wrong."""
+        """Print an error line and exit if `check_sweep` raises."""
         try:
             check_sweep(config)
         except ConfigError as error:
@@ -88,7 +92,7 @@ class CheckSweep(Callback):
 
 
 def check_sweep(config: DictConfig) -> None:
-    """Raise ConfigError where there is no SLURM to submit to, or an override of the sweep stands for no value."""
+    """Raise ConfigError if there is no SLURM to submit to, or if an override of the sweep stands for no value."""
     if config.hydra.runtime.choices["hydra/launcher"] == "submitit_slurm" and shutil.which("srun") is None:
         raise ConfigError(
             "launcher: got submitit, but there is no SLURM here (no srun); wanted a machine of the cluster, "
@@ -107,7 +111,7 @@ def check_sweep(config: DictConfig) -> None:
 
 
 def check_launcher(node: Any) -> None:
-    """Raise ConfigError for numbers with which a launcher starts no job, or that it cannot take."""
+    """Raise ConfigError if a number among the launcher's settings is one with which it starts no job or fails."""
     for name, value in node.items() if isinstance(node, dict) else ():
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue

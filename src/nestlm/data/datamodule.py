@@ -36,10 +36,10 @@ class DataSettings:
         sequence_length: tokens of a row, L.
         batch_size: rows of a training step over all ranks, B.
         eval_batch_size: rows of an evaluation batch.
-        heldout_share: share of the bytes in each of calibration and validation; prepared folders are split already.
-            None puts all documents into validation, for text that is only scored.
         separate_documents: whether documents packed into one row do not attend to each other.
-        num_workers: loader processes of each rank.
+        heldout_share: share of the bytes in each of calibration and validation. None for prepared folders, which are
+            split already, and for text that is only scored: all of its documents are validation.
+        num_workers: loader processes of each rank; None for a stream, which the training process reads itself.
         path: the folder that some sources read; their YAML interpolates it.
         sources: the folders of a mixture; its YAML interpolates them.
     """
@@ -52,9 +52,9 @@ class DataSettings:
     sequence_length: int
     batch_size: int
     eval_batch_size: int
-    heldout_share: float | None
     separate_documents: bool
-    num_workers: int
+    heldout_share: float | None = None
+    num_workers: int | None = None
     path: str | None = None
     sources: Sequence[Mapping[str, Any]] | None = None
 
@@ -65,8 +65,8 @@ class DataSettings:
         if self.heldout_share is not None and not 0 < self.heldout_share < 0.5:
             raise ConfigError(f"data.heldout_share: got {self.heldout_share}, wanted a share between 0 and 0.5")
         if self.num_workers and isinstance(self.source, StreamSource):
-            raise ConfigError(f"data.num_workers: got {self.num_workers}, wanted 0: a stream is read in one place")
-        if self.num_workers < 0:
+            raise ConfigError(f"data.num_workers: got {self.num_workers}, wanted none: a stream is read in one place")
+        if self.num_workers is not None and self.num_workers < 0:
             raise ConfigError(f"data.num_workers: got {self.num_workers}, wanted 0 or more")
 
     @property
@@ -168,7 +168,7 @@ class PackedTokens(L.LightningDataModule):
             stream=self.stream,
             separator=self.separator,
             row_shard=row_shard,
-            num_workers=self.settings.num_workers,
+            num_workers=self.settings.num_workers or 0,
         )
 
     def heldout_dataloader(self, split: str, *, num_rows: int | None = None, shared: bool = True) -> DataLoader[Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from nestlm.data.sources.base import PreparedSource
 from nestlm.data.tokenizer import check_vocabulary, load_tokenizer
 from nestlm.errors import ConfigError
 from nestlm.pipeline.settings import Settings
@@ -30,7 +31,7 @@ def check(settings: Settings) -> None:
                 "trainer=ddp"
             )
     check_tokenizer(settings)
-    if settings.data.heldout_share is None:
+    if settings.data.heldout_share is None and not isinstance(settings.data.source, PreparedSource):
         raise ConfigError("data.heldout_share: got null, wanted a share between 0 and 0.5")
     try:
         settings.optim.optimizer([nn.Parameter(torch.zeros(1))], lr=1e-3)

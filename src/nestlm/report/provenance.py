@@ -18,9 +18,11 @@ PACKAGES = ("nestlm", "torch", "lightning", "hydra-core", "omegaconf", "torchmet
 
 def git(*arguments: str) -> str | None:
     """Output of a git command on this source, or None where it is no checkout."""
+    git = ["git", "-C", str(Path(__file__).parent)]
     try:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        # an installed package may lie in a folder of another repository, which does not track it
+        subprocess.run([*git, "ls-files", "--error-unmatch", Path(__file__).name], capture_output=True, check=True)
+        return subprocess.run([*git, *arguments], capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
 

@@ -1,11 +1,13 @@
-"""What Hydra itself may make: launchers, sweepers, callbacks and log handlers, checked before it imports them.
+"""The classes that Hydra itself may build: launchers, sweepers, callbacks and log handlers.
 
-The `hydra` part of a config is composed for `train.py` alone: a run's folder does not hold it, and no other command
-reads it.
+Their names are checked before Hydra imports them. Only `nestlm train` composes the section `hydra` of a config: a run's
+folder does not hold it, and no other command reads it.
 """
 
 from __future__ import annotations
 
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
 from typing import Any
 
 from hydra._internal import hydra as hydra_main_loop
@@ -37,16 +39,16 @@ STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
 
 
 class CheckedLoader(ConfigLoaderImpl):
-    """Composes as Hydra does, and refuses what must not be made. Jobs of a sweep have it, too."""
+    """Hydra's config loader, which also checks the names in the section `hydra`. Jobs of a sweep use it, too."""
 
     def load_configuration(
         self, config_name: str | None, overrides: list[str], *args: Any, **kwargs: Any
     ) -> DictConfig:
-        """The composed config.
+        """Compose a config.
 
         Raises:
-            NotAllowedError: Hydra's own part names code that is not listed.
-            ConfigError: a group is chosen by something that is no name.
+            NotAllowedError: the section `hydra` names code that is not listed.
+            ConfigError: the value of a group is no name.
         """
         for override in OverridesParser.create(config_loader=self).parse_overrides(overrides):
             group = override.key_or_group
@@ -63,18 +65,31 @@ class CheckedLoader(ConfigLoaderImpl):
 
 
 def install() -> None:
-    """Let Hydra compose with `CheckedLoader`. Hydra has no such setting, and its version is pinned."""
+    """Replace Hydra's config loader by `CheckedLoader`. Hydra has no setting for it, and its version is pinned."""
     setattr(hydra_main_loop, ConfigLoaderImpl.__name__, CheckedLoader)
 
 
-def refuse_pickles() -> None:
-    """Raise NotAllowedError where the command line asks Hydra for a rerun, which reads a pickle."""
-    if get_args_parser().parse_args().experimental_rerun is not None:
+def parse_arguments(arguments: Sequence[str] | None) -> tuple[ArgumentParser, Namespace]:
+    """Parse a command line as Hydra does.
+
+    Args:
+        arguments: overrides and flags; None: those of `sys.argv`.
+
+    Returns:
+        Hydra's parser, and what it found.
+
+    Raises:
+        NotAllowedError: the command line asks for a rerun, which reads a pickle.
+    """
+    parser = get_args_parser()
+    parsed = parser.parse_args(arguments)
+    if parsed.experimental_rerun is not None:
         raise NotAllowedError("--experimental-rerun: reads a pickle, which can run code; give the run's command again")
+    return parser, parsed
 
 
 def check_choice(override: Override, *, options: list[str]) -> None:
-    """Raise ConfigError where an override of a group chooses a number, null, or the like."""
+    """Raise ConfigError if the value of a group is a number, null, or anything else that is no name."""
     value = override.value()
     if override.is_delete() or override.is_sweep_override() or isinstance(value, dict):
         return
@@ -85,9 +100,9 @@ def check_choice(override: Override, *, options: list[str]) -> None:
 
 
 def check(node: Any, where: str, *, plugins: tuple[Any, ...]) -> None:
-    """Raise NotAllowedError where a node below Hydra's own config names code that is not listed.
+    """Raise NotAllowedError if a node of the section `hydra` names code that is not listed.
 
-    Interpolations are followed, so that none hides a name; one that leads nowhere names nothing.
+    Interpolations are followed, so that none hides a name. One that leads nowhere is skipped.
     """
     if not isinstance(node, DictConfig | ListConfig):
         return
@@ -108,7 +123,7 @@ def check(node: Any, where: str, *, plugins: tuple[Any, ...]) -> None:
 
 
 def check_target(value: Any, where: str, *, plugins: tuple[Any, ...]) -> None:
-    """Raise NotAllowedError unless a name is listed, or of a package that `plugins` names."""
+    """Raise NotAllowedError unless a name is listed, or belongs to a package that `plugins` names."""
     own = isinstance(value, str) and any(value.startswith(f"{name}.") for name in plugins)
     if value not in TARGETS and not own:
         raise NotAllowedError(
@@ -118,7 +133,7 @@ def check_target(value: Any, where: str, *, plugins: tuple[Any, ...]) -> None:
 
 
 def check_logging(key: Any, value: Any, where: str) -> None:
-    """Raise NotAllowedError where settings of logging name code."""
+    """Raise NotAllowedError if a setting of logging names code."""
     imported = isinstance(value, str) and value.startswith("ext://") and value not in STREAMS
     if (key in LOGGING and value not in LOGGING[key]) or imported:
         raise NotAllowedError(

@@ -1,8 +1,8 @@
-"""From plain values of a config to objects: everything is checked first, then everything is made.
+"""From plain values of a config to objects: every value is checked, then every object is built.
 
-`_target_` names a class, `_partial_: true` one that is called later. A node stands only where the annotation of a
-parameter wants such a class: `Sampler`, or `Callable[..., Router]` for one that is called later. Nothing but the
-classes that were checked is called.
+A mapping with `_target_` is a node: it names a class and holds its arguments. With `_partial_: true` the class is
+called later, by the code that knows the other arguments. A node may stand only where the annotation of a parameter
+wants such a class: `Sampler`, or `Callable[..., Router]` for one that is called later. Only checked classes are called.
 """
 
 from __future__ import annotations
@@ -24,12 +24,19 @@ from nestlm.utils.messages import quote_value, suggest_name
 
 TARGET, PARTIAL = "_target_", "_partial_"
 _NONE = type(None)
-PLAIN = ("builtins", "typing", "collections.abc", "types")  # modules whose classes are no plug-ins
+PLAIN = ("builtins", "typing", "collections.abc", "types")  # modules whose classes are plain values
 
 
 @dataclass(frozen=True)
 class Call:
-    """A checked node: what to call, with which values, now or later."""
+    """A checked node.
+
+    Attributes:
+        target: the class or function to call.
+        arguments: checked values, with a `Call` for each node below.
+        where: dotted name of the node, for messages.
+        is_partial: the target is called later.
+    """
 
     target: Callable[..., Any]
     arguments: dict[str, Any]
@@ -39,7 +46,14 @@ class Call:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What an annotation admits: classes, called now or later, and an annotation of plain values, if any."""
+    """The values that an annotation admits.
+
+    Attributes:
+        now: classes whose objects may stand there.
+        later: classes that may stand there uncalled.
+        how: the arguments that `later` gets when it is called.
+        plain: the annotation of plain values that may stand there; None: no plain value may.
+    """
 
     now: tuple[type, ...]
     later: tuple[type, ...]
@@ -48,28 +62,35 @@ class Wanted:
 
     @property
     def kinds(self) -> tuple[type, ...]:
-        """All classes."""
+        """Every admitted class, called now or later."""
         return self.now + self.later
 
 
 def build(node: Any, hint: Any, *, where: str = "", plugins: Sequence[str] = ()) -> Any:
-    """Check a config's node and make its objects.
+    """Check plain values of a config and build the objects that their nodes describe.
 
     Args:
         node: plain values.
-        hint: annotation of what is wanted.
+        hint: the annotation that they must satisfy.
         where: dotted name of the node, for messages.
         plugins: packages of plug-ins that the user allows.
 
     Raises:
-        NotAllowedError: a node names something that a config may not, or stands where only plain values may.
-        ConfigError: a name that its target does not take, a value of the wrong type, or one that the target refuses.
+        NotAllowedError: a node names a class that a config may not name, or stands where only plain values may.
+        ConfigError: a target does not take a name, or a value has the wrong type, or a target refuses a value.
     """
     return make(parse(node, hint, where=where, plugins=plugins))
 
 
 def make(parsed: Any) -> Any:
-    """The objects of nodes that are checked."""
+    """Build the objects of checked values.
+
+    Args:
+        parsed: what `parse` returned.
+
+    Raises:
+        NestlmError: a target refuses its arguments; the message names them as the config does.
+    """
     if isinstance(parsed, dict):
         return {key: make(value) for key, value in parsed.items()}
     if isinstance(parsed, list):
@@ -89,7 +110,7 @@ def make(parsed: Any) -> Any:
 
 
 def _named(message: str, call: Call) -> str:
-    """A target's own message, under the name that the config has for what it refuses."""
+    """Put the config's name of a field before the message of the target that refuses its value."""
     group = call.where.partition(".")[0]
     if not group:
         return message
@@ -102,7 +123,11 @@ def _named(message: str, call: Call) -> str:
 
 
 def parse(value: Any, hint: Any, *, where: str, plugins: Sequence[str]) -> Any:
-    """A value with every node below it replaced by a checked `Call`."""
+    """Check a value against an annotation, and replace every node in it by a `Call`.
+
+    Raises:
+        NotAllowedError, ConfigError: as `build`, but for what only a target can refuse.
+    """
     if isinstance(value, dict) and any(_is_magic(key) for key in value):
         return parse_node(value, hint, where=where, plugins=plugins)
     inner = _inner(hint, value)
@@ -111,13 +136,17 @@ def parse(value: Any, hint: Any, *, where: str, plugins: Sequence[str]) -> Any:
         return dict(parsed) if isinstance(value, dict) else [item for _, item in parsed]
     refuse_nodes(value, where)
     if isinstance(value, int) and not isinstance(value, bool) and _takes_text(hint):
-        value = str(value)  # a name of digits alone, such as a folder 2023, is a number for YAML and Hydra
+        value = str(value)  # YAML and Hydra read a name of digits alone, such as a folder 2023, as a number
     check_type(where, value, hint)
     return value
 
 
 def parse_node(node: dict[str, Any], hint: Any, *, where: str, plugins: Sequence[str]) -> Call:
-    """A checked node. Raises ConfigError where it names no class that may stand there, or a wrong parameter."""
+    """Check a mapping that has `_target_`, and return its call.
+
+    Raises:
+        NotAllowedError, ConfigError: as `parse`.
+    """
     wanted = wanted_by(hint)
     if not wanted.kinds:
         refuse_nodes(node, where)
@@ -145,7 +174,18 @@ def parse_call(
     plugins: Sequence[str] = (),
     later: Deferred | None = None,
 ) -> Call:
-    """A call of a target that is allowed, with checked arguments; `later` says how it is called when it is not now."""
+    """Check the arguments of a call.
+
+    Args:
+        target: an allowed class or function.
+        arguments: plain values by parameter.
+        where: dotted name of the node, for messages.
+        plugins: packages of plug-ins that the user allows.
+        later: how the target is called later; None: it is called now.
+
+    Raises:
+        NotAllowedError, ConfigError: as `parse`.
+    """
     hints = parameters_of(target, where=where, how=later or Deferred(), arguments=arguments)
     parsed = {
         name: parse(value, hints.get(name, Any), where=_below(where, name), plugins=plugins)
@@ -157,7 +197,11 @@ def parse_call(
 def parameters_of(
     target: Callable[..., Any], *, where: str, how: Deferred, arguments: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Annotations of a target's parameters. Raises ConfigError where arguments lack one, or name another."""
+    """Return the annotations of a target's parameters by name.
+
+    Raises:
+        ConfigError: the arguments lack a parameter without default, or name one that the target does not take.
+    """
     parameters = inspect.signature(target).parameters
     hints = type_hints(target, where=where)
     names = [name for name, each in parameters.items() if each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)]
@@ -180,10 +224,10 @@ def parameters_of(
 
 
 def type_hints(target: Callable[..., Any], *, where: str) -> dict[str, Any]:
-    """Annotations of a callable's parameters; none for a class of another package that cannot resolve its own.
+    """Return the annotations of a callable's parameters; {} for a listed class that cannot resolve its own.
 
     Raises:
-        ConfigError: a class of ours, or of a plug-in, has annotations without a meaning: nothing could be checked.
+        ConfigError: annotations of a class of nestlm or of a plug-in cannot be resolved, so nothing could be checked.
     """
     source: Any = target
     if inspect.isclass(target):
@@ -198,7 +242,7 @@ def type_hints(target: Callable[..., Any], *, where: str) -> dict[str, Any]:
 
 
 def wanted_by(hint: Any) -> Wanted:
-    """What an annotation admits."""
+    """Read from an annotation which classes and which plain values it admits."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
         found = wanted_by(arguments[0])
@@ -221,7 +265,7 @@ def wanted_by(hint: Any) -> Wanted:
 
 
 def check_type(where: str, value: Any, hint: Any) -> None:
-    """Raise ConfigError when a plain value is not what the annotation says."""
+    """Raise ConfigError if a plain value does not satisfy an annotation."""
     from pydantic import ConfigDict, TypeAdapter, ValidationError
 
     wanted = wanted_by(hint)
@@ -241,7 +285,7 @@ def check_type(where: str, value: Any, hint: Any) -> None:
 
 
 def spelled(hint: Any) -> str:
-    """An annotation as messages write it."""
+    """Write an annotation for a message: `float or null`, `one of static, dynamic`."""
     if inspect.isclass(hint) and get_origin(hint) is None:
         return "null" if hint is types.NoneType else hint.__name__
     if get_origin(hint) is Literal:
@@ -252,7 +296,7 @@ def spelled(hint: Any) -> str:
 
 
 def refuse_nodes(value: Any, where: str) -> None:
-    """Raise NotAllowedError for a node among plain values."""
+    """Raise NotAllowedError if there is a node among values that must be plain."""
     if isinstance(value, dict) and any(_is_magic(key) for key in value):
         raise NotAllowedError(f"{where}: got a node with {_magic_of(value)}, wanted plain values: no class stands here")
     for key, item in _items(value):
@@ -260,7 +304,7 @@ def refuse_nodes(value: Any, where: str) -> None:
 
 
 def _inner(hint: Any, value: Any) -> Any:
-    """The annotation of what a mapping or a list holds, where classes may stand in it; None otherwise."""
+    """Return the annotation of a container's items if classes may be among them; None otherwise."""
     if get_origin(hint) is Annotated:
         return _inner(get_args(hint)[0], value)
     if get_origin(hint) in (Union, types.UnionType):
@@ -277,30 +321,30 @@ def _inner(hint: Any, value: Any) -> Any:
 
 
 def _takes_text(hint: Any) -> bool:
-    """Whether an annotation wants a text, or nothing, and no number."""
+    """Tell whether an annotation is `str` or `str | None`."""
     plain = wanted_by(hint).plain
     return plain is str or (get_origin(plain) in (Union, types.UnionType) and set(get_args(plain)) == {str, _NONE})
 
 
 def _items(value: Any) -> list[tuple[Any, Any]]:
-    """Keys and values of a mapping, or positions and items of a list."""
+    """Return keys and values of a mapping, or positions and items of a list."""
     if isinstance(value, dict):
         return list(value.items())
     return list(enumerate(value)) if isinstance(value, list) else []
 
 
 def _below(where: str, key: Any) -> str:
-    """The dotted name of a field, or of an item of a list."""
+    """Return the dotted name of a field below another, or of an item of a list."""
     return f"{where}[{key}]" if isinstance(key, int) else f"{where}.{key}".lstrip(".")
 
 
 def _is_magic(key: Any) -> bool:
-    """Whether a key is an instruction to make an object: `_target_` and its relatives."""
+    """Tell whether a key has the form of `_target_`: an instruction to build an object."""
     return isinstance(key, str) and len(key) > 2 and key.startswith("_") and key.endswith("_")
 
 
 def _magic_of(node: Mapping[str, Any]) -> str:
-    """The first instruction among a node's keys."""
+    """Return the first key of a node that has the form of `_target_`."""
     return next(key for key in node if _is_magic(key))
 
 
@@ -309,6 +353,6 @@ def _name(target: Any) -> str:
 
 
 def _is_foreign(target: Any, names: Sequence[str]) -> bool:
-    """Whether a class is one of the listed ones of other packages."""
+    """Tell whether a class has one of the listed names; their packages may export it from another module."""
     top = full_name(target).partition(".")[0]
     return any(name.partition(".")[0] == top and name.rpartition(".")[2] == _name(target) for name in names)

@@ -1,4 +1,7 @@
-"""Bounds of plain values: what no run has a use for, and what would hold up a dry run or fill the memory."""
+"""Bounds of plain values in a config, by the name of the field.
+
+They refuse values that no run has a use for, and values that would hold up a dry run or fill the memory.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from nestlm.utils.messages import check_text, quote_value
 
 DEEPEST, MOST = 16, 100_000  # levels and values of a config
 LARGEST_INT = 2**63
-# The largest useful counts, by the name of a field.
+# The largest useful counts.
 LARGEST = {
     "num_layers": 1024,
     "num_heads": 1024,
@@ -67,10 +70,18 @@ LONGEST = {"fractions": 256, "budget": 256, "sources": 1000, "plugins": 100, "la
 
 
 def check_values(value: Any, where: str = "", *, depth: int = 0) -> int:
-    """Count the values of a config.
+    """Check every value of a config.
+
+    Args:
+        value: the config, or a part of it.
+        where: dotted name of the part, for messages.
+        depth: levels above the part.
+
+    Returns:
+        The number of values.
 
     Raises:
-        ConfigError: one is no plain value, not finite, or out of bounds, or there are too many of them.
+        ConfigError: a value is not plain, not finite or out of bounds, or there are too many values or levels.
     """
     if depth > DEEPEST:
         raise ConfigError(f"{where[:80]}...: deeper than {DEEPEST} levels, wanted the config of a run")
@@ -88,7 +99,7 @@ def check_values(value: Any, where: str = "", *, depth: int = 0) -> int:
 
 
 def check_value(value: Any, where: str) -> None:
-    """Raise ConfigError for a value that is not plain, not finite, or out of bounds."""
+    """Raise ConfigError if a value is not plain, not finite or out of bounds."""
     name = where.rpartition(".")[2].partition("[")[0]
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{where}: got {value}, wanted a finite number")
@@ -107,7 +118,7 @@ def check_value(value: Any, where: str) -> None:
 
 
 def check_sign(value: float, name: str, where: str) -> None:
-    """Raise ConfigError for a number below what its name allows, or a share above 1."""
+    """Raise ConfigError if a number is below what its name allows, or is a share above 1."""
     if name in POSITIVE and value <= 0:
         raise ConfigError(f"{where}: got {value}, wanted a positive number")
     if name in NOT_NEGATIVE and value < 0:

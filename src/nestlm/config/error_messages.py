@@ -1,25 +1,52 @@
-"""What an error of Hydra or OmegaConf says to a user: one or two lines with the key, what was wanted, and the cure."""
+"""Errors as a user reads them: one or two lines with the key, what was got, what was wanted, and the cure."""
 
 from __future__ import annotations
 
 import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import MissingConfigException, OverrideParseException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from nestlm.config.groups import CONF, groups
-from nestlm.errors import NestlmError
+from nestlm.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, NestlmError, Preempted
 from nestlm.utils.messages import suggest_name
 from nestlm.utils.nested_dict import flat_items
+from nestlm.utils.resources import resource_error
 
 PLUGGED_IN = ("joblib", "submitit_local", "submitit_slurm")  # launchers that are not Hydra's own
+USER_ERRORS = (NestlmError, HydraException, OmegaConfBaseException)
 LONGEST = 120  # characters of what a message repeats
 
 
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Print an error that a user can cure without its traceback, and exit with the code that belongs to it.
+
+    A bug keeps its traceback, and `traceback=true` on the command line keeps every traceback.
+    """
+    try:
+        yield
+    except Exception as error:
+        known = user_error(error)
+        if known is None or any(argument.lower() == "traceback=true" for argument in sys.argv[1:]):
+            raise
+        print(f"error: {explain(known)}", file=sys.stderr)
+        sys.exit(EXIT_PREEMPTED if isinstance(known, Preempted) else EXIT_USER_ERROR)
+
+
+def user_error(error: Exception) -> Exception | None:
+    """Return an error that a user can cure, or a ResourceError for what the machine lacks; None for a bug."""
+    return error if isinstance(error, USER_ERRORS) else resource_error(error)
+
+
 def explain(error: Exception) -> str:
-    """One or two lines: what was got, what was wanted, the cure."""
+    """Say in one or two lines what an error of ours, of Hydra or of OmegaConf got, what was wanted, and the cure."""
     if isinstance(error, NestlmError):
         return str(error)
     if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
@@ -35,7 +62,7 @@ def explain(error: Exception) -> str:
     if unknown:
         inner = re.search(r"is not in struct\s+full_key: (\S+)", cause)
         name = (inner or unknown).group(1).split("@")[0]
-        return f"{name}: no such group or field{nearest_key(name)}"
+        return explain_name(name)
     lines = [line.strip() for line in text.splitlines() if line.strip() and "hydra.cc" not in line]
     if cause and cause not in text:  # such as of a merge, whose error names the override alone
         lines = [lines[0], cause.splitlines()[0].strip()]
@@ -46,7 +73,7 @@ def explain(error: Exception) -> str:
 
 
 def explain_option(missing: str, options: list[str]) -> str:
-    """The line for a name that a group does not have."""
+    """Say that a group has no option of a name, and which options it has."""
     group, _, got = missing.removesuffix(".yaml").rpartition("/")
     if group == "hydra/launcher" and got in PLUGGED_IN:
         return f"launcher: {got} needs a package that is not installed; pip install 'nestlm[launchers]'"
@@ -55,7 +82,7 @@ def explain_option(missing: str, options: list[str]) -> str:
 
 
 def explain_syntax(override: str, *, several: bool) -> str:
-    """The line for an override that is not of Hydra's grammar, or that lists several values outside of a sweep."""
+    """Say that an override does not follow Hydra's grammar, or, if `several`, lists values outside of a sweep."""
     key, _, value = override.partition("=")
     if not re.fullmatch(r"[+~]{0,2}[\w.@/-]+", key) or not value:
         return f"{cut(override)}: wanted GROUP=NAME or FIELD=VALUE"
@@ -67,15 +94,22 @@ def explain_syntax(override: str, *, several: bool) -> str:
 
 
 def cut(text: str) -> str:
-    """A text whose end is left out where it is long."""
+    """Shorten a text to at most LONGEST characters."""
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
 
 
-def nearest_key(name: str) -> str:
-    """The end of a message: the existing key that is most like a misspelled one."""
+def explain_name(name: str) -> str:
+    """Say that a config has no field or group of a name, and which one is most like it.
+
+    A field that the default option of its group has is one that the chosen option does not use.
+    """
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = OmegaConf.to_container(compose("train"), resolve=False)
-    parent = name.rpartition(".")[0]
     keys = list(dict.fromkeys([*(key for key, _ in flat_items(config)), *groups()]))
-    return suggest_name(name, [key for key in keys if key.rpartition(".")[0] == parent] or keys)
+    if name in keys:
+        group = name.partition(".")[0]
+        return f"{name}: the chosen option of {group} has no such field; remove it, or choose another option"
+    parent = name.rpartition(".")[0]
+    alike = [key for key in keys if key.rpartition(".")[0] == parent] or keys
+    return f"{name}: no such group or field{suggest_name(name, alike)}"
