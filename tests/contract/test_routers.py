@@ -67,7 +67,15 @@ def spent(decoder: Decoder, policy: Policy, table: CostTable, text: list[Batch])
 
 @torch.no_grad()
 @DYNAMICS
-@pytest.mark.parametrize("budget", [0.97, 0.9, [0.95, "0.9latency"], ["0.85latency", 0.97]], ids=str)
+@pytest.mark.parametrize(
+    "budget",
+    [
+        0.9,
+        ["0.85latency", 0.97],
+        *(pytest.param(each, marks=pytest.mark.slow) for each in (0.97, [0.95, "0.9latency"])),
+    ],
+    ids=str,
+)
 def test_no_sequence_ends_above_its_budget(variant, calibration, budget):
     """Also on text of another kind than the router was calibrated on: one token, again and again."""
     router, asked = variant.router(), Budget.parse(budget)
@@ -89,7 +97,9 @@ def test_no_sequence_ends_above_its_budget(variant, calibration, budget):
 
 @torch.no_grad()
 @DYNAMICS
-@pytest.mark.parametrize("above", [0.0, 1e-9, 1e-4, 3e-3, 2e-2])
+@pytest.mark.parametrize(
+    "above", [0.0, 1e-9, 2e-2, *(pytest.param(each, marks=pytest.mark.slow) for each in (1e-4, 3e-3))]
+)
 def test_every_budget_from_the_floor_on_can_be_met(variant, calibration, above):
     router = variant.router()
     for kind, table in router.planned.tables.items():

@@ -100,6 +100,7 @@ def params_of(folder: Path, spec: dict) -> int:
     return sum(parameter.numel() for parameter in small.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("router", ["value-dynamic"])
 def test_a_resumed_run_skips_the_same_blocks(run, low, router, tmp_path):
     cache = tmp_path / "own-cache"
@@ -114,7 +115,7 @@ def test_a_resumed_run_skips_the_same_blocks(run, low, router, tmp_path):
         assert (again / name).read_bytes() == (folder / name).read_bytes()
 
 
-@pytest.mark.parametrize("sampler", ["sandwich", "homogeneous", "sequence"])
+@pytest.mark.parametrize("sampler", ["sandwich", pytest.param("homogeneous", marks=pytest.mark.slow), "sequence"])
 def test_every_kind_of_sampler_trains_with_depth(run, low, sampler):
     for row in rows_of(run(*DEEP, f"sampler={sampler}", "router=uniform", f"budget={low}")):
         assert float(row["achieved"]) <= low

@@ -86,9 +86,9 @@ def test_joblib_shares_the_cores_between_its_workers(tmp_path):
 @pytest.mark.parametrize(
     "launcher",
     [
-        ["joblib", "hydra.launcher.n_jobs=2"],
+        pytest.param(["joblib", "hydra.launcher.n_jobs=2"], marks=SLOW),
         pytest.param(["submitit_local", "hydra.launcher.gpus_per_node=1"], marks=SLOW),
-        pytest.param(["serial"], marks=SLOW),
+        ["serial"],
     ],
     ids=lambda launcher: launcher[0],
 )

@@ -39,7 +39,10 @@ def rewrite(path: Path, old: str, new: str) -> None:
     [
         ["budget=[[0.9,75%],1.0]", "logger=tensorboard"],
         ["cost=latency", *TIMED, "cost.device=elsewhere", "router=value", "budget=[0.95,0.99flops]"],
-        ["+cost@costs.latency=latency", "costs.latency.repeats=1", "router=evolution", "budget=0.8"],
+        pytest.param(
+            ["+cost@costs.latency=latency", "costs.latency.repeats=1", "router=evolution", "budget=0.8"],
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=" ".join,
 )

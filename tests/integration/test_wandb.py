@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import wandb
 
+import processes
 from nestlm.api import run_and_report
 from plugins import NANO
 from wandb_files import history, records
@@ -21,10 +22,11 @@ def command_line(tmp_path: Path, *overrides: str) -> subprocess.CompletedProcess
     home = tmp_path / "home"
     home.mkdir()
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
-    return subprocess.run(
+    return processes.run(
         [sys.executable, str(TRAIN), *NANO, "budget=[0.9,0.7]", "logger=wandb", "run_dir=run", *overrides],
-        cwd=tmp_path, env=environment | {"HOME": str(home)}, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=tmp_path,
+        env=environment | {"HOME": str(home)},
+    )
 
 
 def check_artifacts(run_dir: Path) -> None:
