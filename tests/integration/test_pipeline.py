@@ -130,7 +130,7 @@ def pairs() -> Iterator[Any]:
             yield pytest.param(teacher, sampler, marks=() if is_quick else pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("teacher", "sampler"), pairs())
+@pytest.mark.parametrize(("teacher", "sampler"), list(pairs()))
 def test_every_teacher_and_sampler_trains(run, teacher, sampler):
     folder = run(f"teacher={teacher}", f"sampler={sampler}", "budget=0.8", "router=uniform")
     start, end = (load_file(folder / "checkpoints" / stage / "model.safetensors") for stage in ("rank", "elastic"))
