@@ -14,10 +14,10 @@ import torch
 
 from nestlm.config.compose import build, compose
 from nestlm.generation.generate import generate
-from nestlm.generation.rows import policy_of_rows
+from nestlm.generation.rows import batch_policy
 from nestlm.generation.sampling import GREEDY
 from nestlm.nn.decoder import Decoder
-from nestlm.router.base import Answer
+from nestlm.router.base import RoutedPolicy
 from nestlm.spec import Budget
 from nestlm.utils.devices import cpu_name
 from turns import Spread, ratio, take_turns
@@ -62,8 +62,8 @@ def jobs(overrides: Sequence[str]) -> tuple[Decoder, dict[str, Callable[[], None
     vocabulary = decoder.config.vocab_size
     prompts = [torch.randint(vocabulary, (length,), generator=source).tolist() for length in LENGTHS]
 
-    def run(rows: list[list[int]], parts: list[Answer]) -> None:
-        policy = policy_of_rows(parts, space=space, device=torch.device("cpu"))
+    def run(rows: list[list[int]], parts: list[RoutedPolicy]) -> None:
+        policy = batch_policy(parts, space=space, device=torch.device("cpu"))
         for _ in generate(decoder, rows, policy, max_tokens=TOKENS, sampling=GREEDY, stop=frozenset()):
             pass
 

@@ -77,9 +77,9 @@ def routed(nested: Nest, variant: Variant, *, share: float) -> tuple[DynamicRout
     calibration = CalibrationData(nested.decoder, [Batch(part[:, :-1], part[:, 1:], None) for part in text])
     router.eval().prepare(calibration)
     bounds = router.planned.bounds(Budget.from_share(share))
-    start = Plan(share, router.tariffs(bounds))
-    plan, _ = router.approach(
-        start, router.record(start, calibration), bounds=bounds, calibration=calibration, caution=0.0
+    start = Plan(share, router.fixed_point_prices(bounds))
+    plan, _ = router.refine(
+        start, router.record(start, calibration), bounds=bounds, calibration=calibration, gain_threshold=0.0
     )
     assert len(plan.fixed) < len(router.rows), "something decides"
     return router, plan

@@ -52,7 +52,8 @@ class Variant:
     granularity: str = "token"
 
     def settings(self):
-        spelled = [f"router={self.option}", f"router.policy={self.policy}", f"router.granularity={self.granularity}"]
+        spelled = [f"router={self.option}", f"router.policy={self.policy}"]
+        spelled += ["router.granularity=prompt"] if self.granularity == "prompt" else []
         return instantiate.build(compose([*NANO, *spelled])["router"], RouterSettings, where="router")
 
     def router(self, *, static: PriceList = STATIC, tokens: PriceList = TOKENS) -> Router:

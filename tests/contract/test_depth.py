@@ -24,7 +24,7 @@ from nestlm.nn.decoder import Decoder
 from nestlm.nn.kv_cache import KVCache
 from nestlm.nn.policy import Decision, Mixed, Policy, constant, fixed, mixed
 from nestlm.router.calibration_data import CalibrationData
-from nestlm.router.dynamic.plan import Plan, Tariff, fix_sites
+from nestlm.router.dynamic.plan import FixedPointPrices, Plan, fix_sites
 from nestlm.router.static.search import random_spec
 from nestlm.spec import Budget, SearchSpace, Site
 from plugins import build
@@ -283,24 +283,25 @@ def test_every_router_skips_blocks_within_its_budget(variant: Variant):
 
 def test_nothing_decides_in_a_block_that_all_tokens_skip():
     """So that what its widths would have cost is left for others."""
-    plan = Plan(1.0, (Tariff.of(Bound(TOKENS.main, 0.8), device=torch.device("cpu")),), multiplier=1.0)
+    limit = FixedPointPrices.from_bound(Bound(TOKENS.main, 0.8), device=torch.device("cpu"))
+    plan = Plan(1.0, (limit,), multiplier=1.0)
     source = torch.Generator().manual_seed(0)
-    heard = {
+    scores = {
         row: 10 * torch.randn(2, LENGTH, len(widths), generator=source)
         for row, widths in enumerate(SPACE.choices.values())
     }
     rows = {site: row for row, site in enumerate(SPACE.sites)}
-    assert not fix_sites(plan, heard, caution=1.0).fixed, "tokens differ in what they gain"
-    heard[rows[Site("depth", 2)]] = torch.tensor([5.0, 0.0]).expand(2, LENGTH, 2)
+    assert not fix_sites(plan, scores, gain_threshold=1.0).fixed, "tokens differ in what they gain"
+    scores[rows[Site("depth", 2)]] = torch.tensor([5.0, 0.0]).expand(2, LENGTH, 2)
     inside = (Site("depth", 2), Site("mlp_width", 2), Site("attn_heads", 2))
-    assert fix_sites(plan, heard, caution=1.0).fixed == {rows[site]: 0 for site in inside}
+    assert fix_sites(plan, scores, gain_threshold=1.0).fixed == {rows[site]: 0 for site in inside}
 
 
 @torch.no_grad()
 @DYNAMICS
 def test_tokens_that_skip_depend_on_no_later_ones_and_on_no_cache(variant: Variant, deciding, monkeypatch):
     """Equal choices in float64, whole, changed after a position, and token by token, where every site decides."""
-    monkeypatch.setattr("nestlm.router.dynamic.plan.fix_sites", lambda plan, heard, *, caution: plan)
+    monkeypatch.setattr("nestlm.router.dynamic.plan.fix_sites", lambda plan, scores, *, gain_threshold: plan)
     calibration = CalibrationData(random_decoder(CONFIG).double(), batches(0))
     router = variant.router(static=STATIC, tokens=TOKENS).double()
     policy = router.find(Budget.from_share(0.8), calibration=calibration).policy

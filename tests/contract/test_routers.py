@@ -17,7 +17,7 @@ from nestlm.nn.decoder import Decoder
 from nestlm.nn.policy import Policy, full
 from nestlm.router.base import Router
 from nestlm.router.calibration_data import CalibrationData
-from nestlm.router.dynamic.base import CAUTIONS, DynamicRouter, features, mean_losses
+from nestlm.router.dynamic.base import GAIN_THRESHOLDS, DynamicRouter, features, mean_losses
 from nestlm.router.dynamic.plan import Plan
 from nestlm.spec import Budget, SubnetSpec
 from nestlm.train.objective.base import StageModels
@@ -119,14 +119,14 @@ def test_the_plan_is_the_best_of_those_tried(variant, calibration, monkeypatch):
     budget = Budget.from_share(0.9)
     monkeypatch.setattr("nestlm.router.dynamic.base.LEAST_USED", 0.0)
     plans: list[Plan] = []
-    monkeypatch.setattr(router, "policy", lambda plan, **notes: (plans.append(plan), full)[1])
+    monkeypatch.setattr(router, "policy", lambda plan, **observed: (plans.append(plan), full)[1])
     monkeypatch.setattr(router, "record", lambda plan, calibration: scores)
     scores = {row: torch.randn(8, LENGTH, len(widths)) for row, widths in enumerate(SPACE.choices.values())}
     monkeypatch.setattr(CalibrationData, "loss", lambda calibration, policy: 0.0)
     assert router.calibrate(budget, calibration=calibration) is plans[0]
     tried = len(plans)
-    assert tried == len(CAUTIONS) + 3
-    assert [len(plan.fixed) == len(SPACE.sites) for plan in plans[len(CAUTIONS) :]] == [True] * (tried - len(CAUTIONS))
+    assert tried == len(GAIN_THRESHOLDS) + 3
+    assert all(len(plan.fixed) == len(SPACE.sites) for plan in plans[len(GAIN_THRESHOLDS) :])
     for best in range(tried):
         plans.clear()
         monkeypatch.setattr(
@@ -136,13 +136,13 @@ def test_the_plan_is_the_best_of_those_tried(variant, calibration, monkeypatch):
     monkeypatch.setattr("nestlm.router.dynamic.base.LEAST_USED", 1.1)
     plans.clear()
     router.calibrate(budget, calibration=calibration)
-    assert len(plans) == len(CAUTIONS), "what wastes the budget is no answer"
+    assert len(plans) == len(GAIN_THRESHOLDS), "what wastes the budget is no answer"
 
 
 @torch.no_grad()
 @DYNAMICS
 def test_where_no_site_decides_the_answer_is_a_sub_network(variant, calibration, monkeypatch):
-    monkeypatch.setattr("nestlm.router.dynamic.base.CAUTIONS", ())
+    monkeypatch.setattr("nestlm.router.dynamic.base.GAIN_THRESHOLDS", ())
     monkeypatch.setattr("nestlm.router.dynamic.base.LEAST_USED", 0.0)
     router = variant.router()
     router.prepare(calibration)
@@ -155,7 +155,7 @@ def test_where_no_site_decides_the_answer_is_a_sub_network(variant, calibration,
     )
 
 
-def test_a_trial_runs_in_the_precision_that_it_is_given(calibration):
+def test_calibration_runs_in_the_precision_that_it_is_given(calibration):
     """As scoring does under mixed precision, so that a plan is made from the scores that it will meet."""
     mixed = replace(calibration, precision=lambda: torch.autocast("cpu", dtype=torch.bfloat16))
     outputs = [output.logits_BLV.dtype for _, output in mixed.outputs(full)]
@@ -182,21 +182,22 @@ def test_values_are_brought_to_the_scale_of_what_is_measured(calibration):
 
 @torch.no_grad()
 @pytest.mark.parametrize("variant", [v for v in variants("dynamic") if v.option != "value"], ids=str)
-def test_the_price_that_scores_hold_is_found(variant, calibration):
-    """In minus a multiple of what is measured, less a price of cost; without the price, only losses are left."""
+def test_the_implicit_multiplier_is_found(variant, calibration):
+    """Scores of minus a multiple of measured losses, less a price of cost: without the price only losses are left."""
     router = variant.router()
     router.prepare(calibration)
-    plan = Plan(1.0, router.tariffs(router.planned.bounds(Budget.from_share(0.8))))
+    plan = Plan(1.0, router.fixed_point_prices(router.planned.bounds(Budget.from_share(0.8))))
     losses = [torch.tensor([row]).double().clamp_min(0.0) for row in router.measured_losses()]
-    scores = [3.0 - (20.0 * loss_K + 7.0 * price_K) for loss_K, price_K in zip(losses, plan.prices, strict=True)]
-    held = router.held(plan, mean_losses(dict(enumerate(scores))))
-    assert held == pytest.approx(7.0)
-    plan = replace(plan, held=held)
+    scores = [3.0 - (20.0 * loss_K + 7.0 * price_K) for loss_K, price_K in zip(losses, plan.costs, strict=True)]
+    price = router.implicit_multiplier(plan, mean_losses(dict(enumerate(scores))))
+    assert price == pytest.approx(7.0)
+    plan = replace(plan, implicit_multiplier=price)
     for row, loss_K in enumerate(losses):
-        free_K = plan.unpriced(row, scores[row])
+        free_K = plan.remove_implicit_cost(row, scores[row])
         torch.testing.assert_close(free_K[..., -1:] - free_K, 20.0 * loss_K)
     backwards = [-score for score in scores]
-    assert router.held(plan, mean_losses(dict(enumerate(backwards)))) == 0.0, "nothing is known of what they hold"
+    found = router.implicit_multiplier(plan, mean_losses(dict(enumerate(backwards))))
+    assert found == 0.0, "scores that rise with the loss contain no price"
 
 
 def mean_values(router: DynamicRouter, calibration: CalibrationData) -> list[torch.Tensor]:

@@ -36,7 +36,7 @@ def answers_are_the_runs(folder: Path) -> None:
         scores = evaluate(model.decoder, found.policy, loader=loader, trainer=make_trainer(model.settings.trainer))
         assert scores.loss == known[found.router, str(budget)]
         plan = json.loads((folder / f"specs/{budget}.json").read_text()).get("plan")
-        assert (found.spec is None) == (plan is not None) == (found.answer.plan is not None)
+        assert (found.spec is None) == (plan is not None) == (found.routed.plan is not None)
 
 
 def test_budgets_of_a_run_are_answered_as_the_run_did_without_its_cache(static_run, dynamic_run):
@@ -71,9 +71,9 @@ def test_other_budgets_are_found_now_and_kept(static_run, dynamic_run):
 
 def test_a_dynamic_run_has_a_static_router_as_well_which_takes_all_budgets(dynamic_run):
     model = nestlm.load(dynamic_run)
-    assert model.at(0.8).answer.plan is not None
+    assert model.at(0.8).routed.plan is not None
     static = model.at(0.8, router="static")
-    assert (static.router, static.answer.plan) == ("knapsack", None)
+    assert (static.router, static.routed.plan) == ("knapsack", None)
     assert static.achieved <= 0.8
     assert model.prices.tables["params"].share(model.at("0.8params", router="static").spec) <= 0.8
     with pytest.raises(BudgetError, match="FLOP and latency budgets only"):

@@ -12,11 +12,11 @@ from nestlm.data.tokenizer import encode_prompt, make_text_encoder, train_tokeni
 from nestlm.errors import ConfigError, DataError
 from nestlm.generation import generate as generation
 from nestlm.generation.generate import generate
-from nestlm.generation.rows import policy_of_rows
+from nestlm.generation.rows import batch_policy
 from nestlm.generation.sampling import GREEDY, Sampling
 from nestlm.generation.text import TextStream, continuation
 from nestlm.nn.policy import fixed
-from nestlm.router.base import Answer
+from nestlm.router.base import RoutedPolicy
 from nestlm.router.calibration_data import CalibrationData
 from nestlm.router.dynamic.plan import Plan
 from nestlm.spec import Budget
@@ -30,27 +30,27 @@ VARIANTS = [Variant("surrogate", "dynamic"), Variant("value", "dynamic", "prompt
 DRAWN = Sampling(temperature=1.5, top_p=0.95, seed=4)
 
 
-def sub_network(seed: int) -> Answer:
+def sub_network(seed: int) -> RoutedPolicy:
     generator = torch.Generator().manual_seed(seed)
     drawn = {site: int(torch.randint(len(SPACE.choices[site]), (), generator=generator)) for site in SPACE.sites}
     spec = SPACE.spec(drawn)
-    return Answer(fixed(spec), spec)
+    return RoutedPolicy(fixed(spec), spec)
 
 
 @torch.no_grad()
-def dynamic(variant: Variant, share: float) -> Answer:
+def dynamic(variant: Variant, share: float) -> RoutedPolicy:
     """A policy under which tokens differ: of the plans that a router tries for a budget, the first."""
     router, calibration = variant.router(), CalibrationData(DECODER, batches(1, count=1))
     bounds = router.planned.bounds(Budget.from_share(share))
-    start = Plan(router.told(bounds), router.tariffs(bounds))
+    start = Plan(router.budget_feature(bounds), router.fixed_point_prices(bounds))
     scores = router.record(start, calibration)
-    plan, _ = router.approach(start, scores, bounds=bounds, calibration=calibration, caution=0.0)
+    plan, _ = router.refine(start, scores, bounds=bounds, calibration=calibration, gain_threshold=0.0)
     assert len(plan.fixed) < len(SPACE.sites)
-    return Answer(router.policy(plan), plan=plan.to_json())
+    return RoutedPolicy(router.policy(plan), plan=plan.to_json())
 
 
 @pytest.fixture(scope="module", params=["static", *VARIANTS], ids=str)
-def mixtures(request) -> list[list[Answer]]:
+def mixtures(request) -> list[list[RoutedPolicy]]:
     """Batches of answers, one a prompt: sub-networks, policies by which tokens differ, and both side by side."""
     subs = [sub_network(seed) for seed in range(4)]
     if request.param == "static":
@@ -60,7 +60,7 @@ def mixtures(request) -> list[list[Answer]]:
 
 
 def run(prompts, answers, *, sampling: Sampling = GREEDY, stop=frozenset(), max_tokens=TOKENS) -> list[list[int]]:
-    policy = policy_of_rows(answers, space=SPACE, device=torch.device("cpu"))
+    policy = batch_policy(answers, space=SPACE, device=torch.device("cpu"))
     steps = list(generate(DECODER, prompts, policy, max_tokens=max_tokens, sampling=sampling, stop=stop))
     return [[token for step in steps if (token := step[row]) is not None] for row in range(len(prompts))]
 
@@ -97,8 +97,8 @@ def test_padding_is_never_seen(mixtures, monkeypatch):
 
 def test_a_batch_of_one_answer_runs_sliced():
     answer = sub_network(0)
-    twin = Answer(fixed(answer.spec), answer.spec)
-    assert policy_of_rows([answer, twin], space=SPACE, device=torch.device("cpu")) is answer.policy
+    twin = RoutedPolicy(fixed(answer.spec), answer.spec)
+    assert batch_policy([answer, twin], space=SPACE, device=torch.device("cpu")) is answer.policy
 
 
 def test_rows_end_at_a_stop_token_and_the_others_go_on():

@@ -58,10 +58,11 @@ def test_teaching_gives_each_path_its_loss(batch, ce_share):
         InPlace(ce_share=ce_share): [ce_full, mix(small_BLV, full_BLV)],
     }
     for distillation, losses in expected.items():
-        found = [lesson.losses.loss for lesson in distillation.lessons(models, batch, policies=policies)]
+        found = [each.losses.loss for each in distillation.policy_losses(models, batch, policies=policies)]
         torch.testing.assert_close(found, losses)
     alone = [
-        lesson.losses.loss for lesson in InPlace(ce_share=ce_share).lessons(models, batch, policies=((small, False),))
+        policy_loss.losses.loss
+        for policy_loss in InPlace(ce_share=ce_share).policy_losses(models, batch, policies=((small, False),))
     ]
     torch.testing.assert_close(alone, [mix(small_BLV, full_BLV)])
 

@@ -72,7 +72,7 @@ def train(signal, router, decoder, *, steps: int, lr: float) -> list[dict]:
 def test_a_signal_refuses_a_router_that_it_cannot_train():
     router = StaticValueRouter(prices=PRICES, **NETWORK)
     with pytest.raises(
-        ConfigError, match=r"StaticValueRouter, which the signal surrogate cannot train, wanted .*static"
+        ConfigError, match=r"StaticValueRouter, which the signal surrogate cannot train; wanted a BudgetLogits router"
     ):
         surrogate("gap", router=router)
 
@@ -110,8 +110,10 @@ def test_elastic_training_learns_values_on_the_way(batch):
         optimizer = torch.optim.Adam(values.parameters(), lr=0.01)
         for step in range(steps):
             optimizer.zero_grad()
-            lesson, regression = objective.terms(StageModels(decoder, teacher), text(1000 + step, rows=32), step=step)
-            assert "loss_subnet" in lesson.logs
+            elastic_term, regression = objective.terms(
+                StageModels(decoder, teacher), text(1000 + step, rows=32), step=step
+            )
+            assert "loss_subnet" in elastic_term.logs
             regression.loss.backward()
             optimizer.step()
         assert all(parameter.grad is None for parameter in decoder.parameters()), "values teach the model nothing"
@@ -205,7 +207,7 @@ def test_the_token_surrogate_predicts_and_opens_its_gate():
         router = DynamicLogitsRouter(prices=TOKENS, **PER_TOKEN, **NETWORK)
         signal = DynamicSurrogateSignal(
             router, target=target, random_share=0.5, gate=0.9, cost_weight=1.0, dead_zone=0.01, entropy_weight=0.01,
-            pairs=PAIRS, hidden_width=16, lr=0.01, seed=0,
+            warm_start=True, hidden_width=16, lr=0.01, seed=0,
         )  # fmt: skip
         logs = train(signal, router, decoder, steps=120, lr=0.01)
         assert not logs[0]["gate_open"]
@@ -219,7 +221,7 @@ def test_a_closed_gate_moves_no_dynamic_router(batch):
     router = DynamicLogitsRouter(prices=TOKENS, **PER_TOKEN, **NETWORK)
     signal = DynamicSurrogateSignal(
         router, target="gap", random_share=0.5, gate=0.0, cost_weight=1.0, dead_zone=0.01, entropy_weight=0.01,
-        pairs=PAIRS, hidden_width=16, lr=0.01, seed=0,
+        warm_start=True, hidden_width=16, lr=0.01, seed=0,
     )  # fmt: skip
     for term in signal.terms(StageModels(random_decoder(CONFIG), router=router), batch, step=0):
         term.loss.backward()
@@ -278,7 +280,7 @@ def test_replay_keeps_the_newest_pairs():
     signal = surrogate("gap")
     for start in range(0, 520, 4):
         pairs = torch.zeros(4, len(SPACE.sites), SPACE.max_choices)
-        signal.remember(pairs, torch.arange(start, start + 4, dtype=torch.float32))
+        signal.add_pairs(pairs, torch.arange(start, start + 4, dtype=torch.float32))
     assert set(signal.targets.tolist()) == set(range(8, 520))
 
 

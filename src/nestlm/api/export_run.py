@@ -25,9 +25,8 @@ from nestlm.nn.decoder import Decoder
 from nestlm.pipeline.context import Context
 from nestlm.report.run_folder import PARENT
 from nestlm.report.tables import read_csv
-from nestlm.router.base import Answer, Router
-from nestlm.router.dynamic.base import DynamicRouter
-from nestlm.router.dynamic.plan import Plan
+from nestlm.router.base import RoutedPolicy, Router
+from nestlm.router.protocols import PlanningRouter, narrow
 from nestlm.spec import Budget
 
 TEXT_ROWS, TEXT_TOKENS = 4, 256  # of validation text, on which an export is compared
@@ -87,13 +86,13 @@ class Request:
 
 
 def export(
-    run: LoadedRun, answer: Answer, request: Request, *, budget: Budget, router: str, achieved: float | None
+    run: LoadedRun, routed: RoutedPolicy, request: Request, *, budget: Budget, router: str, achieved: float | None
 ) -> ExportCheck:
     """Write a stand-alone model, and check that it computes what the nested model does.
 
     Args:
         run: the nested model.
-        answer: what of it.
+        routed: what of it.
         request: where to, in which form; checked.
         budget: that was asked for.
         router: label of the router that answered.
@@ -117,7 +116,7 @@ def export(
     )
     facts = CardFacts(
         budget=str(budget),
-        achieved=costs(run, answer, achieved=achieved, text_BL=text_BL),
+        achieved=costs(run, routed, achieved=achieved, text_BL=text_BL),
         router=router,
         parent=parent_name(run.family, kept),
         fingerprint=run.provenance["data_fingerprint"],
@@ -126,7 +125,7 @@ def export(
     )
     return exporter.export_model(
         nested,
-        chosen(run, budget, answer),
+        chosen(run, budget, routed),
         request.out,
         form=cast(exporter.Format, request.form),
         precision=cast(Precision | None, request.precision),
@@ -135,14 +134,13 @@ def export(
     )
 
 
-def chosen(run: LoadedRun, budget: Budget, answer: Answer) -> exporter.ExportChoice:
-    """What an answer means for an export."""
-    if answer.spec is not None:
-        return exporter.ExportChoice(spec=answer.spec)
-    assert isinstance(run.router, DynamicRouter), "only such a router has plans"
-    assert answer.plan is not None, "tokens differ by a plan"
-    tariffs = run.router.tariffs(run.router.planned.bounds(budget))
-    return exporter.ExportChoice(routed=(run.router, Plan.from_json(answer.plan, tariffs=tariffs)))
+def chosen(run: LoadedRun, budget: Budget, routed: RoutedPolicy) -> exporter.ExportChoice:
+    """Return what an export holds of a chosen policy."""
+    if routed.spec is not None:
+        return exporter.ExportChoice(spec=routed.spec)
+    assert routed.plan is not None, "tokens differ by a plan"
+    router = narrow(run.router, PlanningRouter)
+    return exporter.ExportChoice(routed=(router, router.read_plan(budget, routed.plan)))
 
 
 def kept_parent(run: LoadedRun) -> ParentFiles | None:
@@ -176,17 +174,19 @@ def losses(run: LoadedRun, *, budget: Budget, router: str) -> dict[str, float]:
 
 
 @torch.no_grad()
-def costs(run: LoadedRun, answer: Answer, *, achieved: float | None, text_BL: Tensor) -> dict[str, tuple[str, float]]:
+def costs(
+    run: LoadedRun, routed: RoutedPolicy, *, achieved: float | None, text_BL: Tensor
+) -> dict[str, tuple[str, float]]:
     """What the choice costs, of each kind: amount and share of the whole model's.
 
     Where tokens differ it is of the run's own kind: the mean that the run measured, or that of the given text.
     """
-    spec = answer.spec
+    spec = routed.spec
     if spec is not None:
         tables = run.prices.tables.items()
         return {name: (f"{table.cost(spec):,.4g} {table.unit}", table.share(spec)) for name, table in tables}
     table = run.router.prices.main
     if achieved is None:
-        decided = (run.decoder(row_1L, answer.policy).decisions for row_1L in text_BL.split(1))
+        decided = (run.decoder(row_1L, routed.policy).decisions for row_1L in text_BL.split(1))
         achieved = float(torch.cat([spent_shares(each, table, batch_size=1) for each in decided]).mean())
     return {table.name: (f"{achieved * table.whole:,.4g} {table.unit}", achieved)}

@@ -27,7 +27,7 @@ from nestlm.eval.heldout import HeldOut, RunTasks, held_out, task_runner
 from nestlm.eval.policy_scores import evaluate
 from nestlm.export.export_check import ExportCheck
 from nestlm.generation.generate import generate
-from nestlm.generation.rows import policy_of_rows
+from nestlm.generation.rows import batch_policy
 from nestlm.generation.sampling import GREEDY, Sampling
 from nestlm.generation.text import continuation
 from nestlm.model.family import Family
@@ -38,9 +38,9 @@ from nestlm.pipeline.context import SKIPPABLE, Context
 from nestlm.pipeline.settings import Settings, View
 from nestlm.report.runs import read_provenance
 from nestlm.router.at_budget import AtBudget, recall
-from nestlm.router.base import Answer, Router
+from nestlm.router.base import RoutedPolicy, Router
 from nestlm.router.calibration_data import CalibrationData
-from nestlm.router.dynamic.base import DynamicRouter
+from nestlm.router.protocols import PlanningRouter, narrow
 from nestlm.router.static.knapsack import KnapsackRouter
 from nestlm.router.static.uniform import best_uniform
 from nestlm.spec import Budget
@@ -227,7 +227,7 @@ class NestedModel:
         """The next token of each prompt under its answer, step by step; None for one that has ended."""
         if len(prompts) != len(found):
             raise ConfigError(f"budgets: got {len(found)} for {len(prompts)} prompts, wanted one a prompt")
-        policy = policy_of_rows([each.answer for each in found], space=self.prices.space, device=self.device)
+        policy = batch_policy([each.routed for each in found], space=self.prices.space, device=self.device)
         return generate(
             self.decoder,
             prompts,
@@ -311,18 +311,18 @@ class NestedModel:
         if router is self.router and kept.is_file():
             return recall(kept, budget, router=router, prices=self.prices)
         router.check(budget)
-        answer = router.find(budget, calibration=self.calibration if router.needs_calibration else None)
-        achieved = None if answer.spec is None else self.prices.main.share(answer.spec)
-        return AtBudget(budget, label, answer, achieved, router.prices)
+        routed = router.find(budget, calibration=self.calibration if router.needs_calibration else None)
+        achieved = None if routed.spec is None else self.prices.main.share(routed.spec)
+        return AtBudget(budget, label, routed, achieved, router.prices)
 
     def router_of(self, policy: str) -> tuple[str, Router]:
         """Label and router of a policy. Raises ConfigError where the run has none."""
         own = self.settings.router
         if policy == own.policy:
             return own.label, self.router
-        if policy == "static" and isinstance(self.router, DynamicRouter):
+        if policy == "static" and self.router.per_token:
             static = KnapsackRouter(prices=self.prices)
-            static.sensitivities.copy_(self.router.measured)
+            static.sensitivities.copy_(narrow(self.router, PlanningRouter).measured)
             return "knapsack", static
         if policy not in POLICIES:
             raise ConfigError(f"router: got {policy!r}, wanted {' or '.join(POLICIES)}")
@@ -335,7 +335,7 @@ class NestedModel:
         """The best sub-network with the same widths in all layers. Raises BudgetError where none keeps the budget."""
         asked = budget if isinstance(budget, Budget) else Budget.parse(budget)
         spec = best_uniform(self.prices, asked, calibration=lambda: self.calibration)
-        return AtBudget(asked, "uniform", Answer(fixed(spec), spec), self.prices.main.share(spec), self.prices)
+        return AtBudget(asked, "uniform", RoutedPolicy(fixed(spec), spec), self.prices.main.share(spec), self.prices)
 
     def export(
         self,
@@ -369,7 +369,7 @@ class NestedModel:
         model = self if self.device.type == "cpu" else NestedModel.open(self.folder, self.settings, device="cpu")
         found = model.uniform(budget) if uniform else model.at(budget, router=router)
         run = LoadedRun(model.context, model.decoder, model.router, model.prices, model.metrics, model.provenance)
-        return export(run, found.answer, request, budget=found.budget, router=found.router, achieved=found.achieved)
+        return export(run, found.routed, request, budget=found.budget, router=found.router, achieved=found.achieved)
 
 
 def on_device(settings: Settings, device: str | None) -> Settings:

@@ -26,9 +26,8 @@ from nestlm.nn.policy import Policy, fixed
 from nestlm.pipeline.settings import Settings
 from nestlm.pipeline.tasks import elastic_task, joint_task, pretrain_task, router_task
 from nestlm.router.base import Router
-from nestlm.router.dynamic.base import DynamicRouter
+from nestlm.router.protocols import BudgetLogits, lacking, narrow
 from nestlm.router.relaxed import gated_policy
-from nestlm.router.static.logits import StaticLogitsRouter
 from nestlm.spec import Budget, SearchSpace, Site
 from nestlm.train.lightning_module import NestedLM
 from nestlm.train.task import Task
@@ -121,7 +120,7 @@ class FakeStep:
         teacher = self.decoder(tracker, settings, teaches=True) if settings.teacher.needs_teacher else None
         if self.stage == "elastic":
             return elastic_task(settings, decoder, teacher=teacher)
-        routed = router if isinstance(router, DynamicRouter) else Typical(router)
+        routed = router if router.per_token else Typical(router)
         return joint_task(settings, decoder, teacher=teacher, router=routed)
 
     def decoder(self, tracker: MemoryTracker, settings: Settings, *, teaches: bool = False) -> Decoder:
@@ -214,8 +213,9 @@ class Typical(Router):
         del budget, generator, row_shard
         space = self.prices.space
         chosen = [nearest(widths, ROUTED_SHARE * widths[-1]) for widths in space.choices.values()]
-        if isinstance(self.router, StaticLogitsRouter):
-            return gated_policy(space, self.router(torch.ones(1))[0].softmax(-1), torch.tensor(chosen))
+        if not lacking(self.router, BudgetLogits):
+            logits = narrow(self.router, BudgetLogits).budget_logits(torch.ones(1))[0]
+            return gated_policy(space, logits.softmax(-1), torch.tensor(chosen))
         return fixed(space.spec(dict(zip(space.sites, chosen, strict=True))))
 
 

@@ -25,8 +25,8 @@ from nestlm.nn.decoder import Decoder
 from nestlm.nn.kv_cache import KVCache
 from nestlm.nn.policy import WHOLE, Decision, Mixed, Policy, Stream, constant
 from nestlm.router.dynamic.base import features
-from nestlm.router.dynamic.pacing import LEVELS, Pace, PacedSite
-from nestlm.router.dynamic.token_bucket import Ledger
+from nestlm.router.dynamic.pacing import DEMAND_LEVELS, Pace, PacedSite
+from nestlm.router.dynamic.token_bucket import TokenBucket
 from nestlm.router.networks import SiteNetworks
 from nestlm.spec import SearchSpace, Site
 from nestlm.utils.console import track
@@ -297,7 +297,7 @@ def spec_policy(space: SearchSpace, indices: Indices) -> Policy:
 
 
 def routed(policy: Policy, *, space: SearchSpace, bench: Bench, hidden_width: int) -> Policy:
-    """The policy, after a router has decided at each site as dynamic ones do: network, pace and one ledger."""
+    """The policy, after a router has decided at each site as dynamic ones do: network, pace and one token bucket."""
     weight = bench.decoder.embed.weight
     networks = SiteNetworks(space, num_inputs=bench.decoder.config.hidden_size, hidden_width=hidden_width, init_std=0.1)
     networks.init_weights(seed=0)
@@ -305,10 +305,10 @@ def routed(policy: Policy, *, space: SearchSpace, bench: Bench, hidden_width: in
     rows = {site: row for row, site in enumerate(space.sites)}
     paced = []
     for widths in space.choices.values():
-        ledger = Ledger(torch.arange(1, len(widths) + 1, device=weight.device), income=len(widths))
-        priced_JK = torch.linspace(0.0, 1.0, len(LEVELS), dtype=torch.float64, device=weight.device)[:, None]
-        demands = (torch.zeros(len(LEVELS), dtype=torch.long, device=weight.device),)
-        paced.append(PacedSite(Pace(priced_JK * ledger.prices, demands), (ledger,), aim=1.0))
+        bucket = TokenBucket(torch.arange(1, len(widths) + 1, device=weight.device), refill_rate=len(widths))
+        priced_JK = torch.linspace(0.0, 1.0, len(DEMAND_LEVELS), dtype=torch.float64, device=weight.device)[:, None]
+        demands = (torch.zeros(len(DEMAND_LEVELS), dtype=torch.long, device=weight.device),)
+        paced.append(PacedSite(Pace(priced_JK * bucket.prices, demands), (bucket,), target_ratio=1.0))
 
     def decide(site: Site, hidden_BLD: Tensor, stream: Stream) -> Decision:
         row = rows.get(site)

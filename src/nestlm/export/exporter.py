@@ -34,8 +34,8 @@ from nestlm.model.family import Family
 from nestlm.model.parent_files import TOKENIZER_JSON, ParentFiles
 from nestlm.nn.decoder import Decoder
 from nestlm.nn.policy import Policy, fixed
-from nestlm.router.dynamic.base import DynamicRouter
 from nestlm.router.dynamic.plan import Plan
+from nestlm.router.protocols import PlanningRouter
 from nestlm.spec import SubnetSpec
 
 Format = Literal["hf", "gguf"]
@@ -70,7 +70,7 @@ class ExportChoice:
     """What is exported of it: one sub-network, or a router that keeps a budget by a plan."""
 
     spec: SubnetSpec | None = None
-    routed: tuple[DynamicRouter, Plan] | None = None
+    routed: tuple[PlanningRouter, Plan] | None = None
 
     @property
     def policy(self) -> Policy:

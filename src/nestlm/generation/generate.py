@@ -1,4 +1,4 @@
-"""Generation token by token, with a KV cache: of a batch of prompts, each under its part of a policy."""
+"""Generation token by token with a KV cache, for a batch of prompts of different lengths."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nestlm.nn.decoder import Decoder
 from nestlm.nn.kv_cache import KVCache
 from nestlm.nn.policy import Policy
 
-PADDING = -1  # a document number: nobody looks there
+PADDING = -1  # document number of padding, to which no token attends
 
 
 @torch.inference_mode()
@@ -31,21 +31,21 @@ def generate(
 ) -> Iterator[list[int | None]]:
     """Yield the next token of every row, step by step; None for rows that have ended.
 
-    Shorter prompts are padded on the left. Positions are rotary, so they count between real tokens only; padding is
-    seen by no token, no ledger and no budget.
+    Shorter prompts are padded on the left. Rotary positions are relative, so padding shifts nothing. No token attends
+    to it, and no token bucket counts it.
 
     Args:
         decoder: in eval mode.
         prompts: token ids, at least one a row.
-        policy: of the batch.
-        max_tokens: after the prompt, of each row.
-        sampling: how tokens are chosen.
-        stop: tokens that end a row; they are not yielded.
-        precision: makes the context in which the model runs.
+        policy: policy of the batch, see `batch_policy`.
+        max_tokens: number of tokens after the prompt, for each row.
+        sampling: how tokens are drawn.
+        stop: token ids that end a row; they are not yielded.
+        precision: returns the context in which the model runs, such as autocast.
 
     Raises:
-        ConfigError: no token is asked for.
-        DataError: a prompt that leaves no room for them in the model's context.
+        ConfigError: `max_tokens` is below 1.
+        DataError: a prompt leaves no room for `max_tokens` in the model's context.
     """
     check_lengths([len(prompt) for prompt in prompts], max_tokens=max_tokens, context=decoder.config.context_length)
     device = decoder.embed.weight.device
@@ -76,7 +76,11 @@ def generate(
 
 
 def left_padded(prompts: Sequence[Sequence[int]], *, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Prompts as rows (B, L) that end together, and which document tokens are of; None where nothing is padded."""
+    """Pad prompts on the left.
+
+    Returns:
+        Tokens (B, L), and document numbers (B, L), PADDING where padded; None where no prompt is padded.
+    """
     length = max(map(len, prompts))
     tokens_BL = torch.zeros(len(prompts), length, dtype=torch.long)
     documents_BL = torch.full_like(tokens_BL, PADDING)
@@ -88,7 +92,7 @@ def left_padded(prompts: Sequence[Sequence[int]], *, device: torch.device) -> tu
 
 
 def check_lengths(lengths: Sequence[int], *, max_tokens: int, context: int) -> None:
-    """Raise where prompts and what is to be generated do not fit into the context."""
+    """Raise ConfigError or DataError unless prompts and `max_tokens` new tokens fit into a context of a length."""
     if max_tokens <= 0:
         raise ConfigError(f"max_tokens: got {max_tokens}, wanted 1 or more")
     longest, total = max(lengths), max(lengths) + max_tokens

@@ -1,4 +1,4 @@
-"""One batch in which each row runs at a budget of its own: answers of routers, put together into one policy."""
+"""One policy for a batch in which each row runs at a budget of its own."""
 
 from __future__ import annotations
 
@@ -8,58 +8,58 @@ import torch
 from torch import Tensor
 
 from nestlm.nn.policy import WHOLE, Decision, Mixed, Policy, Stream, mixed
-from nestlm.router.base import Answer
+from nestlm.router.base import RoutedPolicy
 from nestlm.spec import SearchSpace, Site
 
 
-def policy_of_rows(answers: Sequence[Answer], *, space: SearchSpace, device: torch.device) -> Policy:
-    """The policy of a batch, one answer a row. Rows of the same answer are decided on together.
+def batch_policy(rows: Sequence[RoutedPolicy], *, space: SearchSpace, device: torch.device) -> Policy:
+    """Combine the policies of rows into the policy of a batch. Rows of the same object are decided on together.
 
     Args:
-        answers: of one model, of routers over the same space.
-        space: its choices.
-        device: where the model computes.
+        rows: what routers over the same space chose, one a row.
+        space: sites and choices of the model.
+        device: device of the model.
     """
     groups: dict[int, list[int]] = {}
-    for row, answer in enumerate(answers):
-        groups.setdefault(id(answer), []).append(row)
-    specs = [answer.spec for answer in answers]
+    for number, routed in enumerate(rows):
+        groups.setdefault(id(routed), []).append(number)
+    specs = [routed.spec for routed in rows]
     if len(groups) == 1 or (len(set(specs)) == 1 and None not in specs):
-        return answers[0].policy
+        return rows[0].policy
     known = [space.indices(spec) for spec in specs if spec is not None]
-    if len(known) == len(answers):
+    if len(known) == len(rows):
         return mixed(space, torch.tensor(known, device=device).T.contiguous())
-    parts = [(torch.tensor(rows, device=device), answers[rows[0]].policy) for rows in groups.values()]
+    parts = [(torch.tensor(numbers, device=device), rows[numbers[0]].policy) for numbers in groups.values()]
 
     def policy(site: Site, hidden_BLD: Tensor, stream: Stream) -> Decision:
         widths = space.choices.get(site)
         if widths is None:
             return WHOLE
         index_BL = torch.empty(hidden_BLD.shape[:2], dtype=torch.long, device=hidden_BLD.device)
-        for number, (rows, part) in enumerate(parts):
-            real_BL = None if stream.real_BL is None else stream.real_BL[rows]
-            width = part(site, hidden_BLD[rows], Stream(real_BL, Notes(stream.memory, number))).width
-            index_BL[rows] = choice_of(width, widths)
+        for owner, (numbers, part) in enumerate(parts):
+            real_BL = None if stream.real_BL is None else stream.real_BL[numbers]
+            width = part(site, hidden_BLD[numbers], Stream(real_BL, OwnedMemory(stream.memory, owner))).width
+            index_BL[numbers] = choice_indices(width, widths)
         return Decision(Mixed(widths, index_BL))
 
     return policy
 
 
-def choice_of(width: int | Mixed | None, widths: tuple[int, ...]) -> Tensor:
-    """A width as indices of a site's choices, broadcastable to (B, L)."""
+def choice_indices(width: int | Mixed | None, widths: tuple[int, ...]) -> Tensor:
+    """Turn the width of a decision into indices of the site's choices, broadcastable to (B, L)."""
     if isinstance(width, Mixed):
         return width.index if width.index.ndim == 2 else width.index[:, None]
     return torch.tensor(len(widths) - 1 if width is None else widths.index(width))
 
 
-class Notes(MutableMapping[Site, Tensor]):
-    """What one of several policies remembers, in a memory that they share."""
+class OwnedMemory(MutableMapping[Site, Tensor]):
+    """The entries of one policy in a memory that several policies share, by site."""
 
     def __init__(self, memory: MutableMapping[Site, Tensor], owner: int) -> None:
         self.memory, self.prefix = memory, f"{owner}/"
 
     def key(self, site: Site) -> Site:
-        """The site's name in the shared memory."""
+        """Return the key of a site in the shared memory."""
         return Site(self.prefix + site.axis, site.layer)
 
     def __getitem__(self, site: Site) -> Tensor:

@@ -1,4 +1,4 @@
-"""How the next token is chosen."""
+"""Sampling of the next token: greedy, by temperature, and from the nucleus."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Sampling:
 
     Attributes:
         temperature: divides the logits; 0 takes the likeliest token.
-        top_p: the smallest set of likeliest tokens that holds this much probability is drawn from.
-        seed: the number drawn for a row's n-th token depends on it and n only, so that a row is the same in any batch.
+        top_p: tokens are drawn from the smallest set of likeliest tokens that holds this much probability.
+        seed: the random number of the n-th token depends on seed and n only, so a row is the same in any batch.
     """
 
     temperature: float = 0.0
@@ -32,11 +32,11 @@ class Sampling:
             raise ConfigError(f"top_p: got {self.top_p}, wanted more than 0, at most 1")
 
     def pick(self, logits_BV: Tensor, *, number: int) -> Tensor:
-        """A token a row, (B,).
+        """Draw one token a row, (B,).
 
         Args:
-            logits_BV: of the next token.
-            number: how many tokens were picked before.
+            logits_BV: logits of the next token.
+            number: number of tokens that were drawn before.
         """
         if self.temperature == 0.0:
             return logits_BV.argmax(-1)
@@ -44,7 +44,7 @@ class Sampling:
         ordered_BV = chances_BV.sort(-1, descending=True).values
         enough_B1 = (ordered_BV.cumsum(-1) < self.top_p).sum(-1, keepdim=True).clamp_max(chances_BV.shape[-1] - 1)
         chances_BV = chances_BV * (chances_BV >= ordered_BV.gather(-1, enough_B1))
-        # summed in the order of tokens: that of chances would change where two are almost equal
+        # summed by token number: the order by probability would change where two are almost equal
         sums_BV = chances_BV.cumsum(-1)
         drawn_B1 = Random(f"sampling/{self.seed}/{number}").random() * sums_BV[:, -1:]
         return torch.searchsorted(sums_BV, drawn_B1, right=True).squeeze(-1)

@@ -1,4 +1,4 @@
-"""From tokens back to text: of a whole continuation, and piece by piece."""
+"""Turns generated tokens into text: a whole continuation at once, or piece by piece."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from collections.abc import Sequence
 
 from tokenizers import Tokenizer
 
-BYTE = re.compile("<0x[0-9A-F]{2}>")  # how SentencePiece's vocabularies spell a byte
+BYTE = re.compile("<0x[0-9A-F]{2}>")  # a byte in SentencePiece vocabularies
 REPLACEMENT = "\ufffd"
 WINDOW = 128  # tokens that are decoded again with the next one: the text of a token depends on those before it
 
 
 def continuation(tokenizer: Tokenizer, prompt: Sequence[int], tokens: Sequence[int]) -> str:
-    """The text of tokens, as it follows a prompt: some tokenizers leave a space out at the start of a text."""
+    """Decode tokens that follow a prompt; decoded alone, some tokenizers would drop a space at the start."""
     return tokenizer.decode([*prompt, *tokens])[len(tokenizer.decode(list(prompt))) :]
 
 
 class TextStream:
-    """Hands out whole characters as tokens come: one may take several tokens.
+    """Decodes tokens one by one, and returns only complete characters: a character may take several tokens.
 
-    Bytes that are no UTF-8 come as replacement characters. A run of byte tokens is handed out with the first token that
-    is none: a single wrong byte makes the tokenizer's decoder replace all bytes of the run.
+    Bytes that are not UTF-8 become replacement characters. Byte tokens wait until a token follows that is none, since a
+    single wrong byte makes the tokenizer's decoder replace the whole run of bytes.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
@@ -29,7 +29,7 @@ class TextStream:
         self.context, self.known, self.waiting = list(prompt), tokenizer.decode(list(prompt)), list[int]()
 
     def add(self, token: int) -> str:
-        """What is sure to be the text's next piece; it may be empty."""
+        """Add a token and return the text that is complete by now; it may be empty."""
         self.waiting.append(token)
         if BYTE.fullmatch(self.tokenizer.id_to_token(token) or ""):
             return ""
@@ -41,5 +41,5 @@ class TextStream:
         return piece
 
     def rest(self) -> str:
-        """What no further token has completed."""
+        """Return the text of the tokens that are still waiting, incomplete characters replaced."""
         return self.tokenizer.decode([*self.context, *self.waiting])[len(self.known) :]

@@ -25,7 +25,7 @@ from nestlm.router.dynamic.base import Granularity
 from nestlm.spec import Budget, SearchSpace
 from nestlm.train.objective.base import Signal
 from nestlm.train.objective.distillation import DistillationLoss
-from nestlm.train.objective.elastic_values import ElasticValues, by_token
+from nestlm.train.objective.elastic_values import ElasticValues, draws_per_token
 from nestlm.train.optim import OptimSettings
 from nestlm.train.settings import ElasticSettings, JointSettings, RouterSettings, StageSettings
 from nestlm.train.trainer_arguments import TrainerArguments, check_devices
@@ -150,7 +150,7 @@ class Settings:
         """What learns the values of choices along with the model; None where tokens do not draw their own."""
         settings = self.elastic.values
         drawn = self.sampler.draw(self.space(), seed=self.seed, step=0, batch=(1, 1))
-        if settings is None or not any(by_token(each) for each in drawn):
+        if settings is None or not any(draws_per_token(each) for each in drawn):
             return None
         return ElasticValues(
             self.space(),

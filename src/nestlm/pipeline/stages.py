@@ -28,7 +28,7 @@ from nestlm.nn.policy import fixed, full
 from nestlm.pipeline.context import LATENCY_TABLE, MODEL, RECORD, ROUTER, SKIPPABLE, Context
 from nestlm.pipeline.flops import flops_table
 from nestlm.pipeline.tasks import elastic_task, joint_task, pretrain_task, router_task
-from nestlm.router.base import Answer, Router
+from nestlm.router.base import RoutedPolicy, Router
 from nestlm.router.calibration_data import CalibrationData
 from nestlm.router.static.uniform import UniformRouter
 from nestlm.spec import Budget
@@ -204,7 +204,7 @@ class Found:
 
     router: str
     budget: Budget
-    answer: Answer
+    routed: RoutedPolicy
     prices: PriceList
     seconds: float
     name: str
@@ -222,10 +222,10 @@ def evaluate(context: Context) -> Result:
         for label, candidate in routers.items()
         for budget in settings.budgets
     ]
-    seconds = forward_seconds(calibration, [full, *(item.answer.policy for item in found)], num_rows=TIMED_ROWS)
+    seconds = forward_seconds(calibration, [full, *(item.routed.policy for item in found)], num_rows=TIMED_ROWS)
     scores = context.score(
         decoder,
-        {"full": full} | {item.name: item.answer.policy for item in found},
+        {"full": full} | {item.name: item.routed.policy for item in found},
         prices={"full": prices} | {item.name: item.prices for item in found},
     )
     return {
@@ -255,7 +255,7 @@ def find(label: str, router: Router, budget: Budget, *, calibration: Calibration
 
 def row(context: Context, item: Found, scores: Scores, *, whole: Scores, prices: PriceList) -> dict[str, Any]:
     """A line of results.csv. What a dynamic router stores is the whole model, whatever it uses."""
-    main, spec = prices.main, item.answer.spec
+    main, spec = prices.main, item.routed.spec
     stored = prices.space.full() if spec is None else spec
     spent = scores.spending[main.name] if spec is None else Spending(main.share(spec), 0.0, main.share(spec))
     sizes = {name: prices.tables[name].cost(stored) for name in context.settings.costs}
@@ -280,9 +280,9 @@ def row(context: Context, item: Found, scores: Scores, *, whole: Scores, prices:
 
 def choice(item: Found, scores: Scores) -> dict[str, Any]:
     """What is kept of an answer: widths (of a dynamic router their means), and the plan by which a budget is kept."""
-    if item.answer.spec is not None:
-        return {"widths": item.answer.spec.widths_by_axis()}
-    return {"widths": dict(scores.widths), "plan": item.answer.plan}
+    if item.routed.spec is not None:
+        return {"widths": item.routed.spec.widths_by_axis()}
+    return {"widths": dict(scores.widths), "plan": item.routed.plan}
 
 
 def readings(context: Context, scores: Scores) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What a router is: for a budget, a policy that keeps it."""
+"""The base class of all routers: a router finds, for a budget, a policy that keeps it."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from nestlm.spec import Budget, SubnetSpec
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What a router found for a budget.
+class RoutedPolicy:
+    """The sub-network, or the per-token policy, that a router chose for a budget.
 
     Attributes:
-        policy: as the decoder takes it.
-        spec: the one sub-network that serves all tokens; None where tokens differ.
-        plan: how a dynamic router keeps the budget, as plain values.
+        policy: what the decoder is called with.
+        spec: the sub-network that serves all tokens; None where choices differ between tokens.
+        plan: how a dynamic router keeps the budget, as plain values (`Plan.to_json`); None otherwise.
     """
 
     policy: Policy
@@ -32,11 +32,11 @@ class Answer:
 
 
 class Router(nn.Module):
-    """Finds policies within budgets. One whose choice is the same for every token only defines `spec`.
+    """Finds policies within budgets. A router that chooses the same for every token only overrides `spec`.
 
     Attributes:
-        per_token: whether tokens differ in what it chooses for them.
-        needs_calibration: whether it cannot answer well without calibration text.
+        per_token: whether choices differ between tokens.
+        needs_calibration: whether `find` needs calibration text.
     """
 
     per_token: ClassVar[bool] = False
@@ -48,7 +48,7 @@ class Router(nn.Module):
 
     @property
     def floor(self) -> float:
-        """The smallest share of the run's cost that can be kept."""
+        """The smallest share of the run's cost that the router can keep."""
         return self.prices.main.share(self.prices.space.smallest())
 
     def check(self, budget: Budget) -> None:
@@ -56,44 +56,48 @@ class Router(nn.Module):
         self.prices.check(budget)
 
     def prepare(self, calibration: CalibrationData) -> None:
-        """Measure what all budgets need, once; the results belong to the router's state."""
+        """Measure once what `find` needs for every budget, and keep it in buffers of the module."""
 
     def spec(self, budget: Budget, *, calibration: CalibrationData | None = None) -> SubnetSpec:
-        """The sub-network for a budget; its cost is never above it.
+        """Return the sub-network for a budget; its cost is never above the budget.
 
         Args:
-            budget: what must be kept.
-            calibration: calibration text to try candidates on, for routers that search.
+            budget: one limit or several.
+            calibration: text on which a searching router tries candidates; without it the first candidate is returned.
 
         Raises:
             BudgetError: even the smallest sub-network costs more.
         """
-        raise TypeError(f"{type(self).__name__} decides per token: ask it for an answer, not for one spec")
+        raise TypeError(f"{type(self).__name__} chooses for each token: call `find` for a policy, not `spec`")
 
-    def find(self, budget: Budget, *, calibration: CalibrationData | None = None) -> Answer:
-        """The policy for a budget.
+    def find(self, budget: Budget, *, calibration: CalibrationData | None = None) -> RoutedPolicy:
+        """Return the policy for a budget.
+
+        Args:
+            budget: one limit or several.
+            calibration: text; a router with `needs_calibration` wants it.
 
         Raises:
             BudgetError: even the cheapest choices cost more.
         """
         spec = self.spec(budget, calibration=calibration)
-        return Answer(fixed(spec), spec)
+        return RoutedPolicy(fixed(spec), spec)
 
-    def recall(self, budget: Budget, plan: Mapping[str, Any]) -> Answer:
-        """The answer to a budget that was found before, from its plan.
+    def recall(self, budget: Budget, plan: Mapping[str, Any]) -> RoutedPolicy:
+        """Rebuild the policy that `find` returned before, from its plan.
 
         Raises:
-            KeyError, TypeError, ValueError: it is no plan of this router's.
+            KeyError, TypeError, ValueError: the values are no plan of this router.
         """
-        raise TypeError(f"{type(self).__name__} names one sub-network for a budget: it makes no plans")
+        raise TypeError(f"{type(self).__name__} chooses one sub-network for a budget: it makes no plans")
 
     def draw(self, budget: Budget, *, generator: torch.Generator, row_shard: RowShard = ALL_ROWS) -> Policy:
-        """A policy for training at a budget. A router that learns samples it, with gradients to its own weights.
+        """Return a policy for one step of joint tuning. A router that learns samples it, with gradients to its weights.
 
         Args:
-            budget: what must be kept.
-            generator: of the sample, the same on all ranks.
-            row_shard: which rows of the step it will see.
+            budget: one limit or several.
+            generator: for the sample, in the same state on all ranks.
+            row_shard: this rank's rows of the step's batch.
         """
         del generator, row_shard
         return fixed(self.spec(budget))

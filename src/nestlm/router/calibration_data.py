@@ -1,4 +1,4 @@
-"""Calibration text, on which routers try what they consider."""
+"""Calibration text: batches on which routers measure sub-networks and policies."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class CalibrationData:
 
     Attributes:
         decoder: the model.
-        batches: what it is tried on.
-        precision: makes the context in which the model runs, as in training and scoring: autocast, where that is mixed.
+        batches: calibration text.
+        precision: returns the context in which the model runs, such as autocast where training is in mixed precision.
     """
 
     decoder: Decoder
@@ -35,23 +35,23 @@ class CalibrationData:
 
     @property
     def device(self) -> torch.device:
-        """Where the model and the batches are."""
+        """Device of the model and the batches."""
         return next(self.decoder.parameters()).device
 
     @torch.no_grad()
     def run(self, batch: Batch, policy: Policy, read: Reader = F.linear) -> DecoderOutput:
-        """What the model answers to a batch under a policy."""
+        """Run the model on a batch under a policy, without gradients."""
         with self.precision():
             return self.decoder(batch.tokens_BL, policy, documents_BL=batch.documents_BL, read=read)
 
     def outputs(self, policy: Policy) -> Iterator[tuple[Batch, DecoderOutput]]:
-        """What the model answers to each batch."""
+        """Run the model on each batch under a policy."""
         for batch in self.batches:
             yield batch, self.run(batch, policy)
 
     @torch.no_grad()
     def sensitivities(self, space: SearchSpace) -> Tensor:
-        """What each choice adds to the loss when all other sites run whole, (sites, max choices) in float64."""
+        """Measure what each choice adds to the loss when all other sites run whole, (sites, max choices) in float64."""
         whole = self.loss(full)
         added = torch.zeros(len(space.sites), space.max_choices, dtype=torch.float64)
         for row, (site, widths) in enumerate(space.choices.items()):
@@ -61,7 +61,7 @@ class CalibrationData:
         return added
 
     def loss(self, policy: Policy) -> float:
-        """Mean negative log-likelihood of the text, in nats a token; all ranks go by what rank 0 found."""
+        """Return the mean negative log-likelihood in nats per token; all ranks return what rank 0 measured."""
         total, tokens = 0.0, 0
         for batch in self.batches:
             total += float(self.run(batch, policy, LossReader(batch.targets_BL)).read.text_BL.sum())

@@ -1,4 +1,4 @@
-"""Random draws of choices that carry gradients to the router that they were drawn from."""
+"""Random choices with gradients to the router: straight-through gates, soft masks, and the cost loss."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ LEAST_LOG = -1e4  # 0 times it is 0
 
 
 def gumbel_noise(shape: torch.Size, *, generator: torch.Generator, row_shard: RowShard = ALL_ROWS) -> Tensor:
-    """Noise whose addition to logits makes their argmax a draw from their softmax.
+    """Draw standard Gumbel noise: the argmax of logits plus this noise is a sample from their softmax.
 
     Args:
-        shape: of the logits, whose first dimension is a rank's rows where a step is shared.
-        generator: of the noise of all rows.
-        row_shard: which rows these are.
+        shape: of the logits; the first dimension is this rank's rows where ranks share a step.
+        generator: for the noise of the rows of all ranks.
+        row_shard: this rank's rows.
     """
     everywhere = (row_shard.total(shape[0]), *shape[1:])
     uniform = row_shard.own(torch.rand(everywhere, generator=generator)).clamp_min(1e-20)
@@ -28,37 +28,37 @@ def gumbel_noise(shape: torch.Size, *, generator: torch.Generator, row_shard: Ro
 
 
 def sample_choices(logits: Tensor, *, generator: torch.Generator, row_shard: RowShard = ALL_ROWS) -> Tensor:
-    """Choice indices drawn from softmax(logits): (..., max choices) to (...)."""
+    """Draw choice indices from softmax(logits): (..., K) to (...)."""
     return (logits + gumbel_noise(logits.shape, generator=generator, row_shard=row_shard).to(logits)).argmax(-1)
 
 
 def entropy(logits: Tensor) -> Tensor:
-    """Entropy of softmax(logits) in nats, (..., K) to (...); choices that a site has not are at -inf."""
+    """Return the entropy of softmax(logits) in nats, (..., K) to (...); logits may be -inf."""
     log_probabilities = logits.log_softmax(-1)
     return -(log_probabilities.exp() * log_probabilities.clamp_min(LEAST_LOG)).sum(-1)
 
 
-def at_least(probabilities: Tensor) -> Tensor:
-    """Probability that each choice or a wider one is taken, (..., K): that the units it adds run."""
+def tail_probabilities(probabilities: Tensor) -> Tensor:
+    """Return the probability that each choice or a wider one is taken, (..., K): that the units it adds run."""
     return probabilities.flip(-1).cumsum(-1).flip(-1)
 
 
 def straight_through(probabilities: Tensor) -> Tensor:
-    """Factors of the bands: their value is 1, their gradient that of the probability that the band runs.
+    """Return gates of value 1, (..., K), whose gradient is that of the probability that the units of a choice run.
 
     Units outside the drawn prefix are not computed and get their gradient in other draws (our choice).
     """
-    soft = at_least(probabilities)
+    soft = tail_probabilities(probabilities)
     return 1.0 + (soft - soft.detach())
 
 
 def gated_policy(space: SearchSpace, probabilities: Tensor, choices: Tensor) -> Policy:
-    """Run one drawn spec for all tokens, with straight-through gates.
+    """Return the policy that runs one drawn sub-network for all tokens, with straight-through gates.
 
     Args:
-        space: the choices.
+        space: sites and choices.
         probabilities: (sites, max choices), 0 where a site has fewer.
-        choices: index drawn at each site, (sites,).
+        choices: index that was drawn at each site, (sites,).
     """
     gates = straight_through(probabilities)
     decisions: dict[Site, Decision] = {}
@@ -69,23 +69,31 @@ def gated_policy(space: SearchSpace, probabilities: Tensor, choices: Tensor) -> 
 
 
 def gated_tokens(widths: tuple[int, ...], probabilities_BLK: Tensor, index_BL: Tensor) -> Decision:
-    """Run what was drawn for each token at a site, with straight-through gates."""
+    """Return the decision that runs drawn choices (B, L) of one site, with straight-through gates."""
     return Decision(Mixed(widths, index_BL), straight_through(probabilities_BLK), probabilities_BLK)
 
 
 def soft_mask(widths: tuple[int, ...], logits: Tensor, *, noise: Tensor, temperature: float, gain: float) -> Decision:
-    """Run the whole site, each unit weighed by how likely it runs under a Gumbel-softmax draw, (K,) or (B, L, K).
+    """Return the decision that runs a whole site with each unit weighed by a Gumbel-softmax sample.
 
-    As in LLaMaFlex and Nemotron Elastic: a gain sharpens the logits, a temperature the draw.
+    The weight is the probability that the unit runs, as in LLaMaFlex and Nemotron Elastic.
+
+    Args:
+        widths: of the site's choices.
+        logits: (K,) or (B, L, K).
+        noise: from `gumbel_noise`, of the shape of the logits.
+        temperature: of the sample; towards 0 it becomes one choice.
+        gain: factor of the logits.
     """
     drawn = ((gain * logits + noise) / temperature).softmax(-1)
-    return Decision(None, by_unit(at_least(drawn), widths), (gain * logits).softmax(-1))
+    return Decision(None, by_unit(tail_probabilities(drawn), widths), (gain * logits).softmax(-1))
 
 
 def mean_probabilities(space: SearchSpace, decisions: Mapping[Site, Decision]) -> Tensor | None:
-    """The distributions that a pass drew from: (sites, max choices), or (B, sites, max choices) as means over tokens.
+    """Stack the distributions from which the choices of a forward pass were drawn.
 
-    None if it drew from none.
+    Returns:
+        (sites, max choices), or (B, sites, max choices) as means over tokens; None where a choice was not drawn.
     """
     rows = []
     for site in space.sites:
@@ -98,5 +106,5 @@ def mean_probabilities(space: SearchSpace, decisions: Mapping[Site, Decision]) -
 
 
 def budget_loss(expected_share: Tensor, target: Tensor, *, dead_zone: float) -> Tensor:
-    """How far an expected cost is from its budget, relative to the budget, beyond a dead zone: |c/b - 1| - zone."""
+    """Return how far a cost c is from its budget b beyond a dead zone: `max(0, |c/b - 1| - zone)`."""
     return ((expected_share / target - 1.0).abs() - dead_zone).clamp_min(0.0)

@@ -56,32 +56,32 @@ class JointSettings(StageSettings):
 
 @dataclass(frozen=True)
 class RouterSettings:
-    """The router group.
+    """The router group. A router that learns nothing leaves the fields with defaults out.
 
     Attributes:
-        name: as in `router=NAME`.
-        policy: `static`, or `dynamic` where the network sees hidden states and tokens differ.
+        name: NAME of `router=NAME`.
+        policy: `static` chooses one sub-network for all tokens; `dynamic` chooses for each token from its hidden state.
+        network: makes the router from a price list.
+        num_sequences: calibration sequences on which the router tries candidates or meets budgets.
         granularity: of a dynamic policy: a decision for each `token`, or for each `prompt`, whose first `prompt_tokens`
             run whole.
-        prompt_tokens: P.
-        network: makes the router from a price list.
-        signal: makes the objective that trains it; None where nothing is learned.
-        num_sequences: calibration sequences on which the router tries candidates or meets budgets.
+        prompt_tokens: number of those first tokens.
+        signal: makes the objective that trains the router; None where nothing is learned.
         steps: training steps of the router stage.
         lr: peak learning rate of the router, in its own stage.
-        joint_lr: the same in joint tuning.
+        joint_lr: peak learning rate of the router in joint tuning.
     """
 
     name: str
     policy: Literal["static", "dynamic"]
-    granularity: Literal["token", "prompt"]
-    prompt_tokens: int
     network: Annotated[Callable[..., Router], Deferred(("prices", "hidden_size", "granularity"))]
-    signal: Annotated[Callable[..., Signal], Deferred(("router",))] | None
     num_sequences: int
-    steps: int
-    lr: float
-    joint_lr: float
+    granularity: Literal["token", "prompt"] = "token"
+    prompt_tokens: int = 0
+    signal: Annotated[Callable[..., Signal], Deferred(("router",))] | None = None
+    steps: int = 0
+    lr: float = 0.0
+    joint_lr: float = 0.0
 
     def __post_init__(self) -> None:
         check_folder_name(self.name, "router.name", parts=1)
@@ -89,7 +89,7 @@ class RouterSettings:
             raise ConfigError(f"router.steps: got {self.steps}, wanted 0 or more")
         if self.signal is not None and (self.lr <= 0 or self.joint_lr <= 0):
             raise ConfigError(f"router: got lr={self.lr}, joint_lr={self.joint_lr}, wanted positive learning rates")
-        if self.prompt_tokens <= 0 or self.num_sequences <= 0:
+        if self.num_sequences <= 0 or (self.signal is not None and self.prompt_tokens <= 0):
             raise ConfigError(
                 f"router: got prompt_tokens={self.prompt_tokens}, num_sequences={self.num_sequences}, wanted 1 or more"
             )
@@ -102,21 +102,26 @@ class RouterSettings:
             raise ConfigError(
                 f"router.policy: got dynamic, but router={self.name} learns nothing; set router.policy=static"
             )
-        decides = getattr(getattr(self.network, "func", None), "per_token", self.per_token)  # functions make either
-        if decides != self.per_token:
-            policies = {True: "dynamic", False: "static"}
+        self.check_policy()
+
+    def check_policy(self) -> None:
+        """Raise ConfigError where the class of the router has the other policy only."""
+        made = getattr(self.network, "func", self.network)  # a class; a function makes one for either policy
+        per_token = getattr(made, "per_token", self.per_token)
+        if per_token != self.per_token:
+            wanted = "dynamic" if per_token else "static"
             raise ConfigError(
-                f"router.policy: got {self.policy}, but router={self.name} has no such policy; set "
-                f"router.policy={policies[decides]}"
+                f"router.policy: got {self.policy}, but {made.__name__} of router={self.name} is {wanted} only; set "
+                f"router.policy={wanted}"
             )
 
     @property
     def per_token(self) -> bool:
-        """Whether tokens differ."""
+        """Whether the router chooses for each token."""
         return self.policy == "dynamic"
 
     @property
     def label(self) -> str:
-        """As in tables: `uniform`, `surrogate-static`, `value-dynamic-prompt`."""
+        """Name in tables, such as `uniform`, `surrogate-static` or `value-dynamic-prompt`."""
         parts = [self.name, *([self.policy] if self.signal is not None else [])]
         return "-".join([*parts, "prompt"] if self.granularity == "prompt" else parts)

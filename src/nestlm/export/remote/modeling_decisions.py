@@ -166,7 +166,7 @@ class Chooser(nn.Module):
         if self.prompt_tokens:
             index, routing.after[site] = self.by_prompt(scores, real, kept, routing.saved, site)
         else:
-            index, routing.after[site] = self.by_token(scores, real, kept)
+            index, routing.after[site] = self.draws_per_token(scores, real, kept)
         return index if documents is None else documents.gather(index, hidden_BLD.shape[:2])
 
     def opening(self, rows: int) -> Tensor:
@@ -176,7 +176,7 @@ class Chooser(nn.Module):
         each = torch.cat((torch.zeros_like(self.prices), PATIENCE * (self.demands - self.aims[:, None])), dim=1)
         return each.expand(rows, -1, -1)
 
-    def by_token(self, scores_BLK: Tensor, real_BL: Tensor | None, kept: Tensor) -> tuple[Tensor, Tensor]:
+    def draws_per_token(self, scores_BLK: Tensor, real_BL: Tensor | None, kept: Tensor) -> tuple[Tensor, Tensor]:
         """What tokens want at the multiplier that their sequence could have afforded, or what its ledger allows."""
         choices = self.choices
         wanted_JBL = self.wanted(scores_BLK)

@@ -1,4 +1,4 @@
-"""What routers that look at each token share: the choice by `score - multiplier * cost`, the ledger, calibration."""
+"""The base class of routers that choose for each token, by `score - multiplier * cost` under a plan."""
 
 from __future__ import annotations
 
@@ -6,23 +6,24 @@ from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import override
 
 from nestlm.cost.knapsack import cheapest_within, use_up
 from nestlm.cost.table import Bound, CostTable, PriceList, TokenTable
 from nestlm.nn.policy import WHOLE, Decision, Mixed, Policy, Stream, fixed, full
-from nestlm.router.base import Answer, Router
+from nestlm.router.base import RoutedPolicy, Router
 from nestlm.router.calibration_data import CalibrationData
-from nestlm.router.dynamic.plan import Plan, Tariff, solve
+from nestlm.router.dynamic.plan import FixedPointPrices, Plan, solve_plan
 from nestlm.spec import Budget, Site
 
-LEAST_USED = 0.99  # of the bounds, by a plan in which no site decides
-CAUTIONS = (1.0, 3.0)  # with which plans are tried
-ROUNDS = 3  # of calibration: choices change the hidden states that later choices are made on
+LEAST_USED = 0.99  # share of the limits that a plan in which no site decides must use
+GAIN_THRESHOLDS = (1.0, 3.0)  # with which plans are tried
+ROUNDS = 3  # of calibration: choices change the hidden states on which later choices are made
 Scorer = Callable[[int, Tensor], Tensor]
 
 
@@ -41,10 +42,16 @@ class Granularity:
 
 
 class DynamicRouter(Router):
-    """Scores the choices of each token at each site from its hidden state, which no later token has touched."""
+    """Scores the choices of each token at each site from its hidden state, which no later token has touched.
 
-    per_token = True
-    needs_calibration = True
+    Attributes:
+        rows: number of each site in the search space.
+        planned: prices by which plans are made: those of the router, less what the first tokens of prompts cost.
+        measured: what each choice adds to the loss beside sites that run whole, in nats, (sites, max choices).
+    """
+
+    per_token: ClassVar[bool] = True
+    needs_calibration: ClassVar[bool] = True
     measured: Tensor
 
     def __init__(self, prices: PriceList, *, hidden_size: int, granularity: Granularity) -> None:
@@ -60,130 +67,156 @@ class DynamicRouter(Router):
 
     @abstractmethod
     def scorer(self, share: float) -> Scorer:
-        """A function of (site's row, features (B, L, D)) to the scores of its choices (B, L, K) at a budget's share.
+        """Return a function from (row of a site, features (B, L, D)) to scores of its choices (B, L, K).
 
-        Higher is better; scores of all sites are on one scale.
+        Higher is better, and scores of all sites are on one scale.
+
+        Args:
+            share: the budget that the networks see (`Plan.budget_feature`).
         """
 
     @property
+    @override
     def floor(self) -> float:
         return self.planned.main.share(self.planned.space.smallest())  # where every site decides
 
+    @override
     def check(self, budget: Budget) -> None:
         self.planned.check(budget)
 
+    @override
     @torch.no_grad()
     def prepare(self, calibration: CalibrationData) -> None:
-        """Measure what each choice adds to the loss beside sites that run whole: all tokens take it."""
         self.measured.copy_(calibration.sensitivities(self.prices.space))
 
+    @override
     @torch.no_grad()
-    def find(self, budget: Budget, *, calibration: CalibrationData | None = None) -> Answer:
+    def find(self, budget: Budget, *, calibration: CalibrationData | None = None) -> RoutedPolicy:
         bounds = self.planned.bounds(budget)
         if all(bound.share >= 1.0 for bound in bounds):  # the whole model, without routing
-            return Answer(full, self.planned.space.full())
+            return RoutedPolicy(full, self.planned.space.full())
         assert calibration is not None, "a dynamic router needs calibration text to meet a budget"
         plan = self.calibrate(budget, calibration=calibration)
         if len(plan.fixed) == len(self.rows):
             spec = self.prices.space.spec({site: plan.fixed[row] for site, row in self.rows.items()})
-            return Answer(fixed(spec), spec)
-        return Answer(self.policy(plan), plan=plan.to_json())
+            return RoutedPolicy(fixed(spec), spec)
+        return RoutedPolicy(self.policy(plan), plan=plan.to_json())
 
+    @override
     @torch.no_grad()
-    def recall(self, budget: Budget, plan: Mapping[str, Any]) -> Answer:
-        return Answer(self.policy(Plan.from_json(plan, tariffs=self.tariffs(self.planned.bounds(budget)))), plan=plan)
+    def recall(self, budget: Budget, plan: Mapping[str, Any]) -> RoutedPolicy:
+        return RoutedPolicy(self.policy(self.read_plan(budget, plan)), plan=plan)
+
+    def read_plan(self, budget: Budget, kept: Mapping[str, Any]) -> Plan:
+        """Return the plan that `RoutedPolicy.plan` holds as plain values.
+
+        Raises:
+            KeyError, TypeError, ValueError: the values are no plan of this router.
+        """
+        return Plan.from_json(kept, limits=self.fixed_point_prices(self.planned.bounds(budget)))
 
     def calibrate(self, budget: Budget, *, calibration: CalibrationData) -> Plan:
-        """The best on the calibration's text of a few plans. In some no site decides: nothing may be better than that.
+        """Return the plan of lowest loss on calibration text among a few that keep the budget.
 
-        Of these, one that leaves more than a hundredth of a bound is no answer to it, however good.
+        In some of them no site decides: nothing may be better than that. Of these, a plan that leaves more than a
+        hundredth of a limit is left out, however good.
         """
         bounds = self.planned.bounds(budget)
-        start = Plan(self.told(bounds), self.tariffs(bounds))
+        start = Plan(self.budget_feature(bounds), self.fixed_point_prices(bounds))
         scores = self.record(start, calibration)
-        start = replace(start, held=self.held(start, mean_losses(scores)))
-        scores = near = {row: start.unpriced(row, part) for row, part in scores.items()}
+        start = replace(start, implicit_multiplier=self.implicit_multiplier(start, mean_losses(scores)))
+        scores = last = {row: start.remove_implicit_cost(row, part) for row, part in scores.items()}
         plans = []
-        for caution in CAUTIONS:
-            plan, near = self.approach(start, scores, bounds=bounds, calibration=calibration, caution=caution)
+        for threshold in GAIN_THRESHOLDS:
+            plan, last = self.refine(start, scores, bounds=bounds, calibration=calibration, gain_threshold=threshold)
             plans.append(plan)
         bounds = self.prices.bounds(budget)  # where nothing is decided, no prompt runs whole first
-        for losses in (mean_losses(scores), mean_losses(near), self.measured_losses()):
-            alike = Plan(start.share, self.tariffs(bounds), fixed=self.exact(bounds, losses))
-            if alike.spent({}) >= LEAST_USED:
-                plans.append(alike)
+        for losses in (mean_losses(scores), mean_losses(last), self.measured_losses()):
+            uniform = Plan(
+                start.budget_feature, self.fixed_point_prices(bounds), fixed=self.solve_knapsack(bounds, losses)
+            )
+            if uniform.budget_use({}) >= LEAST_USED:
+                plans.append(uniform)
         return min(plans, key=lambda plan: calibration.loss(self.policy(plan)))
 
-    def told(self, bounds: tuple[Bound, ...]) -> float:
-        """The share that networks are told for a budget.
+    def budget_feature(self, bounds: tuple[Bound, ...]) -> float:
+        """Return the share that networks see for a budget.
 
-        They learn at the prices of a model in which every site decides. Sites that don't are cheaper, so the same share
-        buys more: what it leaves above the cheapest choices is taken as so much of the shares that networks know.
+        Networks learn at the prices of a model in which every site decides. Fixed sites are cheaper, so the same share
+        buys more: what it leaves above the cheapest choices is mapped to as much of the shares that networks know.
         """
-        told = []
+        shares = []
         for bound in bounds:
             table = bound.table
             cheapest, floor = table.cheapest / table.whole, table.share(table.space.smallest())
-            told.append(floor + (1.0 - floor) * (bound.share - cheapest) / (1.0 - cheapest))
-        return min(1.0, *told)
+            shares.append(floor + (1.0 - floor) * (bound.share - cheapest) / (1.0 - cheapest))
+        return min(1.0, *shares)
 
-    def approach(
+    def refine(
         self,
         start: Plan,
         scores: dict[int, Tensor],
         *,
         bounds: tuple[Bound, ...],
         calibration: CalibrationData,
-        caution: float,
+        gain_threshold: float,
     ) -> tuple[Plan, dict[int, Tensor]]:
-        """A plan whose mean cost on calibration text lies just below the bounds, and the scores it was made from.
+        """Solve for a plan, record scores under it, and solve again, ROUNDS times.
 
         Args:
-            start: what is known of the plan.
-            scores: recorded under it.
-            bounds: to keep.
-            calibration: the text.
-            caution: see `fix_sites`.
+            start: budget feature, limits and implicit multiplier of the plan.
+            scores: recorded under `start`, (N, L, K) by row.
+            bounds: the limits to keep.
+            calibration: text on which scores are recorded.
+            gain_threshold: see `fix_sites`.
+
+        Returns:
+            A plan whose mean cost on calibration text lies just below the limits, and the scores it was solved for.
         """
         plan = start
         for number in range(ROUNDS):
             if number:
                 scores = self.record(plan, calibration)
-            plan = solve(
+            plan = solve_plan(
                 start,
-                heard={row: self.heard(part) for row, part in scores.items()},
-                decided=lambda plan, scores=scores: self.decide_all(plan, scores),
+                decision_scores={row: self.decision_scores(part) for row, part in scores.items()},
+                decide=lambda plan, scores=scores: self.decide_all(plan, scores),
                 paced=not self.granularity.prompt_tokens,
-                caution=caution,
+                gain_threshold=gain_threshold,
             )
             if len(plan.fixed) == len(self.rows):
-                plan = replace(plan, fixed=self.exact(bounds, mean_losses(scores)))
+                plan = replace(plan, fixed=self.solve_knapsack(bounds, mean_losses(scores)))
         return plan, scores
 
     def measured_losses(self) -> list[list[float]]:
-        """What choices lose when all tokens take the same, a row a site, as `prepare` has measured it."""
+        """Return what choices add to the loss when all tokens take the same, a row a site, as `prepare` measured it."""
         rows = zip(self.measured.tolist(), self.prices.space.choices.values(), strict=True)
         return [row[: len(widths)] for row, widths in rows]
 
-    def held(self, plan: Plan, losses: list[list[float]]) -> float:
-        """The price of cost that scores hold, with which a plan has recorded these mean losses."""
+    def implicit_multiplier(self, plan: Plan, losses: list[list[float]]) -> float:
+        """Return the price of cost that the networks' scores contain already; 0 unless a subclass estimates it.
+
+        Args:
+            plan: under which scores were recorded.
+            losses: minus the mean scores, a row a site.
+        """
         del plan, losses
         return 0.0
 
-    def tariffs(self, bounds: tuple[Bound, ...]) -> tuple[Tariff, ...]:
-        """Bounds as ledgers count them, where the router computes."""
+    def fixed_point_prices(self, bounds: tuple[Bound, ...]) -> tuple[FixedPointPrices, ...]:
+        """Return limits with prices in fixed-point units, on the router's device."""
         device = next(self.parameters()).device
-        return tuple(Tariff.of(bound, device=device) for bound in bounds)
+        return tuple(FixedPointPrices.from_bound(bound, device=device) for bound in bounds)
 
-    def exact(self, bounds: tuple[Bound, ...], losses: list[list[float]]) -> dict[int, int]:
-        """The choices of one sub-network for all tokens: an exact knapsack, and what it leaves is used up."""
+    def solve_knapsack(self, bounds: tuple[Bound, ...], losses: list[list[float]]) -> dict[int, int]:
+        """Return the choices, by row, of the best sub-network for all tokens: an exact knapsack, its rest used up."""
         space = self.prices.space
-        alike = [Bound(token_table(bound.table).alike, bound.share) for bound in bounds]
-        spec = use_up(cheapest_within(losses, bounds=alike, space=space), losses, space=space, bounds=tuple(alike))
-        return dict(enumerate(space.indices(spec)))
+        uniform = [Bound(token_table(bound.table).alike, bound.share) for bound in bounds]
+        spec = cheapest_within(losses, bounds=uniform, space=space)
+        return dict(enumerate(space.indices(use_up(spec, losses, space=space, bounds=tuple(uniform)))))
 
     def record(self, plan: Plan, calibration: CalibrationData) -> dict[int, Tensor]:
-        """The scores of all tokens under a plan, (N, L, K) a site's row, in the order in which sites run."""
+        """Run calibration text under a plan; return the scores of its tokens, (N, L, K) by row, in running order."""
         seen: dict[int, list[Tensor]] = defaultdict(list)
 
         def observe(row: int, scores_BLK: Tensor) -> None:
@@ -193,13 +226,13 @@ class DynamicRouter(Router):
             pass
         return {row: torch.cat(parts) for row, parts in seen.items()}
 
-    def heard(self, scores_NLK: Tensor) -> Tensor:
-        """The scores by which something is decided: each token's, or the mean of the first P."""
+    def decision_scores(self, scores_NLK: Tensor) -> Tensor:
+        """Return the scores on which decisions are made: each token's, or the mean (N, 1, K) of the first P tokens."""
         limit = self.granularity.prompt_tokens
         return scores_NLK[:, :limit].mean(1, keepdim=True) if limit else scores_NLK
 
     def decide_all(self, plan: Plan, scores: dict[int, Tensor]) -> dict[int, Tensor]:
-        """What a plan decides on recorded scores at the sites that decide."""
+        """Return the choice indices of a plan on recorded scores, by row, at the sites that decide."""
         stream = Stream()
         decided = {row: self.decide(row, part, plan, stream) for row, part in scores.items() if row not in plan.fixed}
         if self.granularity.prompt_tokens:  # what the first tokens cost is in the planned prices already
@@ -207,8 +240,13 @@ class DynamicRouter(Router):
         return decided
 
     def policy(self, plan: Plan, *, observe: Callable[[int, Tensor], None] | None = None) -> Policy:
-        """The policy of a plan; `observe` is shown the scores at each site."""
-        scorer = self.scorer(plan.share)
+        """Return the policy that a plan describes.
+
+        Args:
+            plan: a plan over this router's sites.
+            observe: called with the row and the scores (B, L, K) of each site, fixed sites included.
+        """
+        scorer = self.scorer(plan.budget_feature)
 
         def policy(site: Site, hidden_BLD: Tensor, stream: Stream) -> Decision:
             row = self.rows.get(site)
@@ -217,7 +255,7 @@ class DynamicRouter(Router):
             widths, index = self.prices.space.choices[site], plan.fixed.get(row)
             if index is not None and observe is None:
                 return Decision(widths[index])
-            scores_BLK = plan.unpriced(row, scorer(row, features(hidden_BLD)))
+            scores_BLK = plan.remove_implicit_cost(row, scorer(row, features(hidden_BLD)))
             if observe is not None:
                 observe(row, scores_BLK)
             if index is not None:
@@ -227,20 +265,20 @@ class DynamicRouter(Router):
         return policy
 
     def decide(self, row: int, scores_BLK: Tensor, plan: Plan, stream: Stream) -> Tensor:
-        """Choice indices, (B, L); what later tokens of the same sequences need to know goes to the stream's memory."""
+        """Return choice indices (B, L) at a site; what later tokens of the sequences need goes to `stream.memory`."""
         decide = self.decide_by_prompt if self.granularity.prompt_tokens else self.decide_by_token
         return decide(row, scores_BLK, plan, stream)
 
     def decide_by_token(self, row: int, scores_BLK: Tensor, plan: Plan, stream: Stream) -> Tensor:
-        """What each token wants at its sequence's pace, or less where the sequence's ledgers do not allow it."""
+        """Return each token's best choice at its sequence's pace, or a cheaper one where a bucket limits it, (B, L)."""
         paced, site = plan.paced.get(row), self.prices.space.sites[row]
         if paced is None:
-            return plan.wanted(row, scores_BLK)
+            return plan.best_choice(row, scores_BLK)
         index_BL, stream.memory[site] = paced.decide(scores_BLK, real_BL=stream.real_BL, kept=stream.memory.get(site))
         return index_BL
 
     def decide_by_prompt(self, row: int, scores_BLK: Tensor, plan: Plan, stream: Stream) -> Tensor:
-        """Whole for the first P tokens; then what the mean of their scores wants and the sequence can pay."""
+        """Return the widest choice for the first P tokens, then what their mean score prefers and the rates allow."""
         limit, site = self.granularity.prompt_tokens, self.prices.space.sites[row]
         batch, length, choices = scores_BLK.shape
         real_BL = scores_BLK.new_ones(batch, length, dtype=torch.bool) if stream.real_BL is None else stream.real_BL
@@ -254,44 +292,48 @@ class DynamicRouter(Router):
         seen_B = seen_B + real_BL.sum(1)
         deciding_B = (decided_B < 0) & (seen_B >= limit)
         if bool(deciding_B.any()):
-            choice_B = self.affordable(row, plan.wanted(row, sums_BK / limit), plan, stream)
+            choice_B = self.limit_by_rates(row, plan.best_choice(row, sums_BK / limit), plan, stream)
             decided_B = torch.where(deciding_B, choice_B, decided_B)
         stream.memory[site] = torch.cat((sums_BK, seen_B[:, None], decided_B[:, None].to(sums_BK)), dim=1)
         return torch.where(real_BL & (position_BL >= limit), decided_B.clamp_min(0)[:, None], choices - 1)
 
-    def affordable(self, row: int, wanted_B: Tensor, plan: Plan, stream: Stream) -> Tensor:
-        """At most this site's income and what the sites that decided before it for the same sequence left of theirs."""
-        for tariff, incomes in plan.funded:
-            left_B = torch.full_like(wanted_B, incomes[row])
+    def limit_by_rates(self, row: int, wanted_B: Tensor, plan: Plan, stream: Stream) -> Tensor:
+        """Narrow choices (B,) to the site's refill rate plus what earlier sites of the same sequence left of theirs."""
+        for limit, rates in plan.limits_with_rates:
+            left_B = torch.full_like(wanted_B, rates[row])
             for site, kept in stream.memory.items():
                 other, decided_B = self.rows[site], kept[:, -1].long()
-                saved_B = incomes[other] - tariff.prices[other].take(decided_B.clamp_min(0))
+                saved_B = rates[other] - limit.prices[other].take(decided_B.clamp_min(0))
                 left_B = left_B + torch.where(decided_B >= 0, saved_B, 0)
-            reach_B = torch.searchsorted(tariff.prices[row], left_B, right=True) - 1
-            wanted_B = wanted_B.minimum(reach_B.clamp_min(0))
+            widest_B = torch.searchsorted(limit.prices[row], left_B, right=True) - 1
+            wanted_B = wanted_B.minimum(widest_B.clamp_min(0))
         return wanted_B
 
 
 def mean_losses(scores: Mapping[int, Tensor]) -> list[list[float]]:
-    """Minus the mean score of each choice over all tokens, a row a site."""
+    """Return minus the mean score of each choice over all tokens, a row a site.
+
+    Args:
+        scores: (N, L, K) by row.
+    """
     return [(-scores[row].double().flatten(0, -2).mean(0)).tolist() for row in range(len(scores))]
 
 
 def features(hidden_BLD: Tensor) -> Tensor:
-    """What networks see of a residual stream: it, at unit scale."""
+    """Scale a residual stream to a root mean square of 1: the input of router networks, (B, L, D)."""
     return F.rms_norm(hidden_BLD, hidden_BLD.shape[-1:])
 
 
 def with_router(prices: PriceList, hidden_width: int) -> PriceList:
-    """The prices of tokens' choices with the cost of a router's networks: its own cost counts."""
+    """Add the cost of a router's `SiteNetworks` of a hidden width to the prices of the choices per token."""
 
-    def own(table: CostTable) -> CostTable:
+    def add(table: CostTable) -> CostTable:
         return token_table(table).with_router(hidden_width)
 
-    return prices.change(own)
+    return prices.change(add)
 
 
 def token_table(table: CostTable) -> TokenTable:
-    """The table as what it is in a dynamic router's price list."""
-    assert isinstance(table, TokenTable), "a dynamic router's prices are those of tokens"
+    """Return a table of a dynamic router's price list, typed as the table of prices per token that it is."""
+    assert isinstance(table, TokenTable), "the prices of a dynamic router are prices per token"
     return table

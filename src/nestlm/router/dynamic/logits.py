@@ -1,19 +1,21 @@
-"""The dynamic router: sees the budget and the hidden state, and decides for each token and layer (Flextron)."""
+"""The dynamic router of Flextron (arXiv 2406.10260): sees budget and hidden state, chooses for each token and site."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from nestlm.cost.table import PriceList
 from nestlm.distributed.collectives import ALL_ROWS, RowShard
 from nestlm.nn.policy import WHOLE, Decision, Policy, Stream
 from nestlm.router.dynamic.base import DynamicRouter, Granularity, Scorer, features, with_router
 from nestlm.router.dynamic.plan import Plan
-from nestlm.router.networks import BUDGET_FEATURES, SiteNetworks, embed_share
+from nestlm.router.networks import BUDGET_FEATURES, SiteNetworks, SiteWeights, embed_share
 from nestlm.router.relaxed import gated_tokens, gumbel_noise, sample_choices, soft_mask
 from nestlm.spec import Budget, Site
 from nestlm.utils.seeding import torch_generator
@@ -22,7 +24,9 @@ PARALLEL = 1e-20  # squared sine of the angle between two columns that are round
 
 
 class DynamicLogitsRouter(DynamicRouter):
-    """One small network a site from (hidden state, budget) to a logit per choice."""
+    """One small network a site from (hidden state, budget) to a logit for each choice."""
+
+    output_kind: ClassVar[Literal["logits"]] = "logits"
 
     def __init__(
         self,
@@ -40,31 +44,39 @@ class DynamicLogitsRouter(DynamicRouter):
         )
         self.networks.init_weights(seed=seed)
 
-    def logits(self, row: int, features_BLD: Tensor, shares_B: Tensor) -> Tensor:
-        """Logits of a site's choices, (B, L, K), for budgets as shares, one a sequence or one for all."""
+    def token_logits(self, row: int, features_BLD: Tensor, shares_B: Tensor) -> Tensor:
+        """Return logits (B, L, K) of one site's choices, for budgets as shares (B,), or (1,) for all sequences."""
         budget = self.networks.part(row, embed_share(shares_B))[:, None]
         return self.networks.at(row, features_BLD, more=budget)
 
+    @override
     def scorer(self, share: float) -> Scorer:
         budget = embed_share(self.networks.input.new_tensor([share]))
         parts = [self.networks.part(row, budget)[:, None] for row in range(len(self.rows))]  # once for all tokens
         return lambda row, features_BLD: self.networks.at(row, features_BLD, more=parts[row]).log_softmax(-1)
 
-    def held(self, plan: Plan, losses: list[list[float]]) -> float:
-        """Logits that were trained to save cost hold its price: mean losses are a multiple of those measured and it.
+    def site_weights(self, row: int, share: float) -> SiteWeights:
+        """Return the network of one site for a budget as a share."""
+        budget = self.networks.part(row, embed_share(self.networks.input.new_tensor([share])))[0]
+        return self.networks.site_weights(row, num_inputs=self.hidden_size, budget=budget)
 
-        Multiple and price, one of all sites and choices, are found by least squares.
+    @override
+    def implicit_multiplier(self, plan: Plan, losses: list[list[float]]) -> float:
+        """Estimate by least squares the price of cost that logits contain, since they were trained to save cost.
+
+        Minus the mean scores are taken as `multiple * measured loss + price * cost`, with one multiple and one price
+        for all sites and choices (our choice). Returns the price, 0 where the fit has no positive multiple.
         """
         known, wanted = [], []
-        for row, (said, measured) in enumerate(zip(losses, self.measured_losses(), strict=True)):
-            prices = plan.prices[row].tolist()
+        for row, (predicted, measured) in enumerate(zip(losses, self.measured_losses(), strict=True)):
+            prices = plan.costs[row].tolist()
             known += [(max(0.0, loss), price - prices[-1]) for loss, price in zip(measured, prices, strict=True)]
-            wanted += [loss - said[-1] for loss in said]
+            wanted += [loss - predicted[-1] for loss in predicted]
         multiple, price = least_squares(known, wanted)
         return max(0.0, price) if multiple > 0.0 else 0.0
 
+    @override
     def draw(self, budget: Budget, *, generator: torch.Generator, row_shard: RowShard = ALL_ROWS) -> Policy:
-        """Choices sampled for each token, gated so that the loss reaches the router."""
         budget_share = self.prices.tightest(budget)
         seed = int(torch.randint(2**62, (), generator=generator))
 
@@ -85,7 +97,7 @@ class DynamicLogitsRouter(DynamicRouter):
         gain: float,
         row_shard: RowShard = ALL_ROWS,
     ) -> Policy:
-        """Soft masks over the whole sites, for budgets as shares, one a sequence."""
+        """Return a policy of soft masks for budgets as shares (B,), with gradients to the router."""
         seed = int(torch.randint(2**62, (), generator=generator))
 
         def decide(row: int, logits_BLK: Tensor) -> Decision:
@@ -98,20 +110,27 @@ class DynamicLogitsRouter(DynamicRouter):
         return self.logit_policy(shares_B, decide)
 
     def logit_policy(self, shares_B: Tensor, decide: Callable[[int, Tensor], Decision]) -> Policy:
-        """The policy that decides on the logits of each site. Draws are keyed by the site: asked twice, it repeats."""
+        """Return the policy that calls `decide` with the row and the logits (B, L, K) of each site.
+
+        Random draws are keyed by the site, so a pass that activation checkpointing repeats draws the same.
+        """
 
         def policy(site: Site, hidden_BLD: Tensor, stream: Stream) -> Decision:
             del stream
             row = self.rows.get(site)
-            return WHOLE if row is None else decide(row, self.logits(row, features(hidden_BLD), shares_B))
+            return WHOLE if row is None else decide(row, self.token_logits(row, features(hidden_BLD), shares_B))
 
         return policy
 
 
 def least_squares(known: Sequence[tuple[float, float]], wanted: Sequence[float]) -> tuple[float, float]:
-    """Two factors that fit a sum of two columns best, the smallest ones where several do.
+    """Return the factors (a, b) of least squared error of `a * first + b * second`; the smallest if several fit.
 
-    The normal equations are solved in rational numbers: LAPACK's answer depends on where in memory its input lies.
+    The normal equations are solved in rational numbers: LAPACK's result depends on where in memory its input lies.
+
+    Args:
+        known: pairs (first, second).
+        wanted: one target a pair.
     """
     rows = [
         (Fraction(first), Fraction(second), Fraction(target))

@@ -1,8 +1,8 @@
-"""The ledger: per sequence and site an allowance that earlier tokens left, so that no sequence ends above its budget.
+"""A token bucket per sequence and site: choices that would overdraw a sequence's balance become cheaper ones.
 
-Every token brings an income, its site's share of the budget; a choice that the balance does not cover becomes a cheaper
-one. Tokens are taken in order and never look ahead. All amounts are integers, so that a prompt in one call and the same
-tokens one by one give the same balances, bit for bit. (Our choice; the paper gives no guarantee.)
+Each token refills the bucket by its site's share of the budget, and each choice takes its price. Tokens are taken in
+order, so no choice depends on a later token. All amounts are integers: a prompt in one call and the same tokens one by
+one give the same balances, bit for bit. The bucket is our choice; the paper (arXiv 2406.10260) guarantees no budget.
 """
 
 from __future__ import annotations
@@ -13,57 +13,58 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-UNITS = 2**40  # of a ledger, in the cost of the whole model
+UNITS = 2**40  # fixed-point units in the cost of the whole model
 
 
 @dataclass(frozen=True)
-class Ledger:
-    """One site under one limit.
+class TokenBucket:
+    """The bucket of one site under one limit of the budget.
 
     Attributes:
-        prices: of the choices, strictly ascending integers, (K,).
-        income: of each token, at least the cheapest price.
+        prices: of the choices in fixed-point units, strictly ascending integers, (K,).
+        refill_rate: units that each token adds, at least the cheapest price.
     """
 
     prices: Tensor
-    income: int
+    refill_rate: int
 
     @cached_property
     def steps(self) -> Tensor:
-        """What the next wider choice costs more, (K - 1,)."""
+        """Price of each choice beyond that of the next cheaper one, (K - 1,)."""
         return self.prices.diff()
 
-    def grant(self, wanted_BL: Tensor, *, real_BL: Tensor | None, account_BK: Tensor) -> tuple[Tensor, Tensor]:
-        """Choices that the sequences can pay: none wider than wanted, and each prefix within its income.
+    def spend(self, wanted_BL: Tensor, *, real_BL: Tensor | None, balances_BK: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the choices that sequences can pay: none wider than wanted, and every prefix within its refills.
 
-        First amounts: a token pays what it wants, or all that there is. Then steps: an amount between two prices is
-        saved up until it has paid a step, so that on average the amounts are spent. Both have closed forms.
+        Amounts come first: a token pays the price of its wanted choice, or the whole balance. Choices follow: an amount
+        between two prices is saved until it pays for a wider choice, so that on average the amounts are spent. Both
+        have closed forms in cumulative sums and maxima.
 
         Args:
             wanted_BL: choice indices.
-            real_BL: False for padding, which neither earns nor spends; its choice is the cheapest.
-            account_BK: what earlier tokens left: the balance, and what is saved up towards each wider choice; zeros at
-                the start.
+            real_BL: False for padding, which neither refills nor spends and gets the cheapest choice.
+            balances_BK: left by earlier tokens: the balance, then what is saved towards each wider choice; zeros for
+                new sequences.
 
         Returns:
-            Choice indices (B, L), and the account afterwards.
+            Choice indices (B, L), and the balances (B, K) after the last token.
         """
         price_BL = self.prices.take(wanted_BL)
-        beyond_BL = price_BL - self.income
+        beyond_BL = price_BL - self.refill_rate
         if real_BL is not None:
             price_BL, beyond_BL = price_BL * real_BL, beyond_BL * real_BL
-        # the most by which any prefix so far would have overdrawn is forgone
-        overdraft_BL = beyond_BL.cumsum(1) - account_BK[:, :1]
-        forgone_BL = overdraft_BL.clamp_min(0).cummax(1).values
-        paid_BL = price_BL - since(forgone_BL)
+        # tokens pay less by the largest amount by which any prefix so far would have overdrawn the balance
+        overdraft_BL = beyond_BL.cumsum(1) - balances_BK[:, :1]
+        unpaid_BL = overdraft_BL.clamp_min(0).cummax(1).values
+        paid_BL = price_BL - increments(unpaid_BL)
         towards_BLK = (paid_BL[..., None] - self.prices[:-1]).clamp(torch.zeros_like(self.steps), self.steps)
-        saved_BLK = towards_BLK.cumsum(1) + account_BK[:, None, 1:]
+        saved_BLK = towards_BLK.cumsum(1) + balances_BK[:, None, 1:]
         bought_BLK = saved_BLK // self.steps
-        granted_BL = since(bought_BLK.sum(-1))
-        left_B1 = forgone_BL[:, -1:] - overdraft_BL[:, -1:]
-        return granted_BL, torch.cat((left_B1, saved_BLK[:, -1] - bought_BLK[:, -1] * self.steps), dim=1)
+        index_BL = increments(bought_BLK.sum(-1))
+        balance_B1 = unpaid_BL[:, -1:] - overdraft_BL[:, -1:]
+        return index_BL, torch.cat((balance_B1, saved_BLK[:, -1] - bought_BLK[:, -1] * self.steps), dim=1)
 
 
-def since(running_BL: Tensor) -> Tensor:
-    """What each token added to a running total that was 0 before the first: the inverse of `cumsum(1)`."""
+def increments(running_BL: Tensor) -> Tensor:
+    """Invert `cumsum(1)`: return what each token added to a running total that starts at 0."""
     return running_BL.diff(dim=1, prepend=running_BL.new_zeros(len(running_BL), 1))

@@ -1,29 +1,37 @@
-"""The value router (our choice): what does a narrower choice cost this token?"""
+"""The dynamic value router (our choice): predicts how much each narrower choice costs a token."""
 
 from __future__ import annotations
 
+from typing import ClassVar, Literal
+
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from nestlm.cost.table import Bound, PriceList
 from nestlm.distributed.collectives import ALL_ROWS, RowShard
 from nestlm.nn.policy import Policy
 from nestlm.router.calibration_data import CalibrationData
 from nestlm.router.dynamic.base import DynamicRouter, Granularity, Scorer, mean_losses, with_router
-from nestlm.router.dynamic.plan import Plan, Tariff, settle
-from nestlm.router.networks import SiteNetworks, growth
+from nestlm.router.dynamic.plan import FixedPointPrices, Plan, solve_multiplier
+from nestlm.router.networks import SiteNetworks, SiteWeights, added_losses
 from nestlm.spec import Budget
 
 LEAST = 1e-4  # nats, so that nothing is divided by 0
-CURVE = 12  # budgets at which the multiplier is known before anything is asked
+CURVE = 12  # budgets at which `prepare` solves for the multiplier
 
 
 class DynamicValueRouter(DynamicRouter):
     """One small network a site from the hidden state to the growth of the token's KL by each choice.
 
-    The choice is `argmin value + multiplier * cost`: any budget by one multiplier, and no network is told the budget.
+    The choice is `argmin value + multiplier * cost`: one multiplier serves any budget, and no network sees the budget.
+
+    Attributes:
+        curve: for CURVE budgets the share, the multiplier, and the fixed choice of each site (-1 where it decides).
+        scale: factor of each predicted value, (sites, max choices).
     """
 
+    output_kind: ClassVar[Literal["values"]] = "values"
     curve: Tensor
     scale: Tensor
 
@@ -44,9 +52,10 @@ class DynamicValueRouter(DynamicRouter):
         self.register_buffer("curve", torch.zeros(CURVE, 2 + len(self.rows), dtype=torch.float64))
 
     def values(self, row: int, features_BLD: Tensor) -> Tensor:
-        """Growth of the KL by each choice of a site, (B, L, K); that of the widest is 0."""
-        return growth(self.networks.at(row, features_BLD))
+        """Return what each choice of a site adds to the tokens' KL, in nats, (B, L, K); 0 for the widest."""
+        return added_losses(self.networks.at(row, features_BLD))
 
+    @override
     def scorer(self, share: float) -> Scorer:
         del share
         rows = [
@@ -54,38 +63,46 @@ class DynamicValueRouter(DynamicRouter):
         ]
         return lambda row, features_BLD: -self.values(row, features_BLD) * rows[row]
 
+    def site_weights(self, row: int, share: float) -> SiteWeights:
+        """Return the network of one site, which is the same for all budgets."""
+        del share
+        scale = self.scale[row, : self.networks.counts[row]]
+        return self.networks.site_weights(row, num_inputs=self.hidden_size, scale=scale)
+
+    @override
     @torch.no_grad()
     def prepare(self, calibration: CalibrationData) -> None:
-        """Bring values to scale, and learn the multipliers and fixed sites of some budgets, to draw policies at any.
+        """Scale the values, and solve for multiplier and fixed sites at CURVE budgets, which `draw` uses.
 
         A token's own loss does not show what its choices do to later tokens, which attend to it. What a choice adds to
-        the loss of all text does, but only beside sites that run whole. So the values of a choice are multiplied by one
-        number, with which their mean is the geometric mean of both.
+        the loss of all text does, but only beside sites that run whole. So the values of a choice are multiplied by the
+        factor that makes their mean the geometric mean of both (our choice).
         """
         super().prepare(calibration)
-        unpriced = Plan(1.0, self.bound_at(1.0))
+        whole = Plan(1.0, self.limits_at(1.0))
         self.scale.fill_(1.0)
-        for row, losses in enumerate(mean_losses(self.record(unpriced, calibration))):
+        for row, losses in enumerate(mean_losses(self.record(whole, calibration))):
             learned_K, added_K = torch.tensor(losses), self.measured[row, : len(losses)].cpu().clamp_min(0.0)
             self.scale[row, : len(losses)] = ((added_K + LEAST) / (learned_K + LEAST)).sqrt()
-        scores = self.record(unpriced, calibration)
-        heard = {row: self.heard(part) for row, part in scores.items()}
+        scores = self.record(whole, calibration)
+        scores = {row: self.decision_scores(part) for row, part in scores.items()}
         shares = torch.linspace(self.planned.main.cheapest / self.planned.main.whole, 1.0, CURVE + 1)[1:].tolist()
         for number, share in enumerate(shares):
-            plan = settle(Plan(share, self.bound_at(share)), heard)
+            plan = solve_multiplier(Plan(share, self.limits_at(share)), scores)
             fixed = [plan.fixed.get(row, -1) for row in range(len(self.rows))]
             self.curve[number] = torch.tensor([share, plan.multiplier, *fixed], dtype=torch.float64)
 
-    def bound_at(self, share: float) -> tuple[Tariff, ...]:
-        """A share of the run's cost as a ledger counts it."""
-        return self.tariffs((Bound(self.planned.main, share),))
+    def limits_at(self, share: float) -> tuple[FixedPointPrices, ...]:
+        """Return the limit of a budget that is a share of the run's cost."""
+        return self.fixed_point_prices((Bound(self.planned.main, share),))
 
+    @override
     def draw(self, budget: Budget, *, generator: torch.Generator, row_shard: RowShard = ALL_ROWS) -> Policy:
-        """The choices at the next smaller budget that `prepare` knows, without ledgers."""
+        """Return the policy of the next smaller budget at which `prepare` solved, without token buckets."""
         del generator, row_shard
         least = min(bound.share for bound in self.planned.bounds(budget))
         known = self.curve.cpu()
         number = max(0, int((known[:, 0] <= least).sum()) - 1)
         _, multiplier, *fixed = known[number].tolist()
         chosen = {row: int(index) for row, index in enumerate(fixed) if index >= 0}
-        return self.policy(Plan(least, self.bound_at(least), multiplier, chosen))
+        return self.policy(Plan(least, self.limits_at(least), multiplier, chosen))

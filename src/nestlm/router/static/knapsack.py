@@ -1,9 +1,10 @@
-"""Single-site sensitivities, then the exact knapsack under the cost (as Puzzle does, arXiv 2411.19146)."""
+"""A router that solves an exact knapsack on the sensitivity of the loss to each site (Puzzle, arXiv 2411.19146)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from nestlm.cost.knapsack import cheapest_loss
 from nestlm.cost.table import PriceList
@@ -13,22 +14,23 @@ from nestlm.spec import Budget, SubnetSpec
 
 
 class KnapsackRouter(Router):
-    """Takes what each single change costs in loss, as if changes added up."""
+    """Minimises the sum of what single changes cost in loss, as if changes added up, within the budget."""
 
     sensitivities: Tensor
 
     def __init__(self, *, prices: PriceList) -> None:
         super().__init__(prices)
         space = prices.space
-        # before anything is measured, a unit is a unit
+        # before `prepare` measures anything, each unit counts the same
         widths = [[1.0 - width / widths[-1] for width in widths] for widths in space.choices.values()]
         padded = [row + [0.0] * (space.max_choices - len(row)) for row in widths]
         self.register_buffer("sensitivities", torch.tensor(padded, dtype=torch.float64))
 
+    @override
     def prepare(self, calibration: CalibrationData) -> None:
-        """Measure the loss of every spec that differs from the whole model at one site."""
         self.sensitivities.copy_(calibration.sensitivities(self.prices.space))
 
+    @override
     def spec(self, budget: Budget, *, calibration: CalibrationData | None = None) -> SubnetSpec:
         del calibration
         return cheapest_loss(self.sensitivities.tolist(), prices=self.prices, budget=budget)

@@ -1,9 +1,10 @@
-"""The static router: sees the budget only, so it names one sub-network for all tokens."""
+"""The static router of Flextron (arXiv 2406.10260): sees the budget only, chooses one sub-network for all tokens."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from nestlm.cost.knapsack import cheapest_loss, use_up
 from nestlm.cost.table import PriceList
@@ -17,7 +18,10 @@ from nestlm.spec import Budget, Site, SubnetSpec
 
 
 class StaticLogitsRouter(Router):
-    """One small network a site from the budget to a logit per choice (Flextron); repaired to keep the budget (ours)."""
+    """One small network a site from the budget to a logit for each choice (Flextron).
+
+    An exact knapsack over log-probabilities makes the choices keep the budget (our choice).
+    """
 
     def __init__(self, *, prices: PriceList, hidden_width: int, init_std: float, seed: int) -> None:
         super().__init__(prices)
@@ -26,12 +30,12 @@ class StaticLogitsRouter(Router):
         )
         self.networks.init_weights(seed=seed)
 
-    def forward(self, shares: Tensor) -> Tensor:
-        """Budgets (n,) as shares to logits (n, sites, max choices)."""
-        return self.networks(embed_share(shares))
+    def budget_logits(self, shares_N: Tensor) -> Tensor:
+        """Return logits (N, sites, max choices) for N budgets as shares; -inf where a site has fewer choices."""
+        return self.networks(embed_share(shares_N))
 
+    @override
     def draw(self, budget: Budget, *, generator: torch.Generator, row_shard: RowShard = ALL_ROWS) -> Policy:
-        """Choices sampled from the router's distribution, gated so that the loss reaches it."""
         del row_shard
         logits = self._logits(budget)
         probabilities = logits.softmax(-1)
@@ -47,18 +51,18 @@ class StaticLogitsRouter(Router):
         gain: float,
         row_shard: RowShard = ALL_ROWS,
     ) -> Policy:
-        """Soft masks over the whole sites for one budget, the first of the shares."""
+        """Return a policy of soft masks for one budget, the first of the shares, with gradients to the router."""
         del row_shard
         decisions: dict[Site, Decision] = {}
         for row, (site, widths) in enumerate(self.prices.space.choices.items()):
-            logits = self(shares_B[:1])[0, row, : len(widths)]
+            logits = self.budget_logits(shares_B[:1])[0, row, : len(widths)]
             noise = gumbel_noise(logits.shape, generator=generator).to(logits)
             decisions[site] = soft_mask(widths, logits, noise=noise, temperature=temperature, gain=gain)
         return constant(decisions)
 
+    @override
     @torch.no_grad()
     def spec(self, budget: Budget, *, calibration: CalibrationData | None = None) -> SubnetSpec:
-        """The choices of highest summed log-probability that fit (an exact knapsack), then what is left is used up."""
         del calibration
         losses = (-self._logits(budget).log_softmax(-1)).tolist()
         spec = cheapest_loss(losses, prices=self.prices, budget=budget)
@@ -66,4 +70,4 @@ class StaticLogitsRouter(Router):
 
     def _logits(self, budget: Budget) -> Tensor:
         share = self.prices.tightest(budget)
-        return self(torch.tensor([share], device=self.networks.input.device))[0]
+        return self.budget_logits(torch.tensor([share], device=self.networks.input.device))[0]

@@ -1,10 +1,11 @@
-"""Routers that search on calibration text, one budget at a time: best of random specs, and evolution."""
+"""Routers that search on calibration text, one budget at a time: random search and evolution."""
 
 from __future__ import annotations
 
 from random import Random
 
 import torch
+from typing_extensions import override
 
 from nestlm.cost.table import PriceList
 from nestlm.distributed.collectives import ALL_ROWS, RowShard
@@ -18,7 +19,7 @@ MUTATION = 0.15  # probability that a site of a child changes
 
 
 def random_spec(prices: PriceList, budget: Budget, random: Random) -> SubnetSpec:
-    """A random spec that uses its budget up: sites grow by random amounts, in random order, while it fits."""
+    """Draw a sub-network that uses a budget up: random widths, then random sites narrowed or widened until it fits."""
     prices.check(budget)
     space = prices.space
     start = {site: random.randrange(len(widths)) for site, widths in space.choices.items()}
@@ -26,7 +27,7 @@ def random_spec(prices: PriceList, budget: Budget, random: Random) -> SubnetSpec
 
 
 def shrink(indices: dict[Site, int], prices: PriceList, budget: Budget, random: Random) -> dict[Site, int]:
-    """Narrow random sites, a choice at a time, until the budget is kept."""
+    """Narrow random sites, a choice at a time, until the budget is kept; returns choice indices by site."""
     indices = dict(indices)
     while not prices.fits(prices.space.spec(indices), budget):
         site = random.choice([site for site, index in indices.items() if index])
@@ -35,7 +36,7 @@ def shrink(indices: dict[Site, int], prices: PriceList, budget: Budget, random: 
 
 
 def grow(indices: dict[Site, int], prices: PriceList, budget: Budget, random: Random) -> SubnetSpec:
-    """Widen random sites, a choice at a time, until no site can grow. Those of a skipped block wait until it runs."""
+    """Widen random sites, a choice at a time, until none can grow within the budget; sites of skipped blocks wait."""
     space = prices.space
     indices = dict(zip(space.sites, space.indices(space.spec(indices)), strict=True))
     growing = list(space.sites)
@@ -50,7 +51,7 @@ def grow(indices: dict[Site, int], prices: PriceList, budget: Budget, random: Ra
 
 
 class RandomRouter(Router):
-    """The best of `candidates` random specs that use their budget up."""
+    """Takes the best on calibration text of `candidates` random sub-networks that use the budget up."""
 
     needs_calibration = True
 
@@ -60,6 +61,7 @@ class RandomRouter(Router):
             raise ConfigError(f"router.network.candidates: got {candidates}, wanted 1 or more")
         self.candidates, self.seed = candidates, seed
 
+    @override
     def spec(self, budget: Budget, *, calibration: CalibrationData | None = None) -> SubnetSpec:
         random = Random(f"random router/{self.seed}")
         drawn = dict.fromkeys(random_spec(self.prices, budget, random) for _ in range(self.candidates))
@@ -67,6 +69,7 @@ class RandomRouter(Router):
             return next(iter(drawn))
         return min(drawn, key=lambda spec: calibration.loss(fixed(spec)))
 
+    @override
     def draw(self, budget: Budget, *, generator: torch.Generator, row_shard: RowShard = ALL_ROWS) -> Policy:
         del row_shard
         random = Random(int(torch.randint(2**31, (), generator=generator)))
@@ -74,7 +77,7 @@ class RandomRouter(Router):
 
 
 class EvolutionRouter(Router):
-    """Evolutionary search (Cai et al., arXiv 1908.09791): the best parents, crossed and mutated, within the budget."""
+    """Evolutionary search within the budget (Cai et al., arXiv 1908.09791): the best are crossed and mutated."""
 
     needs_calibration = True
 
@@ -87,11 +90,12 @@ class EvolutionRouter(Router):
             )
         self.population, self.generations, self.parents, self.seed = population, generations, parents, seed
 
+    @override
     def spec(self, budget: Budget, *, calibration: CalibrationData | None = None) -> SubnetSpec:
         random = Random(f"evolution router/{self.seed}")
-        people = [random_spec(self.prices, budget, random) for _ in range(self.population)]
+        candidates = [random_spec(self.prices, budget, random) for _ in range(self.population)]
         if calibration is None:
-            return people[0]
+            return candidates[0]
         losses: dict[SubnetSpec, float] = {}
 
         def loss(spec: SubnetSpec) -> float:
@@ -100,13 +104,13 @@ class EvolutionRouter(Router):
             return losses[spec]
 
         for _ in range(self.generations):
-            best = sorted(dict.fromkeys(people), key=loss)[: self.parents]
-            children = [self.child(best, budget, random) for _ in range(self.population - len(best))]
-            people = [*best, *children]
-        return min(people, key=loss)
+            best = sorted(dict.fromkeys(candidates), key=loss)[: self.parents]
+            children = [self.breed(best, budget, random) for _ in range(self.population - len(best))]
+            candidates = [*best, *children]
+        return min(candidates, key=loss)
 
-    def child(self, parents: list[SubnetSpec], budget: Budget, random: Random) -> SubnetSpec:
-        """Each site from one of two parents, sometimes changed, then made to fit and to use the budget up."""
+    def breed(self, parents: list[SubnetSpec], budget: Budget, random: Random) -> SubnetSpec:
+        """Take each site from one of two parents, mutate some, and make the result fit and use the budget up."""
         space = self.prices.space
         pair = [space.indices(random.choice(parents)) for _ in range(2)]
         indices = {site: random.choice(genes) for site, genes in zip(space.sites, zip(*pair, strict=True), strict=True)}
@@ -115,6 +119,7 @@ class EvolutionRouter(Router):
                 indices[site] = random.randrange(len(space.choices[site]))
         return grow(shrink(indices, self.prices, budget, random), self.prices, budget, random)
 
+    @override
     def draw(self, budget: Budget, *, generator: torch.Generator, row_shard: RowShard = ALL_ROWS) -> Policy:
         del row_shard
         random = Random(int(torch.randint(2**31, (), generator=generator)))

@@ -1,9 +1,11 @@
-"""The baseline: the same fraction in all layers."""
+"""The baseline router: equal widths in all layers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import product
+
+from typing_extensions import override
 
 from nestlm.cost.table import PriceList
 from nestlm.nn.policy import fixed
@@ -13,11 +15,12 @@ from nestlm.spec import Budget, SubnetSpec
 
 
 class UniformRouter(Router):
-    """Grows all layers together, the narrowest axis first, as long as the budget holds."""
+    """Widens all layers together, the narrowest axis first, while the budget is kept."""
 
     def __init__(self, *, prices: PriceList) -> None:
         super().__init__(prices)
 
+    @override
     def spec(self, budget: Budget, *, calibration: CalibrationData | None = None) -> SubnetSpec:
         del calibration
         self.prices.check(budget)
@@ -45,14 +48,14 @@ class UniformRouter(Router):
 
 
 def best_uniform(prices: PriceList, budget: Budget, *, calibration: Callable[[], CalibrationData]) -> SubnetSpec:
-    """The sub-network of equal widths in all layers that loses least on calibration text, within a budget.
+    """Return the sub-network of equal widths in all layers with the lowest loss on calibration text, within a budget.
 
-    Only those are tried that no wider one within the budget contains.
+    Sub-networks that a wider one within the budget contains are not tried.
 
     Args:
-        prices: of the choices.
-        budget: what must be kept.
-        calibration: makes the text, where several are to be tried.
+        prices: prices of the choices.
+        budget: one limit or several.
+        calibration: returns calibration text; called where several sub-networks are left to try.
 
     Raises:
         BudgetError: even the smallest sub-network costs more.

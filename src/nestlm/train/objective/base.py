@@ -1,4 +1,4 @@
-"""What a stage trains: terms of a loss, back-propagated one after the other."""
+"""Objectives: what a training stage minimises, as terms of a loss that are back-propagated one after the other."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from nestlm.data.batch import Batch
-from nestlm.errors import ConfigError
 from nestlm.nn.decoder import Decoder
 from nestlm.nn.loss import TokenLosses
 from nestlm.nn.policy import Decision
@@ -19,7 +18,13 @@ from nestlm.spec import Site
 
 @dataclass(frozen=True)
 class StageModels:
-    """What a stage works with; the teacher is the model before conversion."""
+    """The models of a training stage.
+
+    Attributes:
+        decoder: the nested model.
+        teacher: the model before conversion, frozen; None where nothing needs it.
+        router: the router that is trained or used; None before the router stage.
+    """
 
     decoder: Decoder
     teacher: Decoder | None = None
@@ -31,9 +36,9 @@ class Term:
     """One summand of the loss.
 
     Attributes:
-        loss: a scalar, of which every rank has that of its rows.
-        logs: numbers to log beside it.
-        is_last: whether no later term of the step goes through the model, whose gradients ranks then reduce.
+        loss: a scalar, the mean over this rank's rows.
+        logs: numbers to log beside the loss, by name.
+        is_last: whether no later term of the step goes through the model, so that ranks reduce its gradients now.
     """
 
     loss: Tensor
@@ -43,12 +48,13 @@ class Term:
 
 @dataclass(frozen=True)
 class PolicyLoss:
-    """What one policy of a step learned.
+    """The loss of one policy of a step.
 
     Attributes:
-        losses: of its tokens, held against the text, the teacher or the full path.
-        decisions: what was decided, by site.
-        reference_BL: the text's negative log-likelihood under the teacher or the full path, where the step knows it.
+        losses: loss and losses per token, against the text, the teacher or the full path.
+        decisions: the decision at each site.
+        reference_BL: negative log-likelihood of the text under the teacher or the full path, in nats; None where the
+            step does not compute it.
     """
 
     losses: TokenLosses
@@ -57,43 +63,53 @@ class PolicyLoss:
 
 
 class Objective(nn.Module, ABC):
-    """Yields the terms of a step. It owns no part; parameters of its own are those of a signal.
+    """Yields the terms of a step. The models are arguments; parameters of an objective are those of a signal's network.
 
-    Each term is back-propagated before the next is computed, so that the memory of a step with many sub-networks is
-    that of one pass.
+    Each term is back-propagated before the next is computed, so that a step with many sub-networks takes the memory of
+    one pass.
     """
 
     @abstractmethod
     def terms(self, models: StageModels, batch: Batch, *, step: int) -> Iterator[Term]:
-        """The terms of a step, a pure function of weights, batch and step."""
+        """Yield the terms of a step, as a pure function of weights, batch and step.
+
+        Args:
+            models: the models of the stage.
+            batch: this rank's rows.
+            step: number of the step; random draws are keyed by it.
+        """
 
 
 class Signal(Objective):
-    """An objective that trains a router, with a network of its own that is thrown away afterwards.
+    """An objective that trains a router. Networks of its own are thrown away afterwards.
 
     Attributes:
-        lr: peak learning rate of that network.
+        lr: peak learning rate of the signal's own networks.
     """
 
     lr: float
 
     def warm_up(self, router: Router, record: Mapping[str, Tensor]) -> None:
-        """Learn from what elastic training left behind, before the first step; see `Elastic.record`."""
+        """Learn before the first step from what elastic training recorded.
+
+        Args:
+            router: the router that will be trained.
+            record: tensors by name; see `ElasticObjective.record`.
+        """
 
     @abstractmethod
     def summary(self, models: StageModels, held_out: list[Batch]) -> dict[str, float | None]:
-        """What to report when training has ended, measured on held-out (calibration) text."""
+        """Return what to report after training, measured on calibration text; values are finite or None.
+
+        Args:
+            models: the models of the stage.
+            held_out: batches of calibration text, which the signal was not trained on.
+        """
 
     @abstractmethod
     def forward_passes(self, mean_share: float) -> float:
-        """Forward passes of the full model that a token costs, when a routed one costs `mean_share` of it."""
+        """Return the forward passes of the full model that training takes per token, for estimates of FLOPs.
 
-
-def check_router(router: Router, wanted: tuple[type[Router], ...], *, signal: str) -> None:
-    """Raise ConfigError when a signal cannot train such a router."""
-    if not isinstance(router, wanted):
-        names = " or ".join(f"{kind.__module__}.{kind.__qualname__}" for kind in (*wanted,))
-        raise ConfigError(
-            f"router.network: got {type(router).__module__}.{type(router).__qualname__}, which the signal {signal} "
-            f"cannot train, wanted {names}"
-        )
+        Args:
+            mean_share: cost of a routed pass as a share of the full model's.
+        """

@@ -1,4 +1,4 @@
-"""What a sub-network is held against: the text, a frozen teacher, or the full path of the same step."""
+"""Distillation losses: a sub-network is compared with the text, a frozen teacher, or the full path of the same step."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from nestlm.data.batch import Batch
 from nestlm.errors import ConfigError
@@ -20,43 +21,52 @@ from nestlm.train.objective.base import PolicyLoss, StageModels
 
 @dataclass(frozen=True)
 class DistillationLoss(ABC):
-    """Turns the policies of a step into lessons, one after the other."""
+    """Computes the loss of each policy of a step, one after the other.
+
+    Attributes:
+        needs_teacher: whether the stage must load the model before conversion.
+    """
 
     needs_teacher: ClassVar[bool] = False
 
     def extra_passes(self, *, runs_full: bool) -> float:
-        """Forward passes of the whole model that a step takes besides its policies, one of which may run it whole."""
+        """Return the forward passes of the whole model that a step takes besides its policies.
+
+        Args:
+            runs_full: whether one of the policies is the whole model.
+        """
         del runs_full
         return 1.0 if self.needs_teacher else 0.0
 
     @abstractmethod
-    def lessons(
+    def policy_losses(
         self, models: StageModels, batch: Batch, *, policies: tuple[tuple[Policy, bool], ...]
     ) -> Iterator[PolicyLoss]:
-        """One lesson a policy, in order.
+        """Yield the loss of each policy, in order. The caller back-propagates each before it asks for the next.
 
         Args:
             models: the model that is trained, and its teacher where `needs_teacher`.
-            batch: what all of them see.
-            policies: each with whether it runs the whole model, which comes first where it takes part.
+            batch: the rows that every policy sees.
+            policies: each with whether it is the whole model, which comes first where it takes part.
         """
 
 
-def run(decoder: Decoder, batch: Batch, policy: Policy, read: Reader) -> DecoderOutput:
-    """What a reader makes of a policy on a batch, and decisions."""
+def run_policy(decoder: Decoder, batch: Batch, policy: Policy, read: Reader) -> DecoderOutput:
+    """Run a decoder on a batch under a policy; `read` makes losses of the last hidden states and the head."""
     return decoder(batch.tokens_BL, policy, documents_BL=batch.documents_BL, read=read)
 
 
 @dataclass(frozen=True)
 class CrossEntropy(DistillationLoss):
-    """Cross-entropy on the text, as the paper."""
+    """Cross-entropy on the text, as in Flextron (arXiv 2406.10260)."""
 
-    def lessons(
+    @override
+    def policy_losses(
         self, models: StageModels, batch: Batch, *, policies: tuple[tuple[Policy, bool], ...]
     ) -> Iterator[PolicyLoss]:
         reference_BL: Tensor | None = None
         for policy, whole in policies:
-            losses, decisions = run(models.decoder, batch, policy, LossReader(batch.targets_BL))
+            losses, decisions = run_policy(models.decoder, batch, policy, LossReader(batch.targets_BL))
             if whole:
                 reference_BL = losses.text_BL
             yield PolicyLoss(losses, decisions, reference_BL)
@@ -76,16 +86,17 @@ class FrozenTeacher(DistillationLoss):
     def __post_init__(self) -> None:
         check_share(self.ce_share)
 
-    def lessons(
+    @override
+    def policy_losses(
         self, models: StageModels, batch: Batch, *, policies: tuple[tuple[Policy, bool], ...]
     ) -> Iterator[PolicyLoss]:
         assert models.teacher is not None, "kd_frozen needs the model before conversion"
         with torch.no_grad():
-            taught, _ = run(models.teacher, batch, full, LossReader(batch.targets_BL))
-        reference_BL = taught.text_BL
-        read = LossReader(batch.targets_BL, taught.beliefs, self.ce_share)
+            reference, _ = run_policy(models.teacher, batch, full, LossReader(batch.targets_BL))
+        reference_BL = reference.text_BL
+        read = LossReader(batch.targets_BL, reference.beliefs, self.ce_share)
         for policy, whole in policies:
-            losses, decisions = run(models.decoder, batch, policy, read)
+            losses, decisions = run_policy(models.decoder, batch, policy, read)
             if whole:
                 reference_BL = losses.text_BL
             yield PolicyLoss(losses, decisions, reference_BL)
@@ -104,29 +115,31 @@ class InPlace(DistillationLoss):
     def __post_init__(self) -> None:
         check_share(self.ce_share)
 
+    @override
     def extra_passes(self, *, runs_full: bool) -> float:
         return 0.0 if runs_full else 1.0
 
-    def lessons(
+    @override
+    def policy_losses(
         self, models: StageModels, batch: Batch, *, policies: tuple[tuple[Policy, bool], ...]
     ) -> Iterator[PolicyLoss]:
-        taught: TokenLosses | None = None
+        reference: TokenLosses | None = None
         for policy, whole in policies:
-            if not whole and taught is None:  # the step does not train the full path, so it runs for this alone
+            if not whole and reference is None:  # the step does not train the full path, so it runs for this alone
                 with torch.no_grad():
-                    taught, _ = run(models.decoder, batch, full, LossReader(batch.targets_BL))
+                    reference, _ = run_policy(models.decoder, batch, full, LossReader(batch.targets_BL))
             if whole:
-                losses, decisions = run(models.decoder, batch, policy, LossReader(batch.targets_BL))
-                taught = losses
+                losses, decisions = run_policy(models.decoder, batch, policy, LossReader(batch.targets_BL))
+                reference = losses
                 yield PolicyLoss(losses, decisions, losses.text_BL)
             else:
-                assert taught is not None, "made above"
-                read = LossReader(batch.targets_BL, taught.beliefs, self.ce_share)
-                losses, decisions = run(models.decoder, batch, policy, read)
-                yield PolicyLoss(losses, decisions, taught.text_BL)
+                assert reference is not None, "made above"
+                read = LossReader(batch.targets_BL, reference.beliefs, self.ce_share)
+                losses, decisions = run_policy(models.decoder, batch, policy, read)
+                yield PolicyLoss(losses, decisions, reference.text_BL)
 
 
 def check_share(ce_share: float) -> None:
-    """Raise ConfigError unless it is a share of 1."""
+    """Raise ConfigError unless a value is a share, from 0 to 1."""
     if not 0 <= ce_share <= 1:
         raise ConfigError(f"teacher.ce_share: got {ce_share}, wanted a share of 1")

@@ -1,4 +1,4 @@
-"""Elastic training: every step trains the sub-networks that a sampler draws."""
+"""The objective of elastic training: every step trains the sub-networks that a sampler draws."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from nestlm.data.batch import Batch
 from nestlm.distributed.collectives import RowShard
@@ -13,17 +14,23 @@ from nestlm.elastic.sampler.base import MixedSpecs, Sample, Sampler, policy_of
 from nestlm.spec import SearchSpace, Site
 from nestlm.train.objective.base import Objective, PolicyLoss, StageModels, Term
 from nestlm.train.objective.distillation import DistillationLoss
-from nestlm.train.objective.elastic_values import ElasticValues, by_token
+from nestlm.train.objective.elastic_values import ElasticValues, draws_per_token
 
-PAIRS = 1024  # that are kept: the newest, since the model changes
+PAIRS = 1024  # the newest pairs of choices and loss are kept, since the model changes
 
 
 class ElasticObjective(Objective):
-    """The mean over the drawn sub-networks' losses, and a record of what they lost.
+    """The mean of the drawn sub-networks' losses, and a record of choices and losses for the signals of routers.
 
-    Flextron sums the losses. The mean keeps the norm at which gradients are clipped independent of their number, and
-    AdamW takes the same step (our choice). What signals can start with comes for free: pairs of choices and loss, or,
-    where each token has choices of its own and no loss of its own spec, the values of choices.
+    Flextron (arXiv 2406.10260) sums the losses. The mean keeps the norm at which gradients are clipped independent of
+    the number of sub-networks, and AdamW takes the same step (our choice). The record comes for free: pairs of choices
+    and loss, or, where each token has choices of its own, so that no loss belongs to one spec, values of choices.
+
+    Attributes:
+        choices: choice indices of recorded sub-networks, (PAIRS, sites).
+        losses: their losses on the text in nats, (PAIRS,).
+        gaps: the losses less those of the teacher or the full path, (PAIRS,).
+        count: number of pairs ever recorded.
     """
 
     choices: Tensor
@@ -48,6 +55,7 @@ class ElasticObjective(Objective):
         self.register_buffer("gaps", torch.zeros(PAIRS))
         self.register_buffer("count", torch.zeros((), dtype=torch.long))
 
+    @override
     def terms(self, models: StageModels, batch: Batch, *, step: int) -> Iterator[Term]:
         num_rows, length = batch.tokens_BL.shape
         shape = (batch.row_shard.total(num_rows), length)
@@ -58,27 +66,29 @@ class ElasticObjective(Objective):
         policies = [policy_of(spec, self.space, device=batch.tokens_BL.device) for spec in drawn]
         if self.values is not None:
             policies = [
-                self.values.watched(policy, seen) if by_token(spec) else policy
+                self.values.record_hidden(policy, seen) if draws_per_token(spec) else policy
                 for policy, spec in zip(policies, drawn, strict=True)
             ]
-        lessons = self.distillation.lessons(models, batch, policies=tuple(zip(policies, whole, strict=True)))
-        for number, (lesson, spec, is_whole) in enumerate(zip(lessons, drawn, whole, strict=True), start=1):
-            if not is_whole and lesson.reference_BL is not None:
-                self.remember(everywhere[number - 1], lesson, row_shard=batch.row_shard)
+        policy_losses = self.distillation.policy_losses(
+            models, batch, policies=tuple(zip(policies, whole, strict=True))
+        )
+        for number, (policy_loss, spec, is_whole) in enumerate(zip(policy_losses, drawn, whole, strict=True), start=1):
+            if not is_whole and policy_loss.reference_BL is not None:
+                self.record_pairs(everywhere[number - 1], policy_loss, row_shard=batch.row_shard)
             name = "loss_full" if is_whole else "loss_subnet"
-            loss, distance_BL = lesson.losses.loss, lesson.losses.distance_BL
+            loss, distance_BL = policy_loss.losses.loss, policy_loss.losses.distance_BL
             yield Term(loss / len(drawn), {name: loss.detach()}, is_last=number == len(drawn))
-            if self.values is not None and by_token(spec) and distance_BL is not None:
+            if self.values is not None and draws_per_token(spec) and distance_BL is not None:
                 yield self.values.term(seen, indices_SBL=spec.indices, distance_BL=distance_BL)
             seen.clear()
 
     @torch.no_grad()
-    def remember(self, drawn: Sample, lesson: PolicyLoss, *, row_shard: RowShard) -> None:
-        """Keep what sub-networks, drawn for all ranks, lost in place of the oldest pairs."""
-        assert lesson.reference_BL is not None, "there is something to compare with"
-        losses, references = lesson.losses.text_BL, lesson.reference_BL
+    def record_pairs(self, drawn: Sample, policy_loss: PolicyLoss, *, row_shard: RowShard) -> None:
+        """Put the losses of sub-networks that were drawn for the rows of all ranks in place of the oldest pairs."""
+        assert policy_loss.reference_BL is not None, "there is something to compare with"
+        losses, references = policy_loss.losses.text_BL, policy_loss.reference_BL
         if isinstance(drawn, MixedSpecs):
-            if by_token(drawn):
+            if draws_per_token(drawn):
                 return
             choices, losses, references = (
                 drawn.indices.T,
@@ -95,10 +105,10 @@ class ElasticObjective(Objective):
         self.count += len(losses)
 
     def record(self) -> dict[str, Tensor]:
-        """Pairs, the oldest first where there is room left: `choices` (n, sites), `losses`, `gaps` (n,).
+        """Return the recorded pairs: `choices` (n, sites), `losses` and `gaps` (n,).
 
-        And where values were learned, what learned them, as `ElasticValues` saves itself: the networks of value routers
-        are `static.*` and `dynamic.*`.
+        Where values of choices were learned, the state of `ElasticValues` comes with them: its networks are those of
+        the value routers, `static.*` and `dynamic.*`.
         """
         known = min(int(self.count), PAIRS)
         pairs = {"choices": self.choices[:known], "losses": self.losses[:known], "gaps": self.gaps[:known]}

@@ -1,8 +1,8 @@
-"""What choices cost tokens, learned while elastic training draws them anyway (our choice).
+"""Values of choices, learned while elastic training draws choices at random anyway (our choice).
 
-Where each token draws its own widths, every step of elastic training is a step of the value signal, too: the same pass
-has random choices, and a teacher to which each token's distance is known. So a value router can start where elastic
-training ends, at the price of small networks on hidden states that were computed anyway.
+Where each token draws its own widths, a step of elastic training has all that a step of the value signal needs: random
+choices, and each token's KL from a teacher. So a value router can start where elastic training ends, at the cost of
+small networks on hidden states that were computed anyway.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from nestlm.elastic.sampler.base import MixedSpecs, Sample
 from nestlm.errors import ConfigError
 from nestlm.nn.policy import Decision, Policy, Stream
 from nestlm.router.dynamic.base import features
-from nestlm.router.networks import SiteNetworks, growth
+from nestlm.router.networks import SiteNetworks, added_losses
 from nestlm.spec import SearchSpace, Site
 from nestlm.train.objective.base import Term
 
 
 @dataclass(frozen=True)
 class ValueSettings:
-    """The networks that are trained along.
+    """Settings of the networks that learn values of choices during elastic training.
 
     Attributes:
-        hidden_width: of the networks, as of the value router that is to start with them.
-        lr: their peak learning rate.
+        hidden_width: width of the hidden layers; that of the value router that starts with them.
+        lr: peak learning rate.
     """
 
     hidden_width: int
@@ -43,7 +43,7 @@ class ValueSettings:
 
 
 class ElasticValues(nn.Module):
-    """The networks of both value routers, and one for how far the whole model has moved from its teacher."""
+    """The networks of both value routers, and a linear map for the KL of the whole model from its teacher."""
 
     steps: Tensor
 
@@ -60,8 +60,8 @@ class ElasticValues(nn.Module):
         nn.init.zeros_(self.base.weight)
         nn.init.zeros_(self.base.bias)
 
-    def watched(self, policy: Policy, seen: dict[Site, Tensor]) -> Policy:
-        """The same policy, and the hidden states that it is shown at the space's sites, without gradient."""
+    def record_hidden(self, policy: Policy, seen: dict[Site, Tensor]) -> Policy:
+        """Return a policy that decides as `policy` does and stores hidden states in `seen`, by site."""
 
         def watching(site: Site, hidden_BLD: Tensor, stream: Stream) -> Decision:
             if site in self.rows:
@@ -71,12 +71,12 @@ class ElasticValues(nn.Module):
         return watching
 
     def term(self, seen: dict[Site, Tensor], *, indices_SBL: Tensor, distance_BL: Tensor) -> Term:
-        """Regression of the tokens' distances on what they chose.
+        """Return the squared error of predicting the tokens' KL from their hidden states and choices.
 
         Args:
-            seen: hidden states at each site, (B, L, D).
-            indices_SBL: choices, (sites, B, L).
-            distance_BL: KL of each token to the teacher.
+            seen: hidden states by site, (B, L, D).
+            indices_SBL: choice indices, (sites, B, L).
+            distance_BL: KL of each token from the teacher, in nats.
         """
         self.steps += 1
         indices_SBL = indices_SBL.to(distance_BL.device)
@@ -85,8 +85,8 @@ class ElasticValues(nn.Module):
             inputs_BLD, index_BL1 = features(seen[site]), indices_SBL[row, :, :, None]
             if row == self.last:
                 base_BL = self.base(inputs_BLD).squeeze(-1)
-            dynamic_BLK = growth(self.dynamic.at(row, inputs_BLD))
-            static_K = growth(self.static.at(row, inputs_BLD.new_ones(1)))
+            dynamic_BLK = added_losses(self.dynamic.at(row, inputs_BLD))
+            static_K = added_losses(self.static.at(row, inputs_BLD.new_ones(1)))
             dynamic_BL = dynamic_BL + dynamic_BLK.gather(-1, index_BL1).squeeze(-1)
             static_BL = static_BL + static_K[index_BL1.squeeze(-1)]
         dynamic_error = (base_BL + dynamic_BL - distance_BL).square().mean()
@@ -94,14 +94,22 @@ class ElasticValues(nn.Module):
         return Term(dynamic_error + static_error, {"value_error": dynamic_error.detach()})
 
 
-def by_token(drawn: Sample) -> TypeGuard[MixedSpecs]:
-    """Whether each token has choices of its own, from which values are learned."""
+def draws_per_token(drawn: Sample) -> TypeGuard[MixedSpecs]:
+    """Tell whether each token has choices of its own, from which values are learned."""
     return isinstance(drawn, MixedSpecs) and drawn.indices.ndim == 3
 
 
-def static_steps(record: Mapping[str, Tensor], space: SearchSpace) -> Tensor | None:
-    """Steps as `growth` takes them, (sites, max choices), of what choices cost all tokens on average; None without."""
-    known = part_of(record, "static.")
+def static_value_steps(record: Mapping[str, Tensor], space: SearchSpace) -> Tensor | None:
+    """Return what choices cost all tokens on average, as the steps that `added_losses` takes, (sites, max choices).
+
+    Args:
+        record: what elastic training recorded.
+        space: sites and choices.
+
+    Returns:
+        None where elastic training learned no values.
+    """
+    known = select_prefix(record, "static.")
     if not known:
         return None
     networks = SiteNetworks(space, num_inputs=1, hidden_width=known["input"].shape[-1], init_std=0.0)
@@ -112,19 +120,19 @@ def static_steps(record: Mapping[str, Tensor], space: SearchSpace) -> Tensor | N
     return steps
 
 
-def part_of(record: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names begin with a prefix, without it."""
+def select_prefix(record: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the tensors whose names begin with a prefix, by their names without it."""
     return {name.removeprefix(prefix): value for name, value in record.items() if name.startswith(prefix)}
 
 
 def load_values(networks: SiteNetworks, known: Mapping[str, Tensor], *, width: str, cure: str) -> None:
-    """Start networks with learned values.
+    """Copy values that elastic training learned into networks.
 
     Args:
-        networks: to be filled.
-        known: tensors of networks as elastic training left them.
+        networks: filled in place.
+        known: state of the learned networks.
         width: the setting of the networks' width, for the message.
-        cure: the setting that would start them cold.
+        cure: the setting that turns the warm start off, for the message.
 
     Raises:
         ConfigError: the widths differ.

@@ -1,4 +1,4 @@
-"""Joint tuning: the model learns at the sub-networks that its router chooses, the router from the model's loss."""
+"""The objective of joint tuning: the model learns at its router's sub-networks, the router from the model's loss."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from nestlm.data.batch import Batch
 from nestlm.nn.policy import Policy, full
@@ -17,10 +18,10 @@ from nestlm.utils.seeding import torch_generator
 
 
 class JointObjective(Objective):
-    """The full model and `budgets_per_step` routed sub-networks; routers also feel their distance from the budget.
+    """The mean loss of the full model and `budgets_per_step` routed policies, plus their distance from the budgets.
 
-    Flextron tunes model and routers jointly; how the loss reaches the routers (straight-through prefix gates) is our
-    choice.
+    Flextron (arXiv 2406.10260) tunes model and routers jointly; how the loss reaches the routers (straight-through
+    prefix gates, ADR 6) is our choice.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class JointObjective(Objective):
         self.budgets_per_step, self.cost_weight, self.dead_zone = budgets_per_step, cost_weight, dead_zone
         self.seed = seed
 
+    @override
     def terms(self, models: StageModels, batch: Batch, *, step: int) -> Iterator[Term]:
         assert models.router is not None, "joint tuning needs a router"
         table = models.router.prices.main
@@ -50,13 +52,13 @@ class JointObjective(Objective):
             targets.append(floor + (1.0 - floor) * above)
             budget = Budget.from_share(targets[-1])
             policies.append((models.router.draw(budget, generator=generator, row_shard=batch.row_shard), False))
-        lessons = self.distillation.lessons(models, batch, policies=tuple(policies))
-        loss_full = next(lessons).losses.loss
+        policy_losses = self.distillation.policy_losses(models, batch, policies=tuple(policies))
+        loss_full = next(policy_losses).losses.loss
         yield Term(loss_full / len(policies), {"loss_full": loss_full.detach()}, is_last=False)
-        for number, (lesson, target) in enumerate(zip(lessons, targets, strict=True), start=1):
-            loss = lesson.losses.loss
+        for number, (policy_loss, target) in enumerate(zip(policy_losses, targets, strict=True), start=1):
+            loss = policy_loss.losses.loss
             logs = dict[str, Tensor | float](loss_subnet=loss.detach())
-            probabilities = mean_probabilities(table.space, lesson.decisions)
+            probabilities = mean_probabilities(table.space, policy_loss.decisions)
             if probabilities is not None:
                 # over the sequences of all ranks, where they differ
                 expected = batch.row_shard.mean(table.expected_share(probabilities).mean())

@@ -1,8 +1,10 @@
-"""Plain language modelling: the teacher's own training, where no weights are given."""
+"""The objective of pretraining the parent model, where no weights are given: language modelling."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+
+from typing_extensions import override
 
 from nestlm.data.batch import Batch
 from nestlm.nn.loss import LossReader
@@ -10,8 +12,9 @@ from nestlm.train.objective.base import Objective, StageModels, Term
 
 
 class PretrainObjective(Objective):
-    """Cross-entropy of the whole model."""
+    """Cross-entropy of the whole model on the text."""
 
+    @override
     def terms(self, models: StageModels, batch: Batch, *, step: int) -> Iterator[Term]:
         read = LossReader(batch.targets_BL)
         loss = models.decoder(batch.tokens_BL, documents_BL=batch.documents_BL, read=read).read.loss

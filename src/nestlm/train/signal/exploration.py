@@ -1,4 +1,4 @@
-"""What signals share: random choices to learn from, and how well a prediction ranks them."""
+"""Shared by signals: random choices to learn from, and the rank correlation of predictions with measurements."""
 
 from __future__ import annotations
 
@@ -15,10 +15,21 @@ from nestlm.spec import SearchSpace
 def random_choices(
     space: SearchSpace, shape: Sequence[int], *, per_token: bool, skew: float, generator: torch.Generator
 ) -> Tensor:
-    """Choice indices for a batch of shape (B, L): (sites, B, L) by token or (sites, B) by sequence.
+    """Draw choice indices for a batch.
 
-    Each sequence leans towards wide or narrow choices, by a factor of exp(skew * normal) a choice everywhere and by
-    another one at each site: so all budgets are seen, and what a site does to later tokens is told from what others do.
+    Each sequence prefers wide or narrow choices, by a factor of exp(skew * normal) from one choice to the next: one
+    factor for all sites times one for each site. So all budgets occur, and the effect of a site on later tokens can be
+    told from that of other sites (our choice).
+
+    Args:
+        space: sites and choices.
+        shape: (B, L).
+        per_token: whether each token draws, or each sequence.
+        skew: standard deviation of the preferences.
+        generator: for all draws.
+
+    Returns:
+        (sites, B, L) per token, or (sites, B).
     """
     batch, length = shape
     everywhere_B = torch.randn(batch, generator=generator)
@@ -32,7 +43,7 @@ def random_choices(
 
 
 def rank_correlation(predicted: Tensor, real: Tensor) -> float | None:
-    """Spearman's; None where there is nothing to rank."""
+    """Return Spearman's rank correlation; None for fewer than 3 values, or where one side is constant."""
     if len(real) < 3 or float(real.std()) == 0.0 or float(predicted.std()) == 0.0:
         return None
     return float(np.corrcoef(*(rankdata(side.cpu().double().numpy()) for side in (predicted, real)))[0, 1])

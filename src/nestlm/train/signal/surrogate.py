@@ -1,4 +1,4 @@
-"""The surrogate signal (Flextron) for either policy."""
+"""The surrogate signal of Flextron (arXiv 2406.10260): makes the class for the policy of the router."""
 
 from __future__ import annotations
 
@@ -27,8 +27,21 @@ def surrogate_signal(
     Raises:
         ConfigError: the router has no logits, or the values do not fit each other.
     """
-    make = DynamicSurrogateSignal if router.per_token else StaticSurrogateSignal
-    return make(
+    if router.per_token:
+        return DynamicSurrogateSignal(
+            router,
+            target=target,
+            random_share=random_share,
+            gate=gate,
+            cost_weight=cost_weight,
+            dead_zone=dead_zone,
+            entropy_weight=entropy_weight,
+            warm_start=pairs.warm_start,
+            hidden_width=hidden_width,
+            lr=lr,
+            seed=seed,
+        )
+    return StaticSurrogateSignal(
         router,
         target=target,
         random_share=random_share,

@@ -1,9 +1,9 @@
-"""The surrogate signal for choices per token: what do they lose, token by token? Routers learn from the answer.
+"""The surrogate signal of Flextron (arXiv 2406.10260) for dynamic routers, with targets per token (our choice).
 
-The surrogate predicts the KL of each token to the whole model (or its raw loss, as nearest to the paper) from the
-choices and the token's hidden states: a pooled target, or one without a view of the token, could tell tokens apart only
-by accident (our choice). As in the static case it is fitted to drawn choices, and while it predicts well, the router
-descends its output plus a cost loss. Afterwards it is thrown away.
+The surrogate predicts each token's KL from the whole model (or its loss, nearest to the paper) from the token's choices
+and hidden states: a target that is pooled over tokens could tell one token from another only by accident. As for static
+routers it is fitted to drawn choices, and while its error is below a threshold, the router descends its output plus a
+cost loss. Afterwards the surrogate is thrown away.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from nestlm.data.batch import Batch
 from nestlm.errors import ConfigError
@@ -20,21 +21,26 @@ from nestlm.nn.loss import HeadInputs, LossReader
 from nestlm.nn.policy import WHOLE, Decision, Mixed, Policy, Stream
 from nestlm.router.base import Router
 from nestlm.router.dynamic.base import features
-from nestlm.router.dynamic.logits import DynamicLogitsRouter
-from nestlm.router.networks import SiteNetworks, growth
+from nestlm.router.networks import SiteNetworks, added_losses
+from nestlm.router.protocols import TokenLogits, check_router, narrow
 from nestlm.router.relaxed import budget_loss, entropy, sample_choices
 from nestlm.spec import Site
-from nestlm.train.objective.base import Signal, StageModels, Term, check_router
-from nestlm.train.objective.elastic_values import load_values, part_of
+from nestlm.train.objective.base import Signal, StageModels, Term
+from nestlm.train.objective.elastic_values import load_values, select_prefix
 from nestlm.train.signal.exploration import random_choices, rank_correlation
-from nestlm.train.signal.surrogate_static import ERROR_MEMORY, TARGETS, PairSettings
+from nestlm.train.signal.surrogate_static import ERROR_MEMORY, TARGETS
 from nestlm.utils.seeding import torch_generator
 
-SKEW = 1.0  # of random choices
+SKEW = 1.0  # of random choices, see `random_choices`
 
 
 class DynamicSurrogateSignal(Signal):
-    """Trains a surrogate on what tokens lose, and the dynamic router on the surrogate."""
+    """Fits a surrogate to the losses of tokens under drawn choices, and trains the router on the surrogate.
+
+    Attributes:
+        error: running squared error of sequences' mean predictions, relative to the variance of the targets; inf before
+            the first step.
+    """
 
     error: Tensor
 
@@ -48,7 +54,7 @@ class DynamicSurrogateSignal(Signal):
         cost_weight: float,
         dead_zone: float,
         entropy_weight: float,
-        pairs: PairSettings,
+        warm_start: bool,
         hidden_width: int,
         lr: float,
         seed: int,
@@ -65,27 +71,30 @@ class DynamicSurrogateSignal(Signal):
             dead_zone: relative distance from the budget that costs nothing.
             entropy_weight: of the entropy, summed over sites, that router distributions are rewarded for. It makes them
                 softmaxes of effects, so that their logarithms tell the second best choice, too (our choice).
-            pairs: whether to start warm; else of static policies: the tokens of one pass are pairs enough.
+            warm_start: whether to begin with the values of choices that elastic training learned.
             hidden_width: of the surrogate's networks.
             lr: the surrogate's peak learning rate.
             seed: seed of all draws.
         """
         super().__init__()
-        self.warm_start = pairs.warm_start
-        check_router(router, (DynamicLogitsRouter,), signal="surrogate")
-        assert isinstance(router, DynamicLogitsRouter), "checked"
+        self.warm_start = warm_start
+        check_router(router, TokenLogits, signal="surrogate")
         if target not in TARGETS:
             raise ConfigError(f"router.signal.target: got {target!r}, wanted one of {', '.join(TARGETS)}")
         self.target, self.random_share, self.gate = target, random_share, gate
         self.cost_weight, self.dead_zone, self.lr, self.seed = cost_weight, dead_zone, lr, seed
         self.entropy_weight = entropy_weight
         self.effects = SiteNetworks(
-            router.prices.space, num_inputs=router.hidden_size, hidden_width=hidden_width, init_std=0.1
+            router.prices.space,
+            num_inputs=narrow(router, TokenLogits).hidden_size,
+            hidden_width=hidden_width,
+            init_std=0.1,
         )
         self.effects.init_weights(seed=seed)
         self.base = torch.nn.Parameter(torch.zeros(()))  # what the whole model loses, where the target is the loss
         self.register_buffer("error", torch.full((), torch.inf))
 
+    @override
     def warm_up(self, router: Router, record: Mapping[str, Tensor]) -> None:
         """Start with the values of elastic training (our choice).
 
@@ -93,16 +102,16 @@ class DynamicSurrogateSignal(Signal):
             ConfigError: they were learned by networks of another width.
         """
         del router
-        known = part_of(record, "dynamic.")
+        known = select_prefix(record, "dynamic.")
         if self.warm_start and known:
             load_values(self.effects, known, width="router.signal.hidden_width", cure="router.signal.pairs.warm_start")
 
+    @override
     def terms(self, models: StageModels, batch: Batch, *, step: int) -> Iterator[Term]:
-        router = models.router
-        assert isinstance(router, DynamicLogitsRouter), "per-token choices are those of a dynamic router"
-        notes = Notes(self, router, batch, key=step)
-        target_BL = self.run(models, batch, notes)
-        predicted_BL = notes.predicted_BL + self.base
+        router = narrow(models.router, TokenLogits)
+        drawn = TokenPredictions(self, router, batch, key=step)
+        target_BL = self.run(models, batch, drawn)
+        predicted_BL = drawn.predicted_BL + self.base
         loss = (predicted_BL - target_BL).square().mean()
         with torch.no_grad():
             missed_B, targets_B = (
@@ -115,48 +124,50 @@ class DynamicSurrogateSignal(Signal):
         yield Term(loss, {"surrogate_error": self.error.clone(), "gate_open": float(is_open)})
         if is_open:
             table = router.prices.main
-            expected_B = table.constant / table.whole + notes.expected_B
-            distance = budget_loss(expected_B, notes.shares_B, dead_zone=self.dead_zone).mean()
-            logs = {"predicted": notes.promised.detach(), "budget_distance": distance.detach()}
-            reward = self.entropy_weight * notes.entropy
-            yield Term(notes.promised + self.cost_weight * distance - reward, logs)
+            expected_B = table.constant / table.whole + drawn.expected_B
+            distance = budget_loss(expected_B, drawn.shares_B, dead_zone=self.dead_zone).mean()
+            logs = {"predicted": drawn.promised.detach(), "budget_distance": distance.detach()}
+            reward = self.entropy_weight * drawn.entropy
+            yield Term(drawn.promised + self.cost_weight * distance - reward, logs)
 
     @torch.no_grad()
-    def run(self, models: StageModels, batch: Batch, notes: Notes) -> Tensor:
-        """What each token loses under the noted choices, (B, L)."""
+    def run(self, models: StageModels, batch: Batch, drawn: TokenPredictions) -> Tensor:
+        """Run the model under drawn choices; return the loss, or the KL from the whole model, of each token, (B, L)."""
         whole = None
         if self.target == "gap":
             whole = models.decoder(batch.tokens_BL, documents_BL=batch.documents_BL, read=HeadInputs.read).read
         read = LossReader(batch.targets_BL, teacher=whole)
-        losses = models.decoder(batch.tokens_BL, notes.policy(), documents_BL=batch.documents_BL, read=read).read
+        losses = models.decoder(batch.tokens_BL, drawn.policy(), documents_BL=batch.documents_BL, read=read).read
         return losses.text_BL if whole is None else losses.distance_BL
 
+    @override
     def summary(self, models: StageModels, held_out: list[Batch]) -> dict[str, float | None]:
-        """The running error, and the rank correlation of predicted and real means of held-out sequences."""
+        """Return the running error, and the rank correlation of predicted with measured means of sequences."""
         error = float(self.error)
         found: dict[str, float | None] = {"surrogate_error": error if math.isfinite(error) else None}
-        router = models.router
-        if not held_out or not isinstance(router, DynamicLogitsRouter):
+        if not held_out:
             return found
+        router = narrow(models.router, TokenLogits)
         predicted, real = [], []
         for number, batch in enumerate(held_out):
-            notes = Notes(self, router, batch, key=f"held out/{number}", random_share=1.0)
-            real.append(self.run(models, batch, notes).mean(1))
-            predicted.append(notes.predicted_BL.detach().mean(1))
+            drawn = TokenPredictions(self, router, batch, key=f"held out/{number}", random_share=1.0)
+            real.append(self.run(models, batch, drawn).mean(1))
+            predicted.append(drawn.predicted_BL.detach().mean(1))
         return found | {"rank_correlation": rank_correlation(torch.cat(predicted), torch.cat(real))}
 
+    @override
     def forward_passes(self, mean_share: float) -> float:
-        """One routed pass, and the whole model's for the gap."""
+        # one routed pass, and the whole model's for the gap
         return mean_share + (1.0 if self.target == "gap" else 0.0)
 
 
-class Notes:
-    """What surrogate and router say at each site while the model runs choices drawn for a batch.
+class TokenPredictions:
+    """Draws choices for a batch, and sums over sites what surrogate and router predict while the model runs them.
 
     Attributes:
-        shares_B: budgets drawn for the sequences.
-        predicted_BL: sum over sites of the effects of what was chosen.
-        promised: mean over tokens of the effects that the router's distributions promise; the effects are frozen in it.
+        shares_B: budgets that were drawn for the sequences, as shares.
+        predicted_BL: predicted loss of the drawn choices, with gradients to the surrogate.
+        promised: predicted loss of the router's distributions, a mean over tokens, with gradients to the router only.
         entropy: of those distributions, summed over sites, a mean over tokens.
         expected_B: expected cost of the distributions as a share, without the constant, a mean over each sequence.
     """
@@ -164,7 +175,7 @@ class Notes:
     def __init__(
         self,
         signal: DynamicSurrogateSignal,
-        router: DynamicLogitsRouter,
+        router: TokenLogits,
         batch: Batch,
         *,
         key: int | str,
@@ -188,21 +199,21 @@ class Notes:
         self.predicted_BL, self.promised, self.entropy, self.expected_B = zeros, zeros, zeros, zeros
 
     def policy(self) -> Policy:
-        """Run the drawn choices and take the notes."""
+        """Return the policy that runs the drawn choices and adds up the predictions."""
 
         def policy(site: Site, hidden_BLD: Tensor, stream: Stream) -> Decision:
             del stream
             row = self.router.rows.get(site)
-            return WHOLE if row is None else self.note(row, features(hidden_BLD.detach()))
+            return WHOLE if row is None else self.observe(row, features(hidden_BLD.detach()))
 
         return policy
 
-    def note(self, row: int, features_BLD: Tensor) -> Decision:
-        """Draw a site's choices, and add up what is said of them, with gradients to surrogate and router."""
+    def observe(self, row: int, features_BLD: Tensor) -> Decision:
+        """Draw the choices of one site (by row) and add the predictions; returns the decision for the decoder."""
         space = self.router.prices.space
         with torch.enable_grad():
-            logits_BLK = self.router.logits(row, features_BLD, self.shares_B)
-            effects_BLK = growth(self.signal.effects.at(row, features_BLD))
+            logits_BLK = self.router.token_logits(row, features_BLD, self.shares_B)
+            effects_BLK = added_losses(self.signal.effects.at(row, features_BLD))
             routed_BL = sample_choices(logits_BLK.detach(), generator=self.generator, row_shard=self.rows)
             index_BL = torch.where(self.at_random_B[:, None], self.random[row], routed_BL)
             probabilities_BLK = logits_BLK.softmax(-1)

@@ -1,9 +1,9 @@
-"""The surrogate signal (Flextron): a small model learns the loss of choices, and routers learn from it.
+"""The surrogate signal of Flextron (arXiv 2406.10260) for static routers: a small model learns the loss of choices.
 
-Router gradients vanish through the LLM. So a surrogate is fitted to pairs (choices, loss) that forward passes yield;
-while it predicts well, the routers descend its output plus a cost loss. Afterwards it is thrown away. Its target is by
-default the gap to the full model's loss on the same batch, its shape an additive path plus an MLP, its input the
-routers' logits after a softmax, with a replay of earlier pairs: these are our choices.
+Router gradients vanish through the LLM. So a surrogate is fitted to pairs (choices, loss) that forward passes yield.
+While its error is below a threshold, the router descends the surrogate's output plus a cost loss. Afterwards the
+surrogate is thrown away. Our choices are its target, by default the gap to the full model's loss on the same batch; its
+shape, an additive path plus an MLP; its input, the softmax of the router's logits; and the replay of earlier pairs.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from typing_extensions import override
 
 from nestlm.data.batch import Batch
 from nestlm.errors import ConfigError
@@ -22,30 +23,30 @@ from nestlm.nn.decoder import Decoder
 from nestlm.nn.loss import LossReader
 from nestlm.nn.policy import fixed
 from nestlm.router.base import Router
-from nestlm.router.networks import growth
+from nestlm.router.networks import added_losses
+from nestlm.router.protocols import BudgetLogits, check_router, narrow
 from nestlm.router.relaxed import budget_loss, entropy, sample_choices
-from nestlm.router.static.logits import StaticLogitsRouter
 from nestlm.spec import SearchSpace
-from nestlm.train.objective.base import Signal, StageModels, Term, check_router
-from nestlm.train.objective.elastic_values import static_steps
+from nestlm.train.objective.base import Signal, StageModels, Term
+from nestlm.train.objective.elastic_values import static_value_steps
 from nestlm.train.signal.exploration import random_choices, rank_correlation
 from nestlm.utils.seeding import torch_generator
 
 ERROR_MEMORY = 0.9  # weight of the past in the running error
 TARGETS = ("gap", "loss")
-BUDGETS_PER_STEP = 64  # of the router: they cost no forward pass of the LLM
+BUDGETS_PER_STEP = 64  # at which the router is trained; they cost no forward pass of the LLM
 HELD_OUT_SPECS = 32
 WARM_UP_STEPS = 200
 
 
 @dataclass(frozen=True)
 class PairSettings:
-    """The pairs (choices, loss) that a surrogate of whole sub-networks is fitted to.
+    """The pairs (choices, loss) to which a surrogate is fitted. A dynamic router's surrogate uses `warm_start` alone.
 
     Attributes:
-        specs_per_step: pairs that each step adds.
-        replay: pairs that are remembered.
-        warm_start: begin with those that elastic training recorded, or with the values that it learned.
+        specs_per_step: pairs that each step adds, one sub-network each.
+        replay: number of pairs that are kept, the newest.
+        warm_start: whether to begin with what elastic training recorded: pairs, or values of choices.
     """
 
     specs_per_step: int
@@ -61,9 +62,11 @@ class PairSettings:
 
 
 class Surrogate(nn.Module):
-    """Predicts a loss from distributions over choices: what each choice adds, plus an MLP for what is left.
+    """Predicts a loss from distributions over choices: what each choice adds, plus an MLP for the rest (our choice).
 
-    What choices add grows as they get narrower, as values do.
+    Attributes:
+        steps: numbers that `added_losses` turns into what each choice adds, (sites, max choices).
+        is_step: True where a site has a next wider choice.
     """
 
     is_step: Tensor
@@ -77,7 +80,7 @@ class Surrogate(nn.Module):
         self.register_buffer("is_step", torch.arange(space.max_choices) < counts[:, None] - 1, persistent=False)
 
     def init_weights(self, *, generator: torch.Generator) -> None:
-        """Start with small steps and nothing else, so that the additive path leads."""
+        """Draw the first layer of the MLP; everything else starts at 0, so that the additive path leads."""
         with torch.no_grad():
             for parameter in self.parameters():
                 parameter.zero_()
@@ -86,14 +89,21 @@ class Surrogate(nn.Module):
             first.copy_(torch.randn(first.shape, generator=generator) * first.shape[1] ** -0.5)
 
     def forward(self, probabilities: Tensor) -> Tensor:
-        """(n, sites, choices) to (n,)."""
-        effects = growth(self.steps.masked_fill(~self.is_step, -torch.inf))
+        """Predict losses in nats: distributions (n, sites, max choices) to (n,)."""
+        effects = added_losses(self.steps.masked_fill(~self.is_step, -torch.inf))
         rest = self.rest(probabilities.flatten(1).to(effects.dtype))
         return (probabilities * effects).sum((1, 2)) + rest.squeeze(-1)
 
 
 class StaticSurrogateSignal(Signal):
-    """Trains a surrogate on what the model loses, and the router on the surrogate."""
+    """Fits a surrogate to the losses of drawn sub-networks, and trains the router on the surrogate.
+
+    Attributes:
+        inputs: one-hot choices of the kept pairs, (replay, sites, max choices).
+        targets: their losses or gaps in nats, (replay,).
+        count: number of pairs ever added.
+        error: running squared error of predictions, relative to the variance of the targets; inf before the first step.
+    """
 
     inputs: Tensor
     targets: Tensor
@@ -135,7 +145,7 @@ class StaticSurrogateSignal(Signal):
         super().__init__()
         if target not in TARGETS:
             raise ConfigError(f"router.signal.target: got {target!r}, wanted one of {', '.join(TARGETS)}")
-        check_router(router, (StaticLogitsRouter,), signal="surrogate")
+        check_router(router, BudgetLogits, signal="surrogate")
         table = self.table = router.prices.main
         self.target, self.pairs, self.random_share = target, pairs, random_share
         self.gate, self.cost_weight, self.dead_zone = gate, cost_weight, dead_zone
@@ -149,14 +159,14 @@ class StaticSurrogateSignal(Signal):
         self.register_buffer("count", torch.zeros((), dtype=torch.long))
         self.register_buffer("error", torch.full((), torch.inf))
 
+    @override
     def terms(self, models: StageModels, batch: Batch, *, step: int) -> Iterator[Term]:
-        router = models.router
-        assert isinstance(router, StaticLogitsRouter), "the surrogate sees the logits of a static router"
+        router = narrow(models.router, BudgetLogits)
         inputs, targets = self.observe(models.decoder, batch, choices=self.draw_choices(router, step=step))
         targets = batch.row_shard.mean(targets)
         with torch.no_grad():
             fresh_error = (self.surrogate(inputs) - targets).square().mean()
-        self.remember(inputs, targets)
+        self.add_pairs(inputs, targets)
         known = min(int(self.count), len(self.targets))
         known_inputs, known_targets = self.inputs[:known], self.targets[:known]
         relative = fresh_error / known_targets.var(correction=0).clamp_min(1e-12)
@@ -168,12 +178,13 @@ class StaticSurrogateSignal(Signal):
         if is_open:
             yield self.router_term(router, step=step)
 
+    @override
     def warm_up(self, router: Router, record: Mapping[str, Tensor]) -> None:
-        """Start with the values of elastic training, fit the pairs that it recorded and remember them (our choice)."""
+        """Start with the values of elastic training, and fit the pairs that it recorded (our choice)."""
         del router
         if not self.pairs.warm_start:
             return
-        steps = static_steps(record, self.table.space)
+        steps = static_value_steps(record, self.table.space)
         if steps is not None:
             with torch.no_grad():
                 self.surrogate.steps.copy_(steps)
@@ -181,7 +192,7 @@ class StaticSurrogateSignal(Signal):
         if not len(choices):
             return
         targets = record["gaps" if self.target == "gap" else "losses"][-len(self.targets) :]
-        self.remember(one_hot(choices, self.table.space.max_choices), targets)
+        self.add_pairs(one_hot(choices, self.table.space.max_choices), targets)
         inputs, targets = self.inputs[: len(choices)], self.targets[: len(choices)]
         optimizer = torch.optim.Adam(self.parameters(), lr=self.lr)
         for _ in range(WARM_UP_STEPS):
@@ -190,11 +201,13 @@ class StaticSurrogateSignal(Signal):
             optimizer.step()
         optimizer.zero_grad()
 
+    @override
     @torch.no_grad()
     def summary(self, models: StageModels, held_out: list[Batch]) -> dict[str, float | None]:
-        """The running squared error relative to the variance of what is predicted (None before the first step), and the
-        rank correlation of predicted and real losses of specs that were never trained on, on held-out text.
-        """  # noqa: D205
+        """Return the surrogate's running relative error, and the rank correlation of its predictions.
+
+        The correlation is that of predicted with measured losses, on calibration text, of HELD_OUT_SPECS random specs.
+        """
         error = float(self.error)
         found: dict[str, float | None] = {"surrogate_error": error if math.isfinite(error) else None}
         if not held_out:
@@ -210,23 +223,33 @@ class StaticSurrogateSignal(Signal):
         real = torch.stack([targets for _, targets in observed]).mean(0)
         return found | {"rank_correlation": rank_correlation(self.surrogate(observed[0][0]), real)}
 
+    @override
     def forward_passes(self, mean_share: float) -> float:
-        """One pass a pair, and the full model's for the gap."""
+        # one pass a pair, and the full model's for the gap
         return self.pairs.specs_per_step * mean_share + (1.0 if self.target == "gap" else 0.0)
 
     @torch.no_grad()
-    def draw_choices(self, router: StaticLogitsRouter, *, step: int) -> Tensor:
-        """Specs to learn from, partly the router's, partly at random: choice indices (specs, sites)."""
+    def draw_choices(self, router: BudgetLogits, *, step: int) -> Tensor:
+        """Draw specs to learn from, partly from the router, partly at random: choice indices (specs, sites)."""
         number = self.pairs.specs_per_step
-        logits = router(self.draw_shares(number, step=step, purpose="pairs"))
+        logits = router.budget_logits(self.draw_shares(number, step=step, purpose="pairs"))
         generator = torch_generator(self.seed, "choices", step)
         at_random = torch.rand(number, 1, 1, generator=generator) < self.random_share
-        flat = torch.zeros_like(logits).masked_fill(~router.networks.valid, -torch.inf)
+        flat = torch.zeros_like(logits).masked_fill(logits.isneginf(), -torch.inf)
         return sample_choices(torch.where(at_random.to(logits.device), flat, logits), generator=generator)
 
     @torch.no_grad()
     def observe(self, decoder: Decoder, batch: Batch, *, choices: Tensor) -> tuple[Tensor, Tensor]:
-        """New pairs: one-hot choices (specs, sites, choices) and what they lose on the batch (specs,)."""
+        """Measure specs on a batch.
+
+        Args:
+            decoder: the nested model.
+            batch: the rows to measure on.
+            choices: choice indices, (specs, sites).
+
+        Returns:
+            One-hot choices (specs, sites, max choices), and losses or gaps in nats, (specs,).
+        """
         space = self.table.space
         seen = {"documents_BL": batch.documents_BL, "read": LossReader(batch.targets_BL)}
         losses = []
@@ -239,17 +262,17 @@ class StaticSurrogateSignal(Signal):
         return one_hot(choices, space.max_choices), targets
 
     @torch.no_grad()
-    def remember(self, inputs: Tensor, targets: Tensor) -> None:
-        """Keep pairs in place of the oldest."""
+    def add_pairs(self, inputs: Tensor, targets: Tensor) -> None:
+        """Put pairs in place of the oldest ones: one-hot choices (n, sites, max choices) and losses (n,)."""
         slots = (torch.arange(len(targets), device=self.targets.device) + self.count) % len(self.targets)
         self.inputs[slots] = inputs.to(self.inputs)
         self.targets[slots] = targets.to(self.targets)
         self.count += len(targets)
 
-    def router_term(self, router: StaticLogitsRouter, *, step: int) -> Term:
-        """The frozen surrogate's output for the routers' distributions, plus the cost loss."""
+    def router_term(self, router: BudgetLogits, *, step: int) -> Term:
+        """Return the frozen surrogate's output for the router's distributions, plus the cost loss, less the entropy."""
         shares = self.draw_shares(BUDGETS_PER_STEP, step=step, purpose="budgets")
-        logits = router(shares)
+        logits = router.budget_logits(shares)
         probabilities = logits.softmax(-1)
         frozen = {name: parameter.detach() for name, parameter in self.surrogate.named_parameters()}
         predicted = functional_call(self.surrogate, frozen, (probabilities,)).mean()
@@ -259,12 +282,12 @@ class StaticSurrogateSignal(Signal):
         return Term(predicted + self.cost_weight * distance - reward, logs)
 
     def draw_shares(self, number: int, *, step: int, purpose: str) -> Tensor:
-        """Budgets drawn evenly between the smallest sub-network and the full model, (number,)."""
+        """Draw budgets as shares, uniform between the smallest sub-network and the full model, (number,)."""
         floor = self.table.share(self.table.space.smallest())
         uniform = torch.rand(number, generator=torch_generator(self.seed, purpose, step))
         return (floor + (1.0 - floor) * uniform).to(self.targets)
 
 
 def one_hot(choices: Tensor, num_choices: int) -> Tensor:
-    """Choice indices (n, sites) as the surrogate takes them, (n, sites, choices)."""
+    """Turn choice indices (n, sites) into the surrogate's input, (n, sites, choices)."""
     return nn.functional.one_hot(choices, num_choices).float()
