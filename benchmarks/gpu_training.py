@@ -24,13 +24,14 @@ from lightning.fabric.utilities.throughput import get_available_flops
 from nestlm.config.compose import build, compose
 from nestlm.data.batch import Batch
 from nestlm.distributed.strategy import placement_of
+from nestlm.estimate.dry_run import training_stages
 from nestlm.nn.decoder import Decoder
-from nestlm.pipeline.flops import flops_per_token
 from nestlm.pipeline.settings import Settings
 from nestlm.train.lightning_module import NestedLM
 from nestlm.train.objective.base import Objective, StageModels
 from nestlm.train.objective.elastic import ElasticObjective
 from nestlm.train.objective.pretrain import PretrainObjective
+from nestlm.train.task import Task
 from nestlm.train.trainer import make_trainer
 
 PAGE = Path("docs/results/gpu-training.md")
@@ -115,10 +116,9 @@ def measure(overrides: list[str], stage: str) -> tuple[Settings, float, float]:
         teacher = deepcopy(decoder)
         if "bf16" in str(trainer.precision):
             teacher = teacher.to(torch.bfloat16)
-    module = NestedLM(
-        StageModels(decoder, teacher), stage=stage, objective=objective_of(stage, settings),
-        trained={"decoder": (decoder, 1e-5)}, optim=settings.optim, num_steps=WARM_UP + STEPS,
-    )  # fmt: skip
+    models, objective = StageModels(decoder, teacher), objective_of(stage, settings)
+    task = Task(models, objective, {"decoder": (decoder, 1e-5)}, WARM_UP + STEPS)
+    module = NestedLM(task, stage=stage, optim=settings.optim)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     trainer.fit(module, torch.utils.data.DataLoader(RandomTokens(settings), batch_size=None))
@@ -146,7 +146,8 @@ expected FLOPs, a teacher's included, without what activation checkpointing comp
         plain = plain or seconds
         tokens = settings.data.batch_size * settings.data.sequence_length
         available = get_available_flops(torch.device("cuda"), torch.bfloat16) if torch.cuda.is_available() else None
-        used = f"{flops_per_token(stage, settings) * tokens / seconds / available:.1%}" if available else ""
+        (flops,) = [each.flops_per_token() for each in training_stages(settings) if each.name == stage]
+        used = f"{flops * tokens / seconds / available:.1%}" if available else ""
         rate = f"{tokens / seconds:,.0f} | {used} | {peak / 2**30:.1f}"
         page += f"| {name} | {seconds:.3f} | {seconds / plain:.2f} | {rate} |\n"
         torch.cuda.empty_cache()

@@ -12,7 +12,6 @@ import argparse
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import lightning as L
 import torch
@@ -26,13 +25,12 @@ from nestlm.data.batch import Batch
 from nestlm.distributed import collectives
 from nestlm.distributed.device_layout import Layout, Precision
 from nestlm.distributed.launch import launch
+from nestlm.estimate.dry_run import training_stages
 from nestlm.estimate.memory import predict
 from nestlm.model.weights_io import save_weights
 from nestlm.nn.decoder import Decoder
-from nestlm.pipeline.context import MODEL, RECORD, ROUTER, Context
-from nestlm.pipeline.run import STAGES
-from nestlm.pipeline.settings import Settings, View
-from nestlm.train.task import Task
+from nestlm.pipeline.runtime import MODEL, RECORD, ROUTER, StageRuntime
+from nestlm.pipeline.settings import Settings
 from nestlm.train.trainer import trainer_device
 from nestlm.utils.devices import device_name
 from turns import highest
@@ -69,14 +67,6 @@ ROWS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
 RANK_RUNS = 5  # of several ranks, since what gloo holds differs with who waits for whom; the least counts
 
 
-class Measured(Exception):  # noqa: N818
-    """Raised with the bytes that a stage's training took, to end the stage there."""
-
-    def __init__(self, peak: int) -> None:
-        super().__init__(peak)
-        self.peak = peak
-
-
 class RandomTokens(L.LightningDataModule):
     """Batches of random tokens, with two documents in each row."""
 
@@ -93,28 +83,6 @@ class RandomTokens(L.LightningDataModule):
         kept = documents_BL if self.settings.separate_documents else None
         batches = [Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), kept, row_shard) for rows in tokens]
         return DataLoader(batches, batch_size=None)
-
-
-class MeasuringContext(Context):
-    """A stage context that trains on random tokens, measures memory meanwhile, and then ends the stage."""
-
-    def data(self, *, stream: str, num_steps: int = 0) -> Any:
-        """Return random tokens in place of the run's text."""
-        return RandomTokens(self.settings, num_steps=num_steps)
-
-    def train(self, stage: str, task: Task, *, callbacks: Sequence[L.Callback] = ()) -> dict[str, Any]:
-        """Train, then raise Measured with the peak bytes."""
-        device = self.device()
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-            super().train(stage, task, callbacks=callbacks)
-            raise Measured(torch.cuda.max_memory_allocated(device))
-        parts = (task.models.decoder, task.models.teacher, task.models.router, task.objective)
-        modules = torch.nn.ModuleList([part for part in parts if part is not None])
-        before = sum(held(tensor).nbytes for tensor in (*modules.parameters(), *modules.buffers()))
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
-            super().train(stage, task, callbacks=callbacks)
-        raise Measured(before + highest(profiler))
 
 
 def held(tensor: Tensor) -> Tensor:
@@ -137,7 +105,9 @@ def both(
     settings = compose.build(compose.compose(command))
     precision, layout = Precision.of(settings.trainer), Layout.of(settings.trainer)
     assert precision is not None, "it is one of torch's"
-    parts = predict(stage, settings, layout=layout, precision=precision)
+    (found,) = [each for each in training_stages(settings) if each.name == stage]
+    checkpointing = settings.activation_checkpointing
+    parts = predict(found, activation_checkpointing=checkpointing, layout=layout, precision=precision)
     make_inputs(settings, folder / "inputs")
     work = (stage, command, str(folder))
     if layout.ranks == 1:
@@ -159,20 +129,28 @@ def make_inputs(settings: Settings, folder: Path) -> None:
 
 
 def measure(work: tuple[str, list[str], str]) -> int:
-    """Return the peak bytes of a stage while it trains, on random weights and made-up text; as one rank, or alone."""
-    stage, command, folder = work
+    """Bytes that a stage takes at most while it trains, on random weights and made-up text; as a rank, or alone."""
+    name, command, folder = work
     settings = compose.build(compose.compose(command))
-    known = next(each for each in STAGES if each.name == stage)
+    (stage,) = [each for each in training_stages(settings) if each.name == name]
     out = Path(folder, "out")
     out.mkdir(exist_ok=True)
-    logger = settings.logger(save_dir=out, name=stage)
+    logger = settings.logger(save_dir=out, name=name)
     before = dict.fromkeys(("pretrain", "rank", "elastic", "router"), Path(folder, "inputs"))
-    context = MeasuringContext(View(settings, known.reads), out, inputs=before, logger=logger)
-    try:
-        known.run(context)
-    except Measured as measured:
-        return measured.peak
-    raise AssertionError("the stage trains")
+    runtime = StageRuntime.of(settings, folder=out, inputs=before, logger=logger)
+    task = stage.task(stage.load_models(runtime))
+    data = RandomTokens(settings, num_steps=task.steps)
+    device = stage.device()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        stage.train(task, runtime, data=data)
+        return torch.cuda.max_memory_allocated(device)
+    models = (task.models.decoder, task.models.teacher, task.models.router, task.objective)
+    modules = torch.nn.ModuleList([model for model in models if model is not None])
+    at_start = sum(held(tensor).nbytes for tensor in (*modules.parameters(), *modules.buffers()))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+        stage.train(task, runtime, data=data)
+    return at_start + highest(profiler)
 
 
 def main() -> None:

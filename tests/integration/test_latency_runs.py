@@ -63,7 +63,7 @@ def test_a_run_measures_a_table_and_a_resumed_one_takes_it_again(run, tmp_path, 
     def measured_again(*args, **kwargs):
         raise AssertionError("the table is in the cache")
 
-    monkeypatch.setattr("nestlm.pipeline.stages.measure", measured_again)
+    monkeypatch.setattr("nestlm.pipeline.stages.profile.profile", measured_again)
     for path in cache.glob("evaluate-*"):
         shutil.rmtree(path)
     again = run(*LATENCY, "budget=[1.0,0.9]", name="again", cache=cache)

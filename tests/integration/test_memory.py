@@ -17,11 +17,13 @@ from nestlm.config.compose import build, compose
 from nestlm.config.error_messages import explain
 from nestlm.distributed.device_layout import Layout, Precision
 from nestlm.errors import ConfigError
+from nestlm.estimate.dry_run import training_stages
 from nestlm.estimate.fake_step import GRADIENTS, PARTS, REST, STATES, TEACHER, WEIGHTS, FakeStep
 from nestlm.estimate.memory import lengthen, predict
 from nestlm.nn.decoder import Decoder
 from nestlm.nn.linear import hold_linear
 from nestlm.pipeline import run as pipeline
+from nestlm.pipeline.stages.elastic import ElasticStage
 from nestlm.train.callbacks.timed_checkpoint import STATE
 from nestlm.train.optim import AdamWBf16States
 
@@ -44,7 +46,13 @@ def made(*overrides: str):
 def predicted(stage: str, settings):
     precision = Precision.of(settings.trainer)
     assert precision is not None
-    return predict(stage, settings, layout=Layout.of(settings.trainer), precision=precision)
+    (found,) = [each for each in training_stages(settings) if each.name == stage]
+    return predict(
+        found,
+        activation_checkpointing=settings.activation_checkpointing,
+        layout=Layout.of(settings.trainer),
+        precision=precision,
+    )
 
 
 @pytest.mark.filterwarnings("ignore:.*Profiler.*")
@@ -69,7 +77,7 @@ def test_a_rank_that_holds_a_shard_takes_what_was_predicted(tmp_path, monkeypatc
 def test_two_blocks_tell_of_five(overrides):
     settings = made("model.num_layers=5", *overrides)
     precision = Precision(torch.float32, mixed=False)
-    fake_step = FakeStep("elastic", settings, 2, precision)
+    fake_step = FakeStep(ElasticStage.of(settings), 2, precision, settings.activation_checkpointing)
     long = lengthen(fake_step.moments(1), fake_step.moments(2), num_blocks=5)
     whole = fake_step.moments(5)
     assert max(sum(parts.values()) for parts in long.values()) == pytest.approx(

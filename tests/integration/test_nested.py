@@ -30,7 +30,7 @@ def recorded(folder: Path) -> dict[tuple[str, str], float]:
 def answers_are_the_runs(folder: Path) -> None:
     """Every budget's loss is the recorded one, bit for bit."""
     model, known = nestlm.load(folder), recorded(folder)
-    loader = model.context.data(stream="validation").heldout_dataloader("validation")
+    loader = model.stage.packed_tokens(model.runtime, stream="validation").heldout_dataloader("validation")
     for budget in model.budgets:
         found = model.at(str(budget).split("+"))
         scores = evaluate(model.decoder, found.policy, loader=loader, trainer=make_trainer(model.settings.trainer))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nestlm.pipeline.context import Context
+from nestlm.pipeline.stages.base import ModelStage
 
 
 def rows_of(folder: Path) -> list[dict[str, str]]:
@@ -39,18 +39,17 @@ def losses_of(row: dict[str, str]) -> list[str]:
 
 def test_looking_draws_nothing_and_reads_calibration_text_only(run, tmp_path, monkeypatch):
     seen = []
-    original = Context.on_calibration_text
+    original = ModelStage.calibration_data
 
-    def watched(self, decoder, *, num_sequences):
+    def watched(self, decoder, runtime, *, num_sequences):
         before = torch.get_rng_state()
-        calibration = original(self, decoder, num_sequences=num_sequences)
+        calibration = original(self, decoder, runtime, num_sequences=num_sequences)
         assert torch.equal(torch.get_rng_state(), before)
-        seen.append(
-            (self.folder.name.partition("-")[0], self.data(stream="x").rows("calibration"), calibration.batches)
-        )
+        rows = self.packed_tokens(runtime, stream="x").rows("calibration")
+        seen.append((self.name, rows, calibration.batches))
         return calibration
 
-    monkeypatch.setattr(Context, "on_calibration_text", watched)
+    monkeypatch.setattr(ModelStage, "calibration_data", watched)
     run("budget=0.9", "elastic_probe_steps=2", cache=tmp_path / "cache")
     (rows, batches), *_ = [(rows, batches) for stage, rows, batches in seen if stage == "elastic"]
     known = {tuple(rows[index].tolist()) for index in range(len(rows))}

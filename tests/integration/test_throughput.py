@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 
 from nestlm.config.compose import build, compose
+from nestlm.estimate.dry_run import training_stages
 from nestlm.pipeline import run as pipeline
-from nestlm.pipeline.flops import flops_per_token
 from nestlm.train.callbacks import throughput
 from plugins import NANO
 
@@ -43,10 +43,11 @@ def test_mfu_is_the_expected_flops_over_the_peak(run, tmp_path, monkeypatch):
     peak = 10**9
     monkeypatch.setattr(throughput, "get_available_flops", lambda device, dtype: peak)
     values = logged(run("budget=0.8", cache=tmp_path / "cache"))
-    settings = build(compose(NANO))
-    for stage in STAGES:
-        (rate,), (mfu,) = values[f"{stage}/tokens_per_second"], values[f"{stage}/mfu"]
-        assert mfu == pytest.approx(rate * flops_per_token(stage, settings) / peak, rel=1e-6)
+    stages = training_stages(build(compose(NANO)))
+    assert tuple(stage.name for stage in stages) == STAGES
+    for stage in stages:
+        (rate,), (mfu,) = values[f"{stage.name}/tokens_per_second"], values[f"{stage.name}/mfu"]
+        assert mfu == pytest.approx(rate * stage.flops_per_token() / peak, rel=1e-6)
 
 
 def test_a_resumed_stage_counts_its_own_steps(run, tmp_path, monkeypatch):

@@ -23,6 +23,7 @@ from nestlm.train.objective.base import Objective, StageModels, Term
 from nestlm.train.objective.distillation import CrossEntropy, FrozenTeacher, InPlace
 from nestlm.train.objective.elastic import ElasticObjective
 from nestlm.train.objective.joint import JointObjective
+from nestlm.train.task import Task
 from plugins import build
 from references import cross_entropy, forward_kl
 
@@ -168,8 +169,10 @@ def test_gradients_are_clipped_for_each_part_by_itself(tmp_path, batch):
     optim = replace(build("optim", "adamw"), optimizer=torch.optim.SGD, warmup_share=0.0, clip_norm=1.0)
     fit_once(
         NestedLM(
-            StageModels(decoder, router=router), stage="joint", objective=Lopsided(),
-            trained={"decoder": (decoder, 1.0), "router": (router, 1.0)}, optim=optim, num_steps=1,
+            Task(
+                StageModels(decoder, router=router), Lopsided(), {"decoder": (decoder, 1.0), "router": (router, 1.0)}, 1
+            ),
+            stage="joint", optim=optim,
         ),
         batch,
         folder=tmp_path,
@@ -197,8 +200,8 @@ def test_a_loss_that_is_not_finite_stops_the_stage_before_the_weights_change(tmp
     decoder = random_decoder(CONFIG)
     before = {name: value.clone() for name, value in decoder.state_dict().items()}
     module = NestedLM(
-        StageModels(decoder), stage="elastic", objective=Broken(), trained={"decoder": (decoder, 1e-3)},
-        optim=build("optim", "adamw"), num_steps=1,
+        Task(StageModels(decoder), Broken(), {"decoder": (decoder, 1e-3)}, 1), stage="elastic",
+        optim=build("optim", "adamw"),
     )  # fmt: skip
     with pytest.raises(NestlmError, match=r"elastic: the loss is nan at step 0, batch [0-9a-f]{12}"):
         fit_once(module, batch, folder=tmp_path)

@@ -22,8 +22,10 @@ from nestlm.model.family import Family
 from nestlm.model.parent_files import ParentFiles
 from nestlm.model.weights_io import CURE
 from nestlm.nn.decoder import Decoder
-from nestlm.pipeline.context import Context
-from nestlm.report.run_folder import PARENT
+from nestlm.pipeline.runtime import StageRuntime
+from nestlm.pipeline.stages.evaluate import EvaluateStage
+from nestlm.pipeline.stages.pretrain import PretrainStage
+from nestlm.report.run_folder import PARENT, read_result
 from nestlm.report.tables import read_csv
 from nestlm.router.base import RoutedPolicy, Router
 from nestlm.router.protocols import PlanningRouter, narrow
@@ -39,25 +41,25 @@ class LoadedRun:
     """A finished run.
 
     Attributes:
-        context: its settings and folders.
+        stage: its last stage, which names the settings that evaluation reads.
+        runtime: its folders.
         decoder: the whole model, on the CPU, for evaluation.
         router: its own.
         prices: of sub-networks.
-        metrics: what its stages measured.
         provenance: where its numbers come from.
     """
 
-    context: Context
+    stage: EvaluateStage
+    runtime: StageRuntime
     decoder: Decoder
     router: Router
     prices: PriceList
-    metrics: dict[str, dict[str, Any]]
     provenance: dict[str, Any]
 
     @property
     def family(self) -> Family:
         """What the model was made from."""
-        return self.context.settings.model
+        return self.stage.model
 
 
 @dataclass(frozen=True)
@@ -102,16 +104,18 @@ def export(
         ExportError: a format that cannot hold it, a folder that cannot be written, or an export that computes
             something else.
     """
-    loader = run.context.data(stream="validation").heldout_dataloader("validation", num_rows=TEXT_ROWS)
+    loader = run.stage.packed_tokens(run.runtime, stream="validation").heldout_dataloader(
+        "validation", num_rows=TEXT_ROWS
+    )
     text_BL = torch.cat([batch.tokens_BL for batch in loader])[:, :TEXT_TOKENS]
     kept = kept_parent(run)
     nested = exporter.ExportSource(
         decoder=run.decoder,
         family=run.family,
         parent=kept,
-        axes=run.context.settings.axis_list,
-        tokenizer=run.context.inputs["data"] / TOKENIZER,
-        special_tokens=PreparedData.read(run.context.inputs["data"]).special_tokens,
+        axes=run.stage.axis_list,
+        tokenizer=run.runtime.inputs["data"] / TOKENIZER,
+        special_tokens=PreparedData.read(run.runtime.inputs["data"]).special_tokens,
         text_BL=text_BL,
     )
     facts = CardFacts(
@@ -147,7 +151,7 @@ def kept_parent(run: LoadedRun) -> ParentFiles | None:
     """What the run keeps of the weights that it was made from. Raises CheckpointError where that is lost."""
     if run.family.weights is None:
         return None
-    folder = run.context.folder / "checkpoints" / PARENT
+    folder = run.runtime.folder / "checkpoints" / PARENT
     if not folder.is_dir():
         raise CheckpointError(f"{folder} does not exist; {CURE}")
     return ParentFiles.read(folder)
@@ -162,9 +166,9 @@ def parent_name(family: Family, kept: ParentFiles | None) -> str:
 
 def losses(run: LoadedRun, *, budget: Budget, router: str) -> dict[str, float]:
     """On the whole validation text, as the run measured them."""
-    rows = read_csv(run.context.folder / "results.csv")
+    rows = read_csv(run.runtime.folder / "results.csv")
     found = {
-        "the parent, before it was nested": run.metrics["pretrain"]["val_loss"],
+        "the parent, before it was nested": read_result(run.runtime.folder, PretrainStage).val_loss,
         "the whole nested model": rows[0]["val_loss"] - rows[0]["loss_vs_full"],
     }
     for row in rows:

@@ -34,8 +34,11 @@ from nestlm.model.family import Family
 from nestlm.model.weights_io import CURE
 from nestlm.nn.decoder import Decoder
 from nestlm.nn.policy import fixed
-from nestlm.pipeline.context import SKIPPABLE, Context
-from nestlm.pipeline.settings import Settings, View
+from nestlm.pipeline.runtime import StageRuntime
+from nestlm.pipeline.settings import Settings
+from nestlm.pipeline.stages.evaluate import EvaluateStage
+from nestlm.pipeline.stages.rank import RankStage
+from nestlm.report.run_folder import read_result
 from nestlm.report.runs import read_provenance
 from nestlm.router.at_budget import AtBudget, recall
 from nestlm.router.base import RoutedPolicy, Router
@@ -46,9 +49,8 @@ from nestlm.router.static.uniform import best_uniform
 from nestlm.spec import Budget
 from nestlm.train.trainer import check_trainer, make_trainer
 from nestlm.utils.console import track
-from nestlm.utils.json_files import damaged_file_errors, read_json
+from nestlm.utils.json_files import read_json
 
-READS = ("model", "axes", "cost", "costs", "router", "trainer", "data", "seed")
 POLICIES = ("static", "dynamic")
 
 
@@ -69,9 +71,10 @@ class NestedModel:
         for stage in ("data", "joint"):
             if stage not in inputs:
                 raise CheckpointError(f"{checkpoints / stage} does not exist; {CURE}")
-        self.context = Context(View(settings, READS), folder, inputs=inputs, logger=DummyLogger())
-        self.decoder: Decoder = self.context.decoder("joint").to(self.device).eval()
-        self.router: Router = self.context.router("joint").to(self.device).eval()
+        self.stage = EvaluateStage.of(settings)
+        self.runtime = StageRuntime.of(settings, folder=folder, inputs=inputs, logger=DummyLogger())
+        self.decoder: Decoder = self.stage.load_decoder(self.runtime, "joint").to(self.device).eval()
+        self.router: Router = self.stage.load_router(self.runtime).to(self.device).eval()
         self.known: dict[tuple[Budget, str], AtBudget] = {}
 
     @classmethod
@@ -87,16 +90,13 @@ class NestedModel:
             NestlmError: something is missing or damaged, or the device is not there.
         """
         settings = own_table(settings, folder)
-        with damaged_file_errors(folder / "metrics.json", cure=CURE):
-            skippable = read_json(folder / "metrics.json", cure=CURE)["rank"].get(SKIPPABLE)
-            if skippable is not None:
-                settings = settings.with_skippable(skippable)
+        settings = RankStage.of(settings).refine(settings, read_result(folder, RankStage), folder=folder)
         return cls(folder, on_device(settings, device))
 
     @property
     def device(self) -> torch.device:
         """Where the model computes."""
-        return self.context.device()
+        return self.stage.device()
 
     @property
     def family(self) -> Family:
@@ -111,7 +111,7 @@ class NestedModel:
     @property
     def tokenizer_folder(self) -> Path:
         """The folder that holds tokenizer.json."""
-        return self.context.inputs["data"]
+        return self.runtime.inputs["data"]
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -146,7 +146,7 @@ class NestedModel:
     @cached_property
     def calibration(self) -> CalibrationData:
         """The calibration text on which the run's router was tried."""
-        return self.context.calibration(self.decoder)
+        return self.stage.calibration_data(self.decoder, self.runtime, num_sequences=self.settings.router.num_sequences)
 
     def at(self, budget: Any, *, router: str | None = None) -> AtBudget:
         """The sub-network, or the policy, for a budget.
@@ -283,7 +283,7 @@ class NestedModel:
             )
         if isinstance(data, str):
             data = replace(self.settings.data, source=source_from_path(data), path=data, heldout_share=None)
-        own = self.context.data(stream="validation")
+        own = self.stage.packed_tokens(self.runtime, stream="validation")
         with held_out(data, config=self.decoder.config, seed=self.settings.seed, own=own) as text:
             rows = [self.row(each, text, run) for each in track(found, "evaluate", total=len(found))]
         return rows
@@ -368,7 +368,7 @@ class NestedModel:
             raise ConfigError("export: got uniform and router=dynamic, wanted one of them")
         model = self if self.device.type == "cpu" else NestedModel.open(self.folder, self.settings, device="cpu")
         found = model.uniform(budget) if uniform else model.at(budget, router=router)
-        run = LoadedRun(model.context, model.decoder, model.router, model.prices, model.metrics, model.provenance)
+        run = LoadedRun(model.stage, model.runtime, model.decoder, model.router, model.prices, model.provenance)
         return export(run, found.routed, request, budget=found.budget, router=found.router, achieved=found.achieved)
 
 

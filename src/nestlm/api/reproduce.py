@@ -25,7 +25,7 @@ from nestlm.model.parent_files import ParentFiles
 from nestlm.model.weights_io import load_weights
 from nestlm.nn.decoder import Decoder
 from nestlm.pipeline.checks import check
-from nestlm.pipeline.context import LATENCY_TABLE, MODEL
+from nestlm.pipeline.runtime import LATENCY_TABLE, MODEL
 from nestlm.pipeline.settings import Settings
 from nestlm.report.differences import cached_stages, changed_cells, changed_origins, changed_specs, differences_table
 from nestlm.report.provenance import environment

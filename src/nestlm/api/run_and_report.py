@@ -16,13 +16,14 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from nestlm.distributed import collectives
 from nestlm.distributed.strategy import placement_of
 from nestlm.estimate.dry_run import describe
-from nestlm.model.parent_files import ParentFiles
 from nestlm.pipeline.checks import check
-from nestlm.pipeline.run import FinishedStage, run_stages
+from nestlm.pipeline.run import FinishedStages, run_stages
 from nestlm.pipeline.settings import Settings
+from nestlm.pipeline.stages.evaluate import EvaluateStage
+from nestlm.pipeline.stages.router import RouterStage
 from nestlm.report import wandb_run
 from nestlm.report.render import render
-from nestlm.report.run_folder import write_run_folder
+from nestlm.report.run_folder import pareto_gap, write_run_folder
 from nestlm.train.trainer import check_trainer, make_trainer
 from nestlm.utils.console import console, output
 from nestlm.utils.locks import lock_folder
@@ -31,21 +32,26 @@ from nestlm.utils.resources import check_writable, resource_errors
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run's folder, and the one number to optimise: the mean over budgets of its loss above the teacher's."""
+    """A run that is done.
+
+    Attributes:
+        folder: the run's folder.
+        pareto_gap: the number to minimise: the loss of the run's router above the teacher's, a mean over budgets.
+    """
 
     folder: Path
     pareto_gap: float
 
 
 def run_and_report(settings: Settings, *, config: dict[str, Any]) -> FinishedRun | None:
-    """Walk the stages and write the run's folder.
+    """Check settings, walk the stages, and write the run's folder; a dry run prints its estimates instead.
 
     Args:
-        settings: what to do.
-        config: the same as plain resolved values, from which the cache keys are made.
+        settings: settings of the run.
+        config: the same as plain resolved values, of which cache keys are made.
 
     Returns:
-        Where its results are; None for a dry run.
+        The finished run; None for a dry run.
 
     Raises:
         NestlmError: something in the settings, the data or the weights that a user can cure.
@@ -61,54 +67,47 @@ def run_and_report(settings: Settings, *, config: dict[str, Any]) -> FinishedRun
 
 
 def fill_run_folder(settings: Settings, *, config: dict[str, Any], shown: bool = True) -> FinishedRun:
-    """Walk the stages of settings that are checked; `shown` also draws pictures, writes the page, prints the table."""
+    """Walk the stages of checked settings, and write the run's folder under its lock.
+
+    Args:
+        settings: settings of the run.
+        config: the same as plain resolved values.
+        shown: whether to draw pictures, write the page, print the table, and publish the folder to wandb.
+    """
     check_trainer(settings.trainer)
     placement_of(make_trainer(settings.trainer))  # ranks meet
-    console.quiet = output.quiet = collectives.rank() != 0
+    is_first = collectives.rank() == 0
+    console.quiet = output.quiet = not is_first
     run_dir = run_folder(settings, config=config)
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-    # the same command twice at the same time
-    with lock_folder(run_dir, str(run_dir)) if collectives.rank() == 0 else nullcontext():
-        return work_in(run_dir, settings, config=config, shown=shown)
-
-
-def work_in(run_dir: Path, settings: Settings, *, config: dict[str, Any], shown: bool) -> FinishedRun:
-    """Walk the stages and write the run's folder, alone in it."""
-    parent = settings.model.read_parent_files() if collectives.rank() == 0 else None
-    cache = cache_folder(settings, run_dir)
-    with open_logger(settings, run_dir, config=config) as logger:
-        finished = run_stages(settings, config=config, cache=cache, logger=logger)
-        gap = 0.0
-        if collectives.rank() == 0:
-            with resource_errors(run_dir):
-                gap = write(run_dir, finished, settings, config=config, logger=logger, shown=shown, parent=parent)
+    # the same command may run twice at the same time
+    with lock_folder(run_dir, str(run_dir)) if is_first else nullcontext():
+        parent = settings.model.read_parent_files() if is_first else None
+        cache = cache_folder(settings, run_dir)
+        with open_logger(settings, run_dir, config=config) as logger:
+            finished = run_stages(settings, config=config, cache=cache, logger=logger)
+            gap = 0.0
+            if is_first:
+                with resource_errors(run_dir):
+                    label = settings.router.label
+                    write_run_folder(run_dir, config=config, finished=finished, router=label, parent=parent)
+                    gap = pareto_gap(finished, router=label)
+                    logger.log_metrics(logged_results(finished) | {"val/pareto_gap": gap})
+                    if shown:
+                        show(run_dir, logger)
     return FinishedRun(run_dir, collectives.broadcast_from_rank_zero(gap))
 
 
-def write(
-    run_dir: Path,
-    finished: list[FinishedStage],
-    settings: Settings,
-    *,
-    config: dict[str, Any],
-    logger: Logger,
-    shown: bool,
-    parent: ParentFiles | None,
-) -> float:
-    """Write a run's folder, and tell the logger; returns the pareto gap."""
-    label = settings.router.label
-    metrics = write_run_folder(run_dir, config=config, finished=finished, router=label, parent=parent)
-    logger.log_metrics(result_metrics(finished[-1].result["rows"], metrics))
-    if shown:
-        render(run_dir)
-        if isinstance(logger, WandbLogger):
-            wandb_run.publish(logger, run_dir)
-    return metrics["evaluate"]["pareto_gap"]
+def show(run_dir: Path, logger: Logger) -> None:
+    """Draw the pictures of a run's folder, write its page, and print its table; wandb gets all of it."""
+    render(run_dir)
+    if isinstance(logger, WandbLogger):
+        wandb_run.publish(logger, run_dir)
 
 
 @contextmanager
 def open_logger(settings: Settings, run_dir: Path, *, config: dict[str, Any]) -> Iterator[Logger]:
-    """The configured logger, which is told the config, and whether the run failed; ranks but the first log nothing.
+    """Open the configured logger, log the config, and close it with whether the run failed; only rank 0 logs.
 
     Raises:
         ConfigError: wandb refuses to begin a run.
@@ -130,17 +129,16 @@ def open_logger(settings: Settings, run_dir: Path, *, config: dict[str, Any]) ->
             wandb_run.finish(logger, failed=failed)
 
 
-def result_metrics(rows: list[dict[str, Any]], metrics: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """The results as a logger takes them: one number a name."""
-    logged = {
-        f"evaluate/{row['router']}/{row['budget']}/{name}": row[name]
-        for row in rows
-        for name in ("achieved", "val_loss", "accuracy")
-    }
-    correlation = metrics["router"].get("rank_correlation")
-    if correlation is not None:
-        logged["router/rank_correlation"] = correlation
-    return logged | {"val/pareto_gap": metrics["evaluate"]["pareto_gap"]}
+def logged_results(finished: FinishedStages) -> dict[str, float]:
+    """Name the results as a logger takes them: one number a name."""
+    logged: dict[str, float] = {}
+    for outcome in finished.result(EvaluateStage).outcomes:
+        name = f"evaluate/{outcome.router}/{outcome.budget}"
+        logged[f"{name}/achieved"] = outcome.achieved
+        logged[f"{name}/val_loss"] = outcome.readings.val_loss
+        logged[f"{name}/accuracy"] = outcome.readings.accuracy
+    correlation = finished.result(RouterStage).signal.get("rank_correlation")
+    return logged if correlation is None else logged | {"router/rank_correlation": correlation}
 
 
 def check_places(settings: Settings, *, config: dict[str, Any]) -> None:
@@ -151,12 +149,12 @@ def check_places(settings: Settings, *, config: dict[str, Any]) -> None:
 
 
 def cache_folder(settings: Settings, run_dir: Path) -> Path:
-    """Where stages work."""
+    """Return the folder of the stages' folders: the cache, or one in the run's folder where `cache` is off."""
     return Path(settings.cache_dir or "cache") if settings.cache == "on" else run_dir / "stages"
 
 
 def run_folder(settings: Settings, *, config: dict[str, Any]) -> Path:
-    """The folder that was asked for, or one whose name tells router, seed and config: the same command meets it."""
+    """Return the run's folder: `run_dir`, or one named by router, seed and config, which the same command finds."""
     if settings.run_dir is not None:
         return Path(settings.run_dir)
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:8]

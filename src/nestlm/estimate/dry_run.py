@@ -1,8 +1,9 @@
-"""What a run would do: sizes, search space, each stage's tokens, FLOPs and memory, without weights or data."""
+"""A dry run: print sizes, search space, and tokens, FLOPs and memory of each stage, without weights or data."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from rich.table import Table
 
@@ -12,8 +13,9 @@ from nestlm.distributed.device_layout import Layout, Precision
 from nestlm.elastic.axes.base import WidthAxis
 from nestlm.estimate.fake_step import PARTS
 from nestlm.estimate.memory import predict
-from nestlm.pipeline.flops import flops_per_token
+from nestlm.pipeline.order import STAGES
 from nestlm.pipeline.settings import Settings
+from nestlm.pipeline.stages.training import TrainingStage
 from nestlm.utils.console import output
 
 
@@ -41,15 +43,15 @@ def describe(settings: Settings) -> None:
     for column in stages.columns[1:]:
         column.justify = "right"
     tokens_per_step = settings.data.batch_size * settings.data.sequence_length
-    for stage, steps in stage_steps(settings).items():
-        tokens = steps * tokens_per_step
-        stages.add_row(stage, f"{steps:,}", f"{tokens:,}", f"{tokens * flops_per_token(stage, settings):.3g}")
+    for stage in training_stages(settings):
+        tokens = stage.num_steps * tokens_per_step
+        stages.add_row(stage.name, f"{stage.num_steps:,}", f"{tokens:,}", f"{tokens * stage.flops_per_token():.3g}")
     output.print(stages)
     describe_memory(settings)
 
 
 def describe_memory(settings: Settings) -> None:
-    """Print what each training stage is expected to take on a device of the trainer, and whether the device has it."""
+    """Print the predicted peak memory of each training stage, and whether this machine's device has it."""
     layout, precision = Layout.of(settings.trainer), Precision.of(settings.trainer)
     if precision is None:
         output.print("memory          (not known for this trainer.precision)")
@@ -59,11 +61,14 @@ def describe_memory(settings: Settings) -> None:
     for column in table.columns[1:]:
         column.justify = "right"
     highest = 0.0
-    for stage, steps in stage_steps(settings).items():
-        parts = predict(stage, settings, layout=layout, precision=precision) if steps else {}
-        if parts:
-            highest = max(highest, sum(parts.values()))
-            table.add_row(stage, *(gibibytes(parts[part]) for part in PARTS), gibibytes(sum(parts.values())))
+    for stage in training_stages(settings):
+        if not stage.num_steps:
+            continue
+        parts = predict(
+            stage, activation_checkpointing=settings.activation_checkpointing, layout=layout, precision=precision
+        )
+        highest = max(highest, sum(parts.values()))
+        table.add_row(stage.name, *(gibibytes(parts[part]) for part in PARTS), gibibytes(sum(parts.values())))
     output.print(table)
     output.print(f"on              {layout}")
     known = layout.device_memory()
@@ -73,14 +78,11 @@ def describe_memory(settings: Settings) -> None:
 
 
 def gibibytes(size: float) -> str:
-    """With three digits at least."""
+    """Format a number of bytes in GiB, with at least three digits."""
     return f"{size / 2**30:.1f} GiB" if size >= 100 * 2**30 else f"{size / 2**30:.3g} GiB"
 
 
-def stage_steps(settings: Settings) -> dict[str, int]:
-    """Steps of the training stages that a run has."""
-    pretrained = settings.model.weights is not None or settings.model.init is None
-    steps = {"pretrain": 0 if pretrained else settings.pretrain.steps, "elastic": settings.elastic.steps}
-    if settings.router.signal is not None:
-        steps["router"] = settings.router.steps
-    return steps | {"joint": settings.joint.steps}
+def training_stages(settings: Settings) -> list[TrainingStage[Any]]:
+    """Return the stages of a run that train something, in order."""
+    stages = [kind.of(settings) for kind in STAGES if issubclass(kind, TrainingStage)]
+    return [stage for stage in stages if stage.learns]

@@ -1,4 +1,4 @@
-"""A training stage's step on a model of a few blocks without storage, with the widest choices that a run would see."""
+"""A step of a training stage on a model of a few blocks without storage, at the widest choices of a run."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ from nestlm.data.batch import Batch
 from nestlm.distributed.collectives import ALL_ROWS, RowShard
 from nestlm.distributed.device_layout import Precision
 from nestlm.elastic.axes.mlp_width import MLPWidth
-from nestlm.elastic.sampler.base import MixedSpecs, Sample
+from nestlm.elastic.sampler.base import MixedSpecs, Sample, Sampler
 from nestlm.estimate.memory_tracker import MemoryTracker, with_cuda_kernels
 from nestlm.nn.decoder import Decoder
 from nestlm.nn.linear import hold_linear
 from nestlm.nn.policy import Policy, fixed
-from nestlm.pipeline.settings import Settings
-from nestlm.pipeline.tasks import elastic_task, joint_task, pretrain_task, router_task
+from nestlm.pipeline.settings import PriceSettings, SpaceSettings
+from nestlm.pipeline.stages.training import TrainingStage
 from nestlm.router.base import Router
 from nestlm.router.protocols import BudgetLogits, lacking, narrow
 from nestlm.router.relaxed import gated_policy
 from nestlm.spec import Budget, SearchSpace, Site
 from nestlm.train.lightning_module import NestedLM
+from nestlm.train.objective.base import StageModels
 from nestlm.train.task import Task
 
 DRAWS, TOKENS = 64, 64  # of a sampler, in rows of so many tokens: the widest are taken
@@ -47,87 +48,78 @@ COMPILING = ("torchao",)  # packages whose optimizers compile it
 
 @dataclass(frozen=True)
 class FakeStep:
-    """A stage's step, shortened.
+    """A step of a training stage on a model of a few blocks whose tensors have no storage.
 
     Attributes:
-        stage: that trains.
-        settings: of the run.
-        rows: of a step, on the device.
-        precision: that it computes in.
+        stage: the stage that trains.
+        rows: sequences of a step, on one device.
+        precision: dtype that the stage computes in.
+        activation_checkpointing: whether backward passes recompute the blocks.
         on_cuda: whether the device is a GPU.
         gathered: whether weights are gathered from shards, in the dtype of products.
     """
 
-    stage: str
-    settings: Settings
+    stage: TrainingStage[Any]
     rows: int
     precision: Precision
+    activation_checkpointing: bool = False
     on_cuda: bool = False
     gathered: bool = False
 
     def moments(self, num_blocks: int, *, passes: bool = True) -> dict[str, Mapping[str, float]]:
-        """Bytes that each of the `PARTS` takes when most is taken, by the moments of a step; none without training.
+        """Track a step, and return the bytes of each of the `PARTS` at the peak of each moment of the step.
 
         Args:
-            num_blocks: of the model.
-            passes: whether forward and backward passes are among them; the optimizer's update always is.
+            num_blocks: blocks of the model.
+            passes: whether the step has forward and backward passes; it always has the optimizer's update.
+
+        Returns:
+            Bytes by part, by moment; empty where the stage trains nothing.
         """
+        if not self.stage.learns:
+            return {}
         tracker = MemoryTracker()
         task = self.task(tracker, num_blocks)
-        if task is None:
-            return {}
-        module = NestedLM(
-            task.models,
-            stage=self.stage,
-            objective=task.objective,
-            trained=task.trained,
-            optim=self.settings.optim,
-            num_steps=1,
-        )
-        tracker.tell(TEACHER, [] if task.models.teacher is None else task.models.teacher.parameters())
-        tracker.tell(WEIGHTS, [*module.parameters(), *module.buffers()])
+        module = NestedLM(task, stage=self.stage.name, optim=self.stage.optim)
+        tracker.assign(TEACHER, [] if task.models.teacher is None else task.models.teacher.parameters())
+        tracker.assign(WEIGHTS, [*module.parameters(), *module.buffers()])
         dtype, mixed = self.precision.dtype, self.precision.mixed
         with tracker.running(), torch.autocast("cpu", dtype=dtype, enabled=mixed, cache_enabled=False):
-            optimizer = update(module, tracker, on_cuda=self.on_cuda)
+            optimizer = fake_update(module, tracker, on_cuda=self.on_cuda)
             if passes:
                 mark_blocks(module.decoder, tracker)
                 for step in range(len(self.draws)):
-                    self.pass_through(task, module, tracker, step=step)
+                    self.fake_passes(task, module, tracker, step=step)
             del optimizer  # its states were there until now
         return {name: parts for name, parts in tracker.peaks(rest=REST).items() if name != COMPILED}
 
-    def pass_through(self, task: Task, module: NestedLM, tracker: MemoryTracker, *, step: int) -> None:
-        """Forward and backward passes of a step, each of which has its moments."""
+    def fake_passes(self, task: Task, module: NestedLM, tracker: MemoryTracker, *, step: int) -> None:
+        """Run the forward and backward passes of a step; each has moments of its own."""
         module.zero_grad()
         tracker.moment = f"step {step}, forward 0"
         for number, term in enumerate(task.objective.terms(task.models, self.batch(), step=step)):
             tracker.moment = f"step {step}, backward {number}" + ("" if term.is_last else HELD)
             term.loss.backward()
-            tracker.tell(GRADIENTS, [parameter.grad for parameter in module.parameters()])
+            tracker.assign(GRADIENTS, [parameter.grad for parameter in module.parameters()])
             tracker.moment = f"step {step}, forward {number + 1}"
             del term
 
-    def task(self, tracker: MemoryTracker, num_blocks: int) -> Task | None:
-        """What the stage trains; None where it trains nothing. Routers and what learns along are small, and real."""
-        settings = self.shortened(num_blocks)
-        decoder = self.decoder(tracker, settings)
-        if self.stage == "pretrain":
-            return pretrain_task(settings, decoder)
-        router = settings.make_router()
-        if self.stage == "router":
-            signal = settings.make_signal(router)
-            return None if signal is None else router_task(settings, decoder, router=router, signal=signal)
-        teacher = self.decoder(tracker, settings, teaches=True) if settings.teacher.needs_teacher else None
-        if self.stage == "elastic":
-            return elastic_task(settings, decoder, teacher=teacher)
-        routed = router if router.per_token else Typical(router)
-        return joint_task(settings, decoder, teacher=teacher, router=routed)
+    def task(self, tracker: MemoryTracker, num_blocks: int) -> Task:
+        """Build the stage's task for a model of a few blocks. Routers and signals are small, and have storage."""
+        stage = self.shortened(num_blocks)
+        decoder = self.decoder(tracker, stage)
+        teacher = self.decoder(tracker, stage, teaches=True) if stage.needs_teacher else None
+        models = StageModels(decoder, teacher, stage.new_router())
+        task = stage.task(models)
+        router = models.router
+        if router is not None and not router.per_token and task.trains(decoder):
+            return stage.task(replace(models, router=TypicalRouter(router)))
+        return task
 
-    def decoder(self, tracker: MemoryTracker, settings: Settings, *, teaches: bool = False) -> Decoder:
-        """The model, or as `Context.teacher` holds one."""
-        decoder = Decoder.on_meta(
-            settings.model.decoder_config(), activation_checkpointing=settings.activation_checkpointing
-        )
+    def decoder(self, tracker: MemoryTracker, stage: TrainingStage[Any], *, teaches: bool = False) -> Decoder:
+        """Build the model, or the teacher as `TrainingStage.load_teacher` holds it, without storage."""
+        config = stage.model.decoder_config()
+        decoder = Decoder.on_meta(config, activation_checkpointing=self.activation_checkpointing)
         if self.gathered or not self.precision.mixed:
             decoder.to(self.precision.dtype)
         elif teaches:
@@ -138,70 +130,80 @@ class FakeStep:
         return decoder
 
     def batch(self) -> Batch:
-        """A batch of which only the shape is known."""
-        shape = (self.rows, self.settings.data.sequence_length)
-        tokens, targets, documents = (torch.zeros(shape, dtype=torch.long) for _ in range(3))
-        return Batch(tokens, targets, documents if self.settings.data.separate_documents else None)
+        """Build a batch of which only the shape counts."""
+        data = self.stage.data
+        tokens, targets, documents = (
+            torch.zeros((self.rows, data.sequence_length), dtype=torch.long) for _ in range(3)
+        )
+        return Batch(tokens, targets, documents if data.separate_documents else None)
+
+    @property
+    def sampler(self) -> Sampler | None:
+        """The sampler of the stage; None where the stage draws no sub-networks."""
+        return getattr(self.stage, "sampler", None)
 
     @cached_property
     def draws(self) -> list[tuple[Sample, ...]]:
-        """The steps to go through: where a sampler draws, the widest draws with and without the whole model."""
-        if self.stage != "elastic":
+        """The samples of the steps to run: the widest with and without the whole model, where a sampler draws."""
+        stage = self.stage
+        if self.sampler is None or not isinstance(stage, SpaceSettings):
             return [()]
-        settings, space = self.settings, self.settings.space()
+        space = stage.space()
         widest: dict[bool, tuple[float, int]] = {}
-        for step in range(max(1, min(DRAWS, settings.elastic.steps))):
-            drawn = settings.sampler.draw(space, seed=settings.seed, step=step, batch=(self.rows, TOKENS))
+        for step in range(max(1, min(DRAWS, stage.num_steps))):
+            drawn = self.sampler.draw(space, seed=stage.seed, step=step, batch=(self.rows, TOKENS))
             kind = any(not isinstance(item, MixedSpecs) and item == space.full() for item in drawn)
             width = max(level(item, space) for item in drawn[1:] or drawn)
             widest[kind] = max(widest.get(kind, (-1.0, 0)), (width, step))
-        shape = (self.rows, settings.data.sequence_length)
-        return [settings.sampler.draw(space, seed=settings.seed, step=step, batch=shape) for _, step in widest.values()]
+        shape = (self.rows, stage.data.sequence_length)
+        return [self.sampler.draw(space, seed=stage.seed, step=step, batch=shape) for _, step in widest.values()]
 
-    def shortened(self, num_blocks: int) -> Settings:
-        """The settings of a model of fewer blocks, none of which is skipped."""
-        settings = self.settings
-        axes = {name: axis for name, axis in settings.axes.items() if not Site(axis.name, 0).is_block} or ALL_RUN
-        return replace(
-            settings,
-            model=replace(settings.model, num_layers=num_blocks),
-            axes=axes,
-            sampler=Repeated(settings.space(), tuple(self.draws)),
-            cost=Flops(settings.data.sequence_length),
-            costs={},
-        )
+    def shortened(self, num_blocks: int) -> TrainingStage[Any]:
+        """Return the stage with a model of fewer blocks, none of which is skipped, and with prices in FLOPs."""
+        stage = self.stage
+        changes: dict[str, Any] = {"model": replace(stage.model, num_layers=num_blocks)}
+        if isinstance(stage, SpaceSettings):
+            kept = {name: axis for name, axis in stage.axes.items() if not Site(axis.name, 0).is_block}
+            changes["axes"] = kept or ALL_RUN
+            if self.sampler is not None:
+                changes["sampler"] = RepeatedSampler(stage.space(), tuple(self.draws))
+        if isinstance(stage, PriceSettings):
+            changes |= {"cost": Flops(stage.data.sequence_length), "costs": {}}
+        return replace(stage, **changes)
 
 
 @dataclass(frozen=True)
-class Repeated:
+class RepeatedSampler:
     """A sampler that draws for fewer blocks what was drawn for all.
 
     Attributes:
-        space: of all blocks.
-        draws: in that space, by step.
+        space: choices of all blocks.
+        draws: samples in that space, by step.
     """
 
     space: SearchSpace
     draws: tuple[tuple[Sample, ...], ...]
 
     def draw(self, space: SearchSpace, *, seed: int, step: int, batch: tuple[int, int]) -> tuple[Sample, ...]:
-        """Mixtures as in the first blocks, others next to the mean over blocks; what has no axis runs whole."""
+        """Shorten a step's samples: mixed specs as in the first blocks, others next to the mean over blocks."""
         del seed, batch
         return tuple(self.shorten(item, space) for item in self.draws[step])
 
-    def shorten(self, drawn: Sample, space: SearchSpace) -> Sample:
-        """One of a step's draws."""
-        if isinstance(drawn, MixedSpecs):
-            rows = dict(zip(self.space.sites, drawn.indices, strict=True))
-            return MixedSpecs(torch.stack([rows.get(site, torch.zeros_like(drawn.indices[0])) for site in space.sites]))
-        widths = drawn.widths_by_axis()
+    def shorten(self, sample: Sample, space: SearchSpace) -> Sample:
+        """Translate a sample to a space of fewer blocks; sites of axes that were not drawn run whole."""
+        if isinstance(sample, MixedSpecs):
+            rows = dict(zip(self.space.sites, sample.indices, strict=True))
+            return MixedSpecs(
+                torch.stack([rows.get(site, torch.zeros_like(sample.indices[0])) for site in space.sites])
+            )
+        widths = sample.widths_by_axis()
         chosen = {}
         for site, known in space.choices.items():
             chosen[site] = nearest(known, mean(widths.get(site.axis, known[-1:])))
         return space.spec(chosen)
 
 
-class Typical(Router):
+class TypicalRouter(Router):
     """Runs the sub-network next to `ROUTED_SHARE` of every width, with gates where the router learns from the loss."""
 
     def __init__(self, router: Router) -> None:
@@ -231,12 +233,12 @@ def level(drawn: Sample, space: SearchSpace) -> float:
     return float((chosen.flatten(1).float().mean(1) / (counts - 1).clamp_min(1)).mean())
 
 
-def update(module: NestedLM, tracker: MemoryTracker, *, on_cuda: bool) -> Optimizer:
+def fake_update(module: NestedLM, tracker: MemoryTracker, *, on_cuda: bool) -> Optimizer:
     """The update of the step before, whose states are there from then on."""
     (optimizer,), _ = module.configure_optimizers()
     for parameter in module.parameters():
         parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
-    tracker.tell(GRADIENTS, [parameter.grad for parameter in module.parameters()])
+    tracker.assign(GRADIENTS, [parameter.grad for parameter in module.parameters()])
     if on_cuda and "foreach" in optimizer.defaults:  # torch's default there, unless fused
         for group in optimizer.param_groups:
             group["foreach"] = not group.get("fused") if group["foreach"] is None else group["foreach"]
@@ -244,7 +246,7 @@ def update(module: NestedLM, tracker: MemoryTracker, *, on_cuda: bool) -> Optimi
     tracker.moment = COMPILED if compiled else UPDATE
     with torch.compiler.set_stance("force_eager" if compiled else "default"):
         optimizer.step()
-    tracker.tell(STATES, states(optimizer))
+    tracker.assign(STATES, states(optimizer))
     tracker.moment = UPDATE
     torch.empty(1)  # so that what is there now is seen
     return optimizer

@@ -1,8 +1,10 @@
-"""Memory that a training stage is expected to take on a device."""
+"""Predict the peak memory of a device while a stage trains."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,40 +22,52 @@ from nestlm.estimate.fake_step import (
     WEIGHTS,
     FakeStep,
 )
+from nestlm.nn.config import DecoderConfig
 from nestlm.nn.decoder import Decoder
-from nestlm.pipeline.settings import Settings
+from nestlm.pipeline.stages.training import TrainingStage
 
 Parts = Mapping[str, float]
-GATHERED_BLOCKS = 2  # the one that runs, and what it arrived in
-PREFETCHED_BLOCKS = 1  # going back, the next one as well
+GATHERED_BLOCKS = 2  # the block that runs, and the buffer that it was gathered into
+PREFETCHED_BLOCKS = 1  # in backward passes, the next block as well
 
 
-def predict(stage: str, settings: Settings, *, layout: Layout, precision: Precision) -> Parts:
-    """Bytes of each of the `PARTS` on a device when a stage takes most; empty where it trains nothing.
+def predict(
+    stage: TrainingStage[Any], *, activation_checkpointing: bool, layout: Layout, precision: Precision
+) -> Parts:
+    """Predict the peak memory of a device while a stage trains.
 
-    Its step runs with one block and with two: what a moment of it takes grows by the same with every block more.
+    The step of the stage is tracked with one block and with two: every further block adds the same to each moment.
 
     Args:
-        stage: that trains.
-        settings: of the run.
-        layout: of its devices.
-        precision: of its trainer.
+        stage: the stage that trains.
+        activation_checkpointing: whether backward passes recompute the blocks.
+        layout: layout of the stage's devices.
+        precision: precision of its trainer.
+
+    Returns:
+        Bytes of each of the `PARTS`; empty where the stage trains nothing.
     """
-    rows, num_blocks = settings.data.batch_size // layout.ranks, settings.model.num_layers
-    fake_step = FakeStep(stage, settings, rows, precision, on_cuda=layout.on_cuda)
+    rows, num_blocks = stage.data.batch_size // layout.ranks, stage.model.num_layers
+    fake_step = FakeStep(stage, rows, precision, activation_checkpointing, on_cuda=layout.on_cuda)
     if layout.shards is None:
         moments = lengthen(fake_step.moments(1), fake_step.moments(2), num_blocks=num_blocks)
     else:
         one, two = (fake_step.moments(blocks, passes=False) for blocks in (1, 2))
         at_rest = lengthen(one, two, num_blocks=num_blocks)
-        gathering = FakeStep(stage, settings, rows, precision, on_cuda=layout.on_cuda, gathered=True)
+        gathering = replace(fake_step, gathered=True)
         passes = lengthen(gathering.moments(1), gathering.moments(2), num_blocks=num_blocks)
-        moments = shard(at_rest, passes, settings, shards=layout.shards, precision=precision)
+        moments = shard(at_rest, passes, stage.model.decoder_config(), shards=layout.shards, precision=precision)
     return max(moments.values(), key=lambda parts: sum(parts.values()), default={})
 
 
 def lengthen(one: Mapping[str, Parts], two: Mapping[str, Parts], *, num_blocks: int) -> dict[str, Parts]:
-    """Moments of a model of so many blocks, from those with one, which is its first and its last, and with two."""
+    """Extrapolate moments to a model of `num_blocks` blocks.
+
+    Args:
+        one: moments of a model whose only block is its first and its last.
+        two: moments of a model of two blocks.
+        num_blocks: blocks of the model.
+    """
     more = num_blocks - 1
     lengthened = {}
     for name, parts in two.items():
@@ -63,23 +77,28 @@ def lengthen(one: Mapping[str, Parts], two: Mapping[str, Parts], *, num_blocks: 
 
 
 def shard(
-    at_rest: Mapping[str, Parts], passes: Mapping[str, Parts], settings: Settings, *, shards: int, precision: Precision
+    at_rest: Mapping[str, Parts],
+    passes: Mapping[str, Parts],
+    config: DecoderConfig,
+    *,
+    shards: int,
+    precision: Precision,
 ) -> dict[str, Parts]:
-    """The same moments on a rank that holds one of the shards of what is there at rest (FSDP2).
+    """Convert moments to those of a rank that holds one of several shards of weights, gradients and states (FSDP2).
 
-    Weights are gathered in the dtype of products, blocks in turn, and what lies around them for the whole step.
-    Gradients are reduced in float32; those that wait for later terms of the step lie there whole.
+    Weights are gathered in the dtype of products: blocks in turn, and all other weights for the whole step. Gradients
+    are reduced in float32; those that wait for later terms of the step are held whole.
 
     Args:
-        at_rest: weights in their own dtype, gradients and states around an update.
-        passes: of a model in the dtype of products.
-        settings: of the run.
-        shards: S.
-        precision: of products.
+        at_rest: moments of an update, with weights in their own dtype.
+        passes: moments of a model in the dtype of products.
+        config: sizes of the model.
+        shards: number of shards, S.
+        precision: precision of products.
     """
     if not at_rest:
         return {}
-    model = Decoder.on_meta(settings.model.decoder_config())
+    model = Decoder.on_meta(config)
     size = precision.dtype.itemsize
     block = size * count(model.blocks[0])
     around = size * count(model) - block * len(model.blocks)
@@ -101,5 +120,5 @@ def shard(
 
 
 def count(module: nn.Module) -> int:
-    """Parameters of a module."""
+    """Count the parameters of a module."""
     return sum(parameter.numel() for parameter in module.parameters())

@@ -99,7 +99,7 @@ class MemoryTracker(TorchDispatchMode):
         del self._alive[key]
         self._events.append((number, -size, self.moment))
 
-    def tell(self, owner: str, tensors: Iterable[Tensor | None]) -> None:
+    def assign(self, owner: str, tensors: Iterable[Tensor | None]) -> None:
         """Say whom tensors belong to, also for the time before."""
         for tensor in tensors:
             if tensor is not None:

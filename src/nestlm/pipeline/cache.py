@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,30 +16,6 @@ from nestlm.utils.json_files import read_json, to_json, write_json
 from nestlm.utils.locks import LOCK, lock_folder
 
 MARKER = "stage.json"
-# Packages whose version decides numbers.
-DETERMINING = ("torch", "lightning", "tokenizers", "numpy", "scipy")
-# What is written from results, after them: a change there makes no cached result stale.
-AFTER_RESULTS = (
-    "report", "generation", "export", "api", "cli",
-)  # fmt: skip
-
-
-@lru_cache(maxsize=1)
-def code_digest() -> str:
-    """Hash of this package's source, so that an edited method never meets its old results."""
-    root = Path(__file__).parents[1]
-    digest = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        relative = path.relative_to(root)
-        if relative.parts[0] not in AFTER_RESULTS:
-            digest.update(relative.as_posix().encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()
-
-
-def stage_key(name: str, *, sections: dict[str, Any], previous: list[str], extra: str) -> str:
-    """Hash of a stage: its name, resolved config sections, the stages before, data, source code and versions."""
-    content = [name, sections, previous, extra, code_digest(), platform.python_version(), *map(version, DETERMINING)]
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def file_identity(path: Path) -> str:

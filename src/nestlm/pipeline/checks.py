@@ -11,6 +11,7 @@ from nestlm.data.sources.base import PreparedSource
 from nestlm.data.tokenizer import check_vocabulary, load_tokenizer
 from nestlm.errors import ConfigError
 from nestlm.pipeline.settings import Settings
+from nestlm.pipeline.stages.elastic import ElasticStage
 
 
 def check(settings: Settings) -> None:
@@ -82,6 +83,6 @@ def check_budgets(settings: Settings) -> None:
     for budget in settings.budgets:
         prices.check(budget)
         router.check(budget)
-    signal, values = settings.make_signal(router), settings.make_elastic_values()
+    signal, values = settings.make_signal(router), ElasticStage.of(settings).make_values()
     if signal is not None and values is not None:  # for their own checks only
         signal.warm_up(router, {"choices": torch.zeros(0, 0), **values.state_dict()})

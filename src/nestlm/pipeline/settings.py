@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from lightning import Trainer
 from lightning.pytorch.loggers import Logger
@@ -25,39 +25,151 @@ from nestlm.router.dynamic.base import Granularity
 from nestlm.spec import Budget, SearchSpace
 from nestlm.train.objective.base import Signal
 from nestlm.train.objective.distillation import DistillationLoss
-from nestlm.train.objective.elastic_values import ElasticValues, draws_per_token
 from nestlm.train.optim import OptimSettings
 from nestlm.train.settings import ElasticSettings, JointSettings, RouterSettings, StageSettings
 from nestlm.train.trainer_arguments import TrainerArguments, check_devices
 from nestlm.utils.deferred import Deferred
 from nestlm.utils.messages import check_folder_name
 
+BudgetSetting = float | str | Sequence[float | str | Sequence[float | str]]
 
-@dataclass(frozen=True)
-class Settings:
-    """A whole run. Every field is a config group or a plain value of `conf/train.yaml`.
 
-    Attributes:
-        label: what tables over several runs call this one; None where its settings tell it from others.
-        plugins: packages of the user's own whose classes the config may name.
-    """
+@dataclass(frozen=True, kw_only=True)
+class TextSettings:
+    """Settings that say which text is read, and by which tokenizer."""
+
+    model: Family
+    data: DataSettings
+
+    @property
+    def tokenizer_file(self) -> Path | None:
+        """The tokenizer.json to use: the one that `data.tokenizer` names, else the model's; None trains one."""
+        return self.model.tokenizer_file if self.data.tokenizer is None else Path(self.data.tokenizer)
+
+    @property
+    def special_tokens(self) -> SpecialTokens | None:
+        """Tokens that begin and end a text; None where the tokenizer is not there yet."""
+        file = self.tokenizer_file
+        return None if file is None or not file.is_file() else self.data.special.read(load_tokenizer(file), file.parent)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpaceSettings:
+    """Settings that say which sub-networks the model has."""
 
     model: Family
     axes: Mapping[str, Axis]
+
+    @property
+    def axis_list(self) -> tuple[Axis, ...]:
+        """The axes, in the order of the config."""
+        return tuple(self.axes.values())
+
+    def space(self) -> SearchSpace:
+        """Build the search space: the choices at every site of the model."""
+        return search_space(self.axis_list, self.model.decoder_config())
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriceSettings(SpaceSettings):
+    """Settings that say what the choices of a sub-network cost."""
+
+    cost: Cost
+    costs: Mapping[str, Cost]
+
+    @property
+    def latency(self) -> Latency | None:
+        """The first cost that is priced from a table of times; None where the run counts no time."""
+        return next(iter(self.latencies), None)
+
+    @property
+    def latencies(self) -> list[Latency]:
+        """All costs that are priced from a table of times; `check` requires them to be equal."""
+        return [cost for cost in (self.cost, *self.costs.values()) if isinstance(cost, Latency)]
+
+    @property
+    def is_priced(self) -> bool:
+        """Whether all costs have prices now. A latency without a table gets its prices in the profile stage."""
+        return self.latency is None or self.latency.table is not None
+
+    def token_prices(self) -> PriceList:
+        """Price choices that are made for each token, under the costs that can price those."""
+        space, config = self.space(), self.model.decoder_config()
+        tables = {}
+        for name, cost in {"": self.cost, **self.costs}.items():
+            if name == "" or cost.prices_tokens:  # the run's own cost says itself why it does not
+                tables[name] = cost.tabulate(space, axes=self.axis_list, config=config, per_token=True)
+        main = tables.pop("")
+        return PriceList(main, {name: table for name, table in tables.items() if name != main.name}, per_token=True)
+
+    def prices(self) -> PriceList:
+        """Price the choices under the cost of the run, and under every other cost that a budget may limit.
+
+        Raises:
+            ConfigError: a cost stands under another name than its own.
+        """
+        space, config = self.space(), self.model.decoder_config()
+        main = self.cost.tabulate(space, axes=self.axis_list, config=config)
+        tables = {name: cost.tabulate(space, axes=self.axis_list, config=config) for name, cost in self.costs.items()}
+        for name, table in tables.items():
+            if table.name != name:
+                raise ConfigError(
+                    f"costs.{name}: prices {table.name!r}, wanted it under its own name, costs.{table.name}"
+                )
+        return PriceList(main, {name: table for name, table in tables.items() if name != main.name})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutingSettings(PriceSettings):
+    """Settings that say what the router is, and what trains it."""
+
+    router: RouterSettings
+    data: DataSettings
+
+    def make_router(self) -> Router:
+        """Build an untrained router on the prices of its choices.
+
+        Raises:
+            ConfigError: the prompt of a per-prompt router is as long as a row.
+        """
+        if not self.router.per_token:
+            return self.router.network(prices=self.prices())
+        horizon = self.data.sequence_length
+        prompt_tokens = self.router.prompt_tokens if self.router.granularity == "prompt" else 0
+        if prompt_tokens >= horizon:
+            raise ConfigError(
+                f"router.prompt_tokens: got {prompt_tokens}, wanted fewer than data.sequence_length={horizon}"
+            )
+        return self.router.network(
+            prices=self.token_prices(),
+            hidden_size=self.model.decoder_config().hidden_size,
+            granularity=Granularity(prompt_tokens, horizon),
+        )
+
+    def make_signal(self, router: Router) -> Signal | None:
+        """Build the objective that trains a router; None where the router learns nothing."""
+        return None if self.router.signal is None else self.router.signal(router)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(TextSettings, RoutingSettings):
+    """Settings of a whole run. Every field is a config group or a plain value of `conf/train.yaml`.
+
+    Attributes:
+        label: name of the run in tables over several runs; None where its settings tell it from others.
+        plugins: packages of the user whose classes the config may name.
+    """
+
     ranking: Ranking
     teacher: DistillationLoss
     sampler: Sampler
-    cost: Cost
-    costs: Mapping[str, Cost]
-    router: RouterSettings
-    data: DataSettings
     optim: OptimSettings
     trainer: Annotated[Callable[..., Trainer], Deferred(takes=TrainerArguments)]
     logger: Annotated[Callable[..., Logger], Deferred(("save_dir", "name"))]
     pretrain: StageSettings
     elastic: ElasticSettings
     joint: JointSettings
-    budget: float | str | Sequence[float | str | Sequence[float | str]]
+    budget: BudgetSetting
     experiment_name: str
     label: str | None
     plugins: Sequence[str]
@@ -79,43 +191,12 @@ class Settings:
         check_devices(getattr(self.trainer, "keywords", {}))
 
     @property
-    def axis_list(self) -> tuple[Axis, ...]:
-        """The axes, in the order of the config."""
-        return tuple(self.axes.values())
-
-    @property
     def budgets(self) -> tuple[Budget, ...]:
-        """The budgets asked for: shares first, the largest first."""
+        """The budgets of `budget=`: shares first, the largest first."""
         return Budget.parse_all(self.budget)
 
-    @property
-    def tokenizer_file(self) -> Path | None:
-        """The tokenizer to use: the one that was named, or the model's; None trains one."""
-        return self.model.tokenizer_file if self.data.tokenizer is None else Path(self.data.tokenizer)
-
-    @property
-    def special_tokens(self) -> SpecialTokens | None:
-        """The tokens around a text; None where the tokenizer is not there yet."""
-        file = self.tokenizer_file
-        return None if file is None or not file.is_file() else self.data.special.read(load_tokenizer(file), file.parent)
-
-    @property
-    def latency(self) -> Latency | None:
-        """The cost that is priced from a table of times, where the run counts one."""
-        return next(iter(self.latencies), None)
-
-    @property
-    def latencies(self) -> list[Latency]:
-        """Every place where time is counted; `check` holds them equal."""
-        return [cost for cost in (self.cost, *self.costs.values()) if isinstance(cost, Latency)]
-
-    @property
-    def is_priced(self) -> bool:
-        """Whether all costs have prices now; otherwise they wait for the profile stage."""
-        return self.latency is None or self.latency.table is not None
-
     def with_latency(self, latency: Latency) -> Settings:
-        """The same settings with another cost wherever time is counted."""
+        """Return settings in which `latency` replaces every cost that counts time."""
 
         def swap(cost: Cost) -> Cost:
             return latency if isinstance(cost, Latency) else cost
@@ -123,95 +204,5 @@ class Settings:
         return replace(self, cost=swap(self.cost), costs={name: swap(cost) for name, cost in self.costs.items()})
 
     def with_skippable(self, layers: Sequence[int]) -> Settings:
-        """The same settings with the blocks that the ranking lets be skipped."""
+        """Return settings whose block axes may skip the blocks in `layers`, and no others."""
         return replace(self, axes={name: axis.at_layers(layers) for name, axis in self.axes.items()})
-
-    def space(self) -> SearchSpace:
-        """The choices of the model."""
-        return search_space(self.axis_list, self.model.decoder_config())
-
-    def make_router(self) -> Router:
-        """A new router, on the prices of what it chooses."""
-        if not self.router.per_token:
-            return self.router.network(prices=self.prices())
-        horizon = self.data.sequence_length
-        prompt_tokens = self.router.prompt_tokens if self.router.granularity == "prompt" else 0
-        if prompt_tokens >= horizon:
-            raise ConfigError(
-                f"router.prompt_tokens: got {prompt_tokens}, wanted fewer than data.sequence_length={horizon}"
-            )
-        return self.router.network(
-            prices=self.token_prices(),
-            hidden_size=self.model.decoder_config().hidden_size,
-            granularity=Granularity(prompt_tokens, horizon),
-        )
-
-    def make_elastic_values(self) -> ElasticValues | None:
-        """What learns the values of choices along with the model; None where tokens do not draw their own."""
-        settings = self.elastic.values
-        drawn = self.sampler.draw(self.space(), seed=self.seed, step=0, batch=(1, 1))
-        if settings is None or not any(draws_per_token(each) for each in drawn):
-            return None
-        return ElasticValues(
-            self.space(),
-            hidden_size=self.model.decoder_config().hidden_size,
-            hidden_width=settings.hidden_width,
-            seed=self.seed,
-        )
-
-    def make_signal(self, router: Router) -> Signal | None:
-        """What trains the router; None where nothing is learned."""
-        return None if self.router.signal is None else self.router.signal(router)
-
-    def token_prices(self) -> PriceList:
-        """The prices of choices that are made for each token, of the kinds that depend on them."""
-        space, config = self.space(), self.model.decoder_config()
-        tables = {}
-        for name, cost in {"": self.cost, **self.costs}.items():
-            if name == "" or cost.prices_tokens:  # the run's own cost says itself why it does not
-                tables[name] = cost.tabulate(space, axes=self.axis_list, config=config, per_token=True)
-        main = tables.pop("")
-        return PriceList(main, {name: table for name, table in tables.items() if name != main.name}, per_token=True)
-
-    def prices(self) -> PriceList:
-        """The prices of the choices: by the run's own cost, and by every other kind that a budget may limit."""
-        space, config = self.space(), self.model.decoder_config()
-        main = self.cost.tabulate(space, axes=self.axis_list, config=config)
-        tables = {name: cost.tabulate(space, axes=self.axis_list, config=config) for name, cost in self.costs.items()}
-        for name, table in tables.items():
-            if table.name != name:
-                raise ConfigError(
-                    f"costs.{name}: prices {table.name!r}, wanted it under its own name, costs.{table.name}"
-                )
-        return PriceList(main, {name: table for name, table in tables.items() if name != main.name})
-
-
-# What follows from which fields, and what a stage may see although it changes no number.
-DERIVED = {
-    "axis_list": {"axes"},
-    "budgets": {"budget"},
-    "latency": {"cost", "costs"},
-    "space": {"axes", "model"},
-    "tokenizer_file": {"data", "model"},
-    "prices": {"axes", "model", "cost", "costs"},
-    "make_router": {"axes", "model", "cost", "costs", "router", "data"},
-    "make_elastic_values": {"axes", "model", "elastic", "sampler", "seed"},
-    "make_signal": {"axes", "model", "cost", "costs", "router", "data"},
-}
-HARMLESS = {"checkpoint_seconds", "activation_checkpointing", "elastic_probe_steps"}
-
-
-class View:
-    """The settings that a stage declared that it reads, and what follows from them.
-
-    Anything else is out of reach, so that no cached result depends on a value that its key does not cover.
-    """
-
-    def __init__(self, settings: Settings, reads: tuple[str, ...]) -> None:
-        derived = {name for name, sources in DERIVED.items() if sources <= set(reads)}
-        self._settings, self._allowed = settings, {*reads, *derived, *HARMLESS}
-
-    def __getattr__(self, name: str) -> Any:
-        if name not in self._allowed:
-            raise AttributeError(f"the stage does not declare that it reads {name!r}; it reads {sorted(self._allowed)}")
-        return getattr(self._settings, name)

@@ -9,26 +9,23 @@ from typing import Any
 
 import yaml
 
+from nestlm.errors import DataError
 from nestlm.model.parent_files import ParentFiles
-from nestlm.pipeline.run import FinishedStage
+from nestlm.pipeline.run import FinishedStages
+from nestlm.pipeline.runtime import LATENCY_TABLE
+from nestlm.pipeline.stages.base import Result, Stage
+from nestlm.pipeline.stages.data import DataStage
+from nestlm.pipeline.stages.elastic import ElasticStage
+from nestlm.pipeline.stages.evaluate import EvaluateResult, EvaluateStage
+from nestlm.pipeline.stages.pretrain import PretrainStage
+from nestlm.pipeline.stages.rank import RankStage
+from nestlm.pipeline.stages.training import TrainingResult
 from nestlm.report.provenance import provenance
-from nestlm.report.record import PROVENANCE, begin, write_record
+from nestlm.report.record import CURE, PROVENANCE, begin, write_record
 from nestlm.report.tables import write_csv
-from nestlm.utils.json_files import write_json
+from nestlm.utils.json_files import damaged_file_errors, read_json, write_json
 
-# Kept out of metrics.json: seconds and peaks of memory go to timings.csv, rows to results.csv, specs to specs/.
-ELSEWHERE = {
-    "seconds",
-    "resumed_at_step",
-    "peak_bytes",
-    "rows",
-    "specs",
-    "full_spec",
-    "layers",
-    "find_seconds",
-    "full_seconds",
-    "forward_seconds",
-}
+IN_SPECS = ("router", "budget", "achieved", "cost", "achieved_cost", "params", "flops", "memory")  # cells
 PARENT = "pretrain/parent"  # below a run's checkpoints: what exports need of the weights that were given
 # Files that a run keeps of its stages' folders.
 KEPT = (
@@ -44,112 +41,151 @@ KEPT = (
 
 
 def write_run_folder(
-    run_dir: Path, *, config: dict[str, Any], finished: list[FinishedStage], router: str, parent: ParentFiles | None
-) -> dict[str, dict[str, Any]]:
-    """Write config, provenance, metrics, results, timings, specs and weights of a run; returns the metrics.
+    run_dir: Path, *, config: dict[str, Any], finished: FinishedStages, router: str, parent: ParentFiles | None
+) -> None:
+    """Write config, provenance, metrics, results, timings, specs and weights of a run.
 
     Args:
         run_dir: an existing folder.
         config: the resolved settings.
         finished: all stages, in order.
-        router: label of the router that was asked for.
-        parent: what exports need of the weights that were given.
+        router: label of the run's router.
+        parent: files of the given weights that exports need; None where no weights were given.
     """
-    results = {stage.name: stage.result for stage in finished}
-    metrics = stage_metrics(results, router=router)
+    evaluated, data = finished.result(EvaluateStage), finished.result(DataStage)
     begin(run_dir)
     (run_dir / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-    write_json(run_dir / "metrics.json", metrics)
-    write_csv(run_dir / "results.csv", results["evaluate"]["rows"])
+    write_json(run_dir / "metrics.json", stage_metrics(finished, router=router))
+    write_csv(run_dir / "results.csv", [outcome.cells() for outcome in evaluated.outcomes])
     write_csv(run_dir / "timings.csv", timing_rows(finished))
-    write_specs(run_dir / "specs", results["evaluate"], router=router)
+    write_specs(run_dir / "specs", evaluated, router=router)
     link_checkpoints(run_dir / "checkpoints", finished)
     if parent is not None:
         parent.write(run_dir / "checkpoints" / PARENT)
     for stage in finished:
-        for table in stage.folder.glob("latency_table.json"):
+        for table in stage.folder.glob(LATENCY_TABLE):
             shutil.copy2(table, run_dir / table.name)
     write_json(
         run_dir / PROVENANCE,
         provenance(
             seed=config["seed"],
-            data_fingerprint=results["data"]["fingerprint"],
-            tokenizer_hash=results["data"]["tokenizer"],
-            tokens={stage: metrics[stage]["tokens"] for stage in ("pretrain", "elastic", "router", "joint")},
-            seconds=sum(stage.result["seconds"] for stage in finished),
+            data_fingerprint=data.fingerprint,
+            tokenizer_hash=data.tokenizer,
+            tokens={name: result.tokens for name, result in training_results(finished).items()},
+            seconds=sum(stage.seconds for stage in finished),
         ),
     )
     write_record(run_dir)
-    return metrics
 
 
-def stage_metrics(results: dict[str, dict[str, Any]], *, router: str) -> dict[str, dict[str, Any]]:
-    """What each stage measured, how the stages compare, and how far the router's losses lie above the teacher's."""
-    metrics = {
-        name: {key: value for key, value in result.items() if key not in ELSEWHERE} for name, result in results.items()
+def training_results(finished: FinishedStages) -> dict[str, TrainingResult]:
+    """Return the results of the stages that train, by the stage's name."""
+    return {each.stage.name: each.result for each in finished if isinstance(each.result, TrainingResult)}
+
+
+def stage_metrics(finished: FinishedStages, *, router: str) -> dict[str, dict[str, Any]]:
+    """Return what metrics.json holds, by stage: what the stage measured, and how it compares with the teacher.
+
+    Args:
+        finished: all stages.
+        router: label of the run's router.
+    """
+    metrics = {each.stage.name: each.result.metrics() for each in finished}
+    teacher, rank = finished.result(PretrainStage), finished.result(RankStage)
+    elastic = finished.result(ElasticStage)
+    lost = rank.smallest_sliced - teacher.val_loss
+    recovered = (rank.smallest_sliced - elastic.smallest) / lost if lost and teacher.tokens != 0 else None
+    metrics[ElasticStage.name] |= {
+        "full_over_teacher": elastic.full / teacher.val_loss - 1.0,
+        "smallest_recovered": recovered,
     }
-    teacher, rank, elastic = (metrics[name] for name in ("pretrain", "rank", "elastic"))
-    lost = rank["smallest_sliced"] - teacher["val_loss"]
-    elastic["full_over_teacher"] = elastic["full"] / teacher["val_loss"] - 1.0
-    elastic["smallest_recovered"] = None
-    if lost and teacher["tokens"] != 0:
-        elastic["smallest_recovered"] = (rank["smallest_sliced"] - elastic["smallest"]) / lost
-    for stage in ("elastic", "router", "joint"):
-        metrics[stage]["token_share"] = metrics[stage]["tokens"] / teacher["tokens"] if teacher["tokens"] else None
-    gaps = [row["val_loss"] - teacher["val_loss"] for row in results["evaluate"]["rows"] if row["router"] == router]
-    metrics["evaluate"]["pareto_gap"] = sum(gaps) / len(gaps)
+    for name, result in training_results(finished).items():
+        if result is not teacher and result.tokens is not None:
+            metrics[name]["token_share"] = result.tokens / teacher.tokens if teacher.tokens else None
+    metrics[EvaluateStage.name]["pareto_gap"] = pareto_gap(finished, router=router)
     return metrics
 
 
-def timing_rows(finished: list[FinishedStage]) -> list[dict[str, Any]]:
-    """Everything that was measured in seconds; `cached` says that an earlier run measured it.
+def pareto_gap(finished: FinishedStages, *, router: str) -> float:
+    """Return the loss of a router above the teacher's, in nats, a mean over budgets."""
+    teacher = finished.result(PretrainStage).val_loss
+    outcomes = finished.result(EvaluateStage).outcomes
+    gaps = [outcome.readings.val_loss - teacher for outcome in outcomes if outcome.router == router]
+    return sum(gaps) / len(gaps)
 
-    `peak_bytes` is what a training stage's tensors took at most on a GPU.
+
+def timing_rows(finished: FinishedStages) -> list[dict[str, Any]]:
+    """Return the rows of timings.csv: all that was measured in seconds, and the peak memory of training stages.
+
+    `cached` says that an earlier run measured it.
     """
     rows = [
-        {
-            "what": stage.name,
-            "seconds": stage.result["seconds"],
-            "cached": stage.cached,
-            "tokens": stage.result.get("tokens", 0),
-            "resumed_at_step": stage.result.get("resumed_at_step", 0),
-            "peak_bytes": stage.result.get("peak_bytes"),
-        }
-        for stage in finished
+        timing_row(each.stage.name, each.seconds, each.cached, each.result)
+        if isinstance(each.result, TrainingResult)
+        else timing_row(each.stage.name, each.seconds, each.cached)
+        for each in finished
     ]
-    last = finished[-1]
-    whole = {"what": "forward full", "seconds": last.result["full_seconds"], "cached": last.cached}
-    nothing = {"tokens": 0, "resumed_at_step": 0, "peak_bytes": None}
-    rows.append(whole | nothing)
-    outcomes = zip(last.result["rows"], last.result["find_seconds"], last.result["forward_seconds"], strict=True)
-    for row, found, forward in outcomes:
-        for what, seconds in (("find", found), ("forward", forward)):
-            name = f"{what} {row['router']} {row['budget']}"
-            rows.append({"what": name, "seconds": seconds, "cached": last.cached} | nothing)
+    evaluated = finished[EvaluateStage]
+    rows.append(timing_row("forward full", evaluated.result.full_seconds, evaluated.cached))
+    for outcome in evaluated.result.outcomes:
+        asked = f"{outcome.router} {outcome.budget}"
+        rows.append(timing_row(f"find {asked}", outcome.find_seconds, evaluated.cached))
+        rows.append(timing_row(f"forward {asked}", outcome.forward_seconds, evaluated.cached))
     return rows
 
 
-def write_specs(folder: Path, outcome: dict[str, Any], *, router: str) -> None:
-    """One file a budget: the sub-network that the asked router chose."""
+def timing_row(what: str, seconds: float, cached: bool, trained: TrainingResult | None = None) -> dict[str, Any]:
+    """Return a row of timings.csv; `trained` is the result of a training stage."""
+    trained = TrainingResult() if trained is None else trained
+    return {
+        "what": what,
+        "seconds": seconds,
+        "cached": cached,
+        "tokens": trained.tokens,
+        "resumed_at_step": trained.resumed_at_step,
+        "peak_bytes": trained.peak_bytes,
+    }
+
+
+def write_specs(folder: Path, evaluated: EvaluateResult, *, router: str) -> None:
+    """Write one file a budget: the sub-network, or the plan, that the run's router chose."""
     folder.mkdir(exist_ok=True)
     for stale in folder.glob("*.json"):
         stale.unlink()
-    for row, choice in zip(outcome["rows"], outcome["specs"], strict=True):
-        if row["router"] == router:
-            keys = ("router", "budget", "achieved", "cost", "achieved_cost", "params", "flops", "memory")
-            chosen = {key: row[key] for key in keys if key in row}
-            whole = {"full_widths": outcome["full_spec"], "layers": outcome["layers"]}
-            write_json(folder / f"{row['budget']}.json", chosen | choice | whole)
+    for outcome in evaluated.outcomes:
+        if outcome.router == router:
+            cells = outcome.cells()
+            content = {name: cells[name] for name in IN_SPECS if name in cells} | {"widths": outcome.widths}
+            if outcome.plan is not None:
+                content["plan"] = outcome.plan
+            content |= {"full_widths": evaluated.full_widths, "layers": evaluated.layers}
+            write_json(folder / f"{outcome.budget}.json", content)
 
 
-def link_checkpoints(folder: Path, finished: list[FinishedStage]) -> None:
+def read_result(folder: Path, kind: type[Stage[Result]]) -> Result:
+    """Return what a stage of a finished run reported, as far as metrics.json holds it.
+
+    Raises:
+        DataError: the file is absent, damaged, or of another version of nestlm.
+    """
+    path = folder / "metrics.json"
+    with damaged_file_errors(path, cure=CURE):
+        content = read_json(path, cure=CURE)[kind.name]
+    try:
+        return kind.result_type().from_json(content)
+    except ValueError as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{path} is damaged, or of another version of nestlm ({reason}); {CURE}") from error
+
+
+def link_checkpoints(folder: Path, finished: FinishedStages) -> None:
     """What `nestlm.load` needs, as hard links where the file system allows, else as copies: the weights that stages
     left behind with their hashes, the tokenizer, and the held-out text.
     """  # noqa: D205
     shutil.rmtree(folder, ignore_errors=True)  # of an earlier run in this folder
     for stage in finished:
         for source in sorted({path for pattern in KEPT for path in stage.folder.glob(pattern)}):
-            target = folder / stage.name / source.relative_to(stage.folder)
+            target = folder / stage.stage.name / source.relative_to(stage.folder)
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
                 os.link(source, target)

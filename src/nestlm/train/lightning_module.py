@@ -10,7 +10,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -18,41 +18,30 @@ from nestlm.data.batch import Batch
 from nestlm.distributed import collectives
 from nestlm.distributed.fsdp import gradients_held, whole
 from nestlm.errors import DeviceMemoryError, DivergenceError
-from nestlm.train.objective.base import Objective, StageModels
+from nestlm.train.objective.base import StageModels
 from nestlm.train.optim import OptimSettings
+from nestlm.train.task import Task
 
 
 class NestedLM(L.LightningModule):
-    """A stage is an objective and the parts that it trains, each with its learning rate."""
+    """The LightningModule of every stage that trains: it back-propagates the terms of a task's objective."""
 
-    def __init__(
-        self,
-        models: StageModels,
-        *,
-        stage: str,
-        objective: Objective,
-        trained: dict[str, tuple[nn.Module, float]],
-        optim: OptimSettings,
-        num_steps: int,
-    ) -> None:
-        """Freeze everything but the trained parts.
+    def __init__(self, task: Task, *, stage: str, optim: OptimSettings) -> None:
+        """Freeze everything but the parts that the task trains.
 
         Args:
-            models: the nested model, its teacher and router where the objective needs them.
+            task: models, objective, trained parts and number of steps.
             stage: name of the stage, for the logs.
-            objective: yields the loss terms of a step.
-            trained: name, module and peak learning rate of what is trained.
             optim: optimizer and schedule.
-            num_steps: steps of the stage.
         """
         super().__init__()
         self.automatic_optimization = False
         self.strict_loading = False  # checkpoints leave out what is not trained
-        self.decoder, self.teacher, self.router = models.decoder, models.teacher, models.router
-        self.stage, self.objective = stage, objective
-        self.trained, self.optim, self.num_steps = trained, optim, num_steps
+        self.decoder, self.teacher, self.router = task.models.decoder, task.models.teacher, task.models.router
+        self.stage, self.objective = stage, task.objective
+        self.trained, self.optim, self.num_steps = task.trained, optim, task.steps
         self.requires_grad_(False)
-        for module, _ in trained.values():
+        for module, _ in task.trained.values():
             module.requires_grad_(True)
 
     def configure_model(self) -> None:

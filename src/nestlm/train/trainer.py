@@ -16,7 +16,6 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import Logger
 
-from nestlm.data.datamodule import PackedTokens
 from nestlm.distributed import collectives
 from nestlm.distributed.strategy import Sharded, starts_ranks
 from nestlm.errors import ConfigError, DivergenceError
@@ -107,21 +106,36 @@ def is_sharded(trainer: L.Trainer) -> bool:
 
 def fit(
     module: NestedLM,
-    data: PackedTokens,
+    data: L.LightningDataModule,
     *,
     stage: str,
     folder: Path,
+    tokens_per_step: int,
     trainer_factory: Callable[..., L.Trainer],
     logger: Logger,
     checkpoint_seconds: float,
     callbacks: Sequence[L.Callback] = (),
 ) -> int:
-    """Train to the end of the stage; returns the step that it went on from (0: from the start)."""
-    settings = data.settings
+    """Train to the end of a stage; returns the step that it went on from (0: from the start).
+
+    Args:
+        module: what is trained, and for how many steps.
+        data: token batches, one a step.
+        stage: name of the stage, for logs and messages.
+        folder: folder of the stage; checkpoints go below it.
+        tokens_per_step: over all ranks, for the progress bar.
+        trainer_factory: makes the trainer of the config.
+        logger: receives what the module logs.
+        checkpoint_seconds: time between two checkpoints.
+        callbacks: further callbacks of the trainer.
+
+    Raises:
+        DivergenceError: the loss is not finite; the message names the last good checkpoint.
+        ConfigError: the trainer stopped early.
+        Preempted: the process was told to end; a checkpoint is written.
+    """
     saving = TimedCheckpoint(folder / "checkpoints", stage=stage, seconds=checkpoint_seconds)
-    progress = StageProgress(
-        stage, num_steps=module.num_steps, tokens_per_step=settings.batch_size * settings.sequence_length
-    )
+    progress = StageProgress(stage, num_steps=module.num_steps, tokens_per_step=tokens_per_step)
     trainer = make_trainer(
         trainer_factory,
         callbacks=[*callbacks, saving, progress],
