@@ -3,18 +3,20 @@
 import ast
 import json
 import resource
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 
 import parity
-from exports import FAMILIES, continued, nest, routed, tokens
+from exports import FAMILIES, LENGTH, continued, nest, routed, tokens
+from howto import MLP_DROP
 from models import AXES, random_decoder
 from nestlm.data.special_tokens import SpecialTokens
 from nestlm.data.tokenizer import load_tokenizer, train_tokenizer
-from nestlm.elastic.axes.base import search_space
+from nestlm.elastic.axes.base import Axis, search_space
 from nestlm.elastic.surgery import extract
 from nestlm.errors import ExportError
 from nestlm.export import exporter, hf_folder, remote
@@ -24,6 +26,7 @@ from nestlm.export.model_card import CardFacts
 from nestlm.model.pretrained import find_families
 from nestlm.nn.config import BlockConfig
 from nestlm.nn.policy import fixed
+from nestlm.spec import Site
 from routers import Variant
 
 transformers = pytest.importorskip("transformers")
@@ -69,6 +72,56 @@ def test_layers_of_different_widths_open_and_generate_with_a_cache(name, tmp_pat
     model.save_pretrained(tmp_path / "again")
     with torch.no_grad():
         assert float((opened(tmp_path / "again")(x).logits - wanted).abs().max()) < 1e-4
+
+
+@dataclass(frozen=True)
+class AttnDrop(Axis):
+    """Skips a block's attention with its norm, as the page's axis skips the MLP."""
+
+    name: ClassVar[str] = "attn_heads"
+
+    def units(self, block):
+        return block.num_kv_groups
+
+    def resize(self, block, width):
+        return replace(block, num_heads=width * block.heads_per_group, num_kv_groups=width)
+
+    def sites(self, config):
+        return {Site(self.name, layer): (0, block.num_kv_groups) for layer, block in enumerate(config.blocks)}
+
+
+@pytest.mark.parametrize("dropped", ["some MLPs", "all MLPs", "some attention"])
+@pytest.mark.parametrize("name", ["llama", "nemotron"])
+def test_dropped_parts_open_and_generate_with_a_cache(name, dropped, tmp_path):
+    """MLPs take no weights at all, the axis being that of docs/howto/add-an-axis.md; attention a head of zeros."""
+    nested = nest(FAMILIES[name], tmp_path / "in")
+    nested = replace(nested, axes=(AttnDrop() if dropped == "some attention" else MLP_DROP,))
+    space = nested.space
+    spec = space.smallest() if dropped == "all MLPs" else space.spec({site: site.layer % 2 for site in space.sites})
+    small = extract(nested.decoder, spec, axes=nested.axes)
+    export_hf(small, nested.family, tmp_path / "out")
+    model, x = opened(tmp_path / "out"), tokens(2, 40)
+    with torch.no_grad():
+        difference = (model(x).logits - nested.decoder(x, fixed(spec)).logits_BLV).abs().max()
+    assert float(difference) < 1e-5
+    assert torch.equal(generated(model, x[:1, :9], count=8), continued(nested.decoder, fixed(spec), x[:1, :9], count=8))
+    stored, price = (sum(p.numel() for p in each.parameters()) for each in (model, small))
+    assert stored > price if dropped == "some attention" else stored == price
+
+
+def test_tokens_that_drop_an_mlp_do_so_in_the_modelling_file(tmp_path):
+    nested = nest(FAMILIES["llama"], tmp_path / "in")
+    nested = replace(nested, axes=(MLP_DROP, AXES[1]))
+    router, plan = routed(nested, Variant("value", "dynamic", "token"), share=0.85)
+    routing = ExportedRouter.from_plan(router, plan, axes=nested.axes, config=nested.decoder.config)
+    assert any(site["axis"] == "mlp_width" and site["widths"][0] == 0 for site in routing.config["sites"])
+    small = extract(nested.decoder, routing.spec, axes=nested.axes)
+    (tmp_path / "out").mkdir()
+    hf_folder.write_hf_folder(small, nested.family, tmp_path / "out", routing=routing)
+    x = tokens(1, LENGTH)
+    with torch.no_grad():
+        wanted = nested.decoder(x, router.policy(plan)).logits_BLV
+        assert float((opened(tmp_path / "out")(x).logits - wanted).abs().max()) < 1e-4
 
 
 ROUTED = {

@@ -10,6 +10,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from exports import FAMILIES, Nest, nest, tokens
+from howto import MLP_DROP
+from models import AXES
 from nestlm.data.sources.stdlib import Stdlib
 from nestlm.data.tokenizer import load_tokenizer
 from nestlm.data.tokenizer import train_tokenizer as train_tokenizer
@@ -57,6 +59,28 @@ def test_a_file_read_back_is_the_sub_network(case, tmp_path):
     half = small.config.head_dim // 2
     ours = small.blocks[0].attn.q.weight.detach().numpy()
     assert np.array_equal(q[:2], ours[[0, half]]), "the two halves of a pair side by side"
+
+
+@pytest.mark.parametrize("everywhere", [False, True], ids=["one MLP", "all MLPs"])
+def test_a_dropped_mlp_is_written_as_zeros(everywhere, tmp_path):
+    """llama.cpp would drop the attention of a layer without one: docs/howto/add-an-axis.md, whose axis this is."""
+    nested = nest("Llama 3", tmp_path / "in")
+    nested = replace(nested, axes=(MLP_DROP, AXES[1]))
+    space, (tokenizer, path) = nested.space, (tmp_path / "in/tokenizer.json", tmp_path / "model.gguf")
+    chosen = dict.fromkeys(space.sites, -1) | ({} if not everywhere else dict.fromkeys(space.axes["mlp_width"], 0))
+    small = extract(nested.decoder, space.spec(chosen | {space.axes["mlp_width"][0]: 0}), axes=nested.axes)
+    told = {"tokenizer": tokenizer, "texts": TEXTS, "name": "x"}
+    gguf_file.write_gguf(small, nested.family, path, precision="f32", **told)
+    back, x = gguf_file.read_gguf(path, nested.family), tokens(2, 40)
+    assert [block.mlp_width for block in back.config.blocks] == [block.mlp_width or 32 for block in small.config.blocks]
+    with torch.no_grad():
+        assert torch.equal(back(x).logits_BLV, small(x).logits_BLV)
+    lacking = sum(block.mlp_width == 0 for block in small.config.blocks)
+    more = sum(p.numel() for p in back.parameters()) - sum(p.numel() for p in small.parameters())
+    assert more == lacking * 97 * small.config.hidden_size, "as the page says"
+    if llama_cpp_process.llama_cpp_version() is not None:
+        found = torch.from_numpy(llama_cpp_process.llama_cpp_logits(path, x.numpy(), threads=1))
+        assert float((found - small(x).logits_BLV).abs().max()) < 1e-3
 
 
 def test_precisions_and_what_they_cost(tmp_path):

@@ -1,4 +1,4 @@
-"""The one cost interface: a price per (site, choice) plus a constant prices specs and distributions alike."""
+"""Cost tables: a constant plus a price for each choice, which price specs and distributions alike."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ class CostTable:
 
     @property
     def cheapest(self) -> float:
-        """The least that can be had."""
+        """Cost of the smallest sub-network, in the table's unit."""
         return self.cost(self.space.smallest())
 
     def cost(self, spec: SubnetSpec) -> float:
-        """Cost of a spec, in the table's unit."""
+        """Return the cost of a spec, in the table's unit."""
         choices = zip(self.prices, self.space.indices(spec), strict=True)
         return self.constant + sum(prices[index] for prices, index in choices)
 
     def share(self, spec: SubnetSpec) -> float:
-        """Cost relative to the whole model."""
+        """Return the cost of a spec relative to the whole model's."""
         return self.cost(spec) / self.whole
 
     @cached_property
@@ -62,22 +62,26 @@ class CostTable:
         return table
 
     def expected_share(self, probabilities: Tensor) -> Tensor:
-        """Relative cost of distributions over choices: (..., sites, max choices) to (...). Differentiable."""
+        """Return the relative cost of distributions over choices, differentiably.
+
+        Args:
+            probabilities: (..., sites, max choices); the result is (...).
+        """
         shares = self.shares.to(probabilities)
         return self.constant / self.whole + (probabilities * shares).sum((-2, -1))
 
 
 @dataclass(frozen=True)
 class TokenTable(CostTable):
-    """Prices of choices that are made for each token, where `constant` and `prices` hold if all sites are.
+    """Prices of choices that are made for each token; `constant` and `prices` hold where every site decides.
 
-    A site at which all tokens run alike needs no decision: its share of the constant falls away, and it costs what it
-    costs in a sub-network.
+    A site at which all tokens take the same choice needs no decision: its part of the constant, `shared`, falls away,
+    and it has the price of a sub-network, `fixed`.
 
     Attributes:
-        shared: of each site, what deciding costs whatever is chosen: K and V for later tokens, and the router.
+        shared: per site, what deciding costs whatever is chosen: K and V for later tokens, and the router.
         fixed: per site, one price a choice, where all tokens take the same; None where every site decides.
-        router: of each site, what a router adds to `shared` for each unit of its network's hidden width, and at all.
+        router: per site, what a router adds to `shared`: for each unit of its network's hidden width, and in any case.
     """
 
     shared: tuple[float, ...]
@@ -93,19 +97,19 @@ class TokenTable(CostTable):
 
     @property
     def alike(self) -> CostTable:
-        """The prices where all tokens run alike at every site."""
+        """The table of static prices, for tokens that all take the same choice at every site."""
         assert self.fixed is not None, "some sites can be fixed"
         constant = self.constant - sum(self.shared)
         return CostTable(self.name, self.unit, self.space, constant=constant, prices=self.fixed, whole=self.whole)
 
     def with_router(self, hidden_width: int) -> TokenTable:
-        """With the cost of networks of that width at every site that decides."""
+        """Return the table with the cost of a router's network of that hidden width at every site that decides."""
         own = [per_unit * hidden_width + at_all for per_unit, at_all in self.router]
         shared = tuple(before + added for before, added in zip(self.shared, own, strict=True))
         return replace(self, constant=self.constant + sum(own), shared=shared, router=((0.0, 0.0),) * len(own))
 
     def after_prompt(self, prompt_share: float) -> TokenTable:
-        """The mean over a sequence of which that share runs whole first, and the rest as is decided, at every site."""
+        """Return mean prices over sequences whose first `prompt_share` runs whole, and whose rest runs as decided."""
         rest = 1.0 - prompt_share
         constant = rest * self.constant + prompt_share * self.cost(self.space.full())
         prices = tuple(tuple(rest * price for price in row) for row in self.prices)
@@ -114,13 +118,13 @@ class TokenTable(CostTable):
 
 @dataclass(frozen=True)
 class Bound:
-    """One limit, as a share of what one table calls whole."""
+    """One limit of a budget, as a share of the whole model's cost in one table."""
 
     table: CostTable
     share: float
 
     def fits(self, spec: SubnetSpec) -> bool:
-        """Whether a spec is at or below the bound: the one comparison by which budgets are kept."""
+        """Return whether a spec costs at most the bound. Budgets are kept by this comparison alone."""
         return self.table.share(spec) <= self.share
 
 
@@ -139,7 +143,7 @@ class PriceList:
     per_token: bool = False
 
     def change(self, change: Callable[[CostTable], CostTable]) -> PriceList:
-        """The same list with every table changed."""
+        """Return the list with `change` applied to every table."""
         others = {name: change(table) for name, table in self.others.items()}
         return replace(self, main=change(self.main), others=others)
 
@@ -154,7 +158,7 @@ class PriceList:
         return {self.main.name: self.main, **self.others}
 
     def bounds(self, budget: Budget) -> tuple[Bound, ...]:
-        """The limits of a budget, each as a share of its table.
+        """Turn each limit of a budget into a share of its table.
 
         Since wider is cheaper in no table, the smallest sub-network keeps all limits when it keeps each.
 
@@ -169,11 +173,11 @@ class PriceList:
         self.bounds(budget)
 
     def fits(self, spec: SubnetSpec, budget: Budget) -> bool:
-        """Whether a spec keeps every limit."""
+        """Return whether a spec keeps every limit of a budget."""
         return all(bound.fits(spec) for bound in self.bounds(budget))
 
     def tightest(self, budget: Budget) -> float:
-        """The smallest share that a budget allows of any kind: what a router that sees budgets is told."""
+        """Return the smallest share that a budget allows of any kind, which routers take as their input."""
         return min(bound.share for bound in self.bounds(budget))
 
     def _bound(self, limit: Limit) -> Bound:
@@ -203,12 +207,12 @@ class PriceList:
 
 
 def share_of(limit: Limit, table: CostTable) -> float:
-    """A limit as a share of what its table calls whole."""
+    """Convert a limit into a share of the whole model's cost."""
     return limit.amount if limit.is_share else limit.amount * limit.factor / table.whole
 
 
 def nearby(limit: Limit, table: CostTable, cost: float) -> Limit:
-    """A short number in the limit's unit that can be asked for: a little above `cost`, or below it for the whole."""
+    """Round a cost to a short limit in the same unit that can be asked for: up, or down for the whole model's cost."""
     exact = cost / (table.whole if limit.is_share else limit.factor)
     floor = table.cheapest / table.whole
     for digits in range(3, 16):
@@ -243,10 +247,10 @@ def price_inside_blocks(rows: Mapping[Site, tuple[float, ...]], space: SearchSpa
 
 
 class Cost(Protocol):
-    """A way to price: makes the table of a model's choices.
+    """A way to price choices, one plug-in of the config group `cost`.
 
     Attributes:
-        prices_tokens: whether it depends on what single tokens choose.
+        prices_tokens: whether the cost depends on what single tokens choose.
     """
 
     prices_tokens: ClassVar[bool]

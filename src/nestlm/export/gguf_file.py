@@ -15,6 +15,7 @@ from torch import Tensor
 from nestlm.errors import ExportError
 from nestlm.export import weight_range
 from nestlm.export.gguf_vocabulary import GgufVocabulary
+from nestlm.export.missing_parts import fill_missing_parts
 from nestlm.model.family import Family
 from nestlm.nn.config import BlockConfig, DecoderConfig
 from nestlm.nn.decoder import Decoder
@@ -98,6 +99,8 @@ def write_gguf(
         ExportError: a tokenizer that llama.cpp does not have, or a weight that the precision cannot hold.
     """
     gguf = import_gguf()
+    # llama.cpp drops a layer's attention, too, where its feed-forward length is 0: such a layer gets an MLP of zeros
+    decoder = fill_missing_parts(decoder, mlp=True)
     for theirs, ours in family.hf_names(decoder).items():
         check_gguf_range(dict(decoder.named_parameters())[ours], precision, name=theirs)
     vocabulary = GgufVocabulary.read(tokenizer, size=family.vocab_size)

@@ -15,6 +15,7 @@ from torch import Tensor
 from nestlm.errors import ExportError
 from nestlm.export import remote
 from nestlm.export.exported_router import ExportedRouter
+from nestlm.export.missing_parts import fill_missing_parts
 from nestlm.export.new_folder import naming_write_errors, new_folder
 from nestlm.export.weight_range import check_weight_range
 from nestlm.model.checkpoint import CONFIG, read_checkpoint_json, read_hf_config
@@ -80,10 +81,12 @@ def write_hf_folder(
         tokenizer: whether the parent's is the model's.
         shard_size: of a file, at most.
     """
+    kind = modelling_file(decoder, family, routing)
+    # a layer without attention would leave a hole in transformers' KV cache, which counts tokens in the first layer
+    decoder = fill_missing_parts(decoder, mlp=False)
     weights = hf_state_dict(decoder, family, parent=parent, dtype=dtype)
     if routing is not None:
         weights |= routing.weights
-    kind = modelling_file(decoder, family, routing)
     size = replace(family, num_layers=len(decoder.config.blocks))
     if kind is None:
         write_config(replace(size, **family_widths(decoder.config.blocks[0])), folder, parent)
@@ -118,8 +121,10 @@ def modelling_file(decoder: Decoder, family: Family, routing: ExportedRouter | N
     if routing is not None:
         return ROUTED
     first, *others = set(decoder.config.blocks)
+    if others or first.num_heads == 0 or first.mlp_width == 0:
+        return NESTED
     opens = not family.heads_divide_hidden_size or family.hidden_size % first.num_heads == 0
-    return None if opens and not others else NESTED
+    return None if opens else NESTED
 
 
 def family_widths(block: BlockConfig) -> dict[str, int]:

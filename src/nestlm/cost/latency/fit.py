@@ -17,7 +17,7 @@ Array = NDArray[np.float64]
 def fit_prices(
     reach: Array, times: Array, *, space: SearchSpace, alike: Sequence[int], known: Array | None = None
 ) -> tuple[float, Rows]:
-    """Constant and prices that predict times with the least relative errors, wider never cheaper.
+    """Fit a constant and prices to times with the least relative errors, wider never cheaper.
 
     The unknowns are increments between neighbouring choices, none negative (Lawson and Hanson's least squares). An
     increment that every run paid at all sites alike cannot be told from the constant, and belongs to it.
@@ -47,7 +47,7 @@ def fit_prices(
 
 
 def predict(reach: Array, *, constant: float, rows: Rows) -> Array:
-    """Times of runs by their prices: the inverse of `fit_prices`."""
+    """Predict the times of runs, (runs,), from prices: the inverse of `fit_prices`."""
     increments = np.zeros(reach.shape[1:])
     for index, row in enumerate(rows):
         increments[index, : len(row)] = np.diff(row, prepend=0.0)
@@ -55,5 +55,5 @@ def predict(reach: Array, *, constant: float, rows: Rows) -> Array:
 
 
 def mean_error(predicted: Array, times: Array) -> float:
-    """Mean absolute error, relative to the times."""
+    """Return the mean absolute error of predicted times, relative to the times."""
     return float(np.mean(np.abs(predicted - times) / times))

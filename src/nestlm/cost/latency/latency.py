@@ -48,13 +48,13 @@ class Latency:
 
     @property
     def unit(self) -> str:
-        """What is priced."""
+        """What the times are of, in words."""
         rows = f"{self.batch_size} prompt{'s' if self.batch_size > 1 else ''} of {self.context_length} tokens"
         step = f"1 token each of {self.batch_size}, {self.context_length} tokens in the cache"
         return f"ms for {rows if self.phase == 'prefill' else step}"
 
     def with_table(self, path: Path, *, device: str | None) -> Latency:
-        """The same cost, priced from a table; with a device, from one that was measured there."""
+        """Return the cost with prices from a table file; with a device, the table must have been measured on it."""
         return replace(self, table=str(path), device=device)
 
     def tabulate(
@@ -95,7 +95,7 @@ class Latency:
         )
 
     def read(self) -> LatencyTable:
-        """The table file, if it fits the settings."""
+        """Read the table file. Raises ConfigError where there is none, or it does not fit the settings."""
         if self.table is None:
             raise ConfigError(
                 "cost: latency has no table yet: a run measures one; or nestlm profile --out FILE does, and "
@@ -115,7 +115,7 @@ class Latency:
 
 @contextmanager
 def named(where: str) -> Iterator[None]:
-    """Let errors say where they are."""
+    """Prefix the message of any NestlmError that is raised inside with a place."""
     try:
         yield
     except NestlmError as error:

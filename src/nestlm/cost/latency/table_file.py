@@ -1,4 +1,4 @@
-"""A table of measured times as a file: what other engines' measurements are filled into, and what `profile` writes."""
+"""Latency tables as files: `nestlm profile` writes them, and measurements of other engines can be filled in."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ Time = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 
 
 class Prices(BaseModel, frozen=True, extra="forbid"):
-    """By axis the time of each width: one mapping for all layers, or a list of them, one a layer.
+    """The time of each width by axis: one mapping for all layers, or a list of mappings, one a layer.
 
-    Of depth, 1 is the time of a block without the sites that have prices of their own, in one mapping: which blocks may
-    be skipped is known after the ranking only.
+    Of `depth`, width 1 is the time of a block without its sites that have prices of their own. It takes one mapping for
+    all layers, since the ranking decides which blocks may be skipped.
     """
 
     prices: dict[str, dict[int, Time] | list[dict[int, Time]]]
 
     def rows(self, space: SearchSpace) -> Rows:
-        """The prices of a space's choices, as a cost table holds them.
+        """Look up the prices of a space's choices, in the order of a cost table.
 
         Raises:
             ConfigError: a choice has no price, or a wider one is cheaper.
@@ -37,7 +37,7 @@ class Prices(BaseModel, frozen=True, extra="forbid"):
         )
 
     def row(self, site: Site, widths: Sequence[int], *, layers: int) -> tuple[float, ...]:
-        """The prices of one site's choices."""
+        """Look up the prices of one site's choices. Raises ConfigError as `rows` does."""
         by_layer = self.prices.get(site.axis)
         if by_layer is None:
             raise ConfigError(
@@ -71,7 +71,7 @@ class Prices(BaseModel, frozen=True, extra="forbid"):
 
     @staticmethod
     def of(space: SearchSpace, rows: Rows) -> dict[str, object]:
-        """What `rows` reads, one mapping a layer, or one for all blocks that may be skipped: the dearest."""
+        """Write prices in the form that `rows` reads; blocks that may be skipped share the highest price."""
         by_site = dict(zip(space.sites, rows, strict=True))
         prices: dict[str, object] = {
             axis: [dict(zip(space.choices[site], by_site[site], strict=True)) for site in sites]
@@ -84,7 +84,7 @@ class Prices(BaseModel, frozen=True, extra="forbid"):
 
 
 class RouterTime(BaseModel, frozen=True, extra="forbid"):
-    """What deciding for each token takes: a constant, and so much for each unit of the networks' hidden width."""
+    """Time of a router that decides for each token: a constant, and a time a unit of its networks' hidden width."""
 
     constant: Time
     per_unit: Time
@@ -100,7 +100,14 @@ class TokenPrices(Prices, frozen=True, extra="forbid"):
 
 
 class FitErrors(BaseModel, frozen=True, extra="forbid"):
-    """How far the sums lie from times that were measured end to end: mean absolute percentage errors, as shares."""
+    """Mean absolute errors of summed prices, relative to times measured end to end.
+
+    Attributes:
+        specs: number of sub-networks that were compared.
+        mape: their error.
+        mixes: number of mixes of widths by token that were compared.
+        mixes_mape: their error.
+    """
 
     specs: int
     mape: float
@@ -153,14 +160,14 @@ class LatencyTable(Prices, frozen=True, extra="forbid"):
             ) from error
 
     def to_json(self) -> dict[str, object]:
-        """As plain values."""
+        """Convert to plain values for JSON."""
         return self.model_dump(mode="json")
 
     def tokens(self) -> TokenPrices:
-        """The part per token.
+        """Return the prices per token.
 
         Raises:
-            BudgetError: there is none.
+            BudgetError: the table has none.
         """
         if self.per_token is None:
             raise BudgetError(
@@ -170,7 +177,7 @@ class LatencyTable(Prices, frozen=True, extra="forbid"):
         return self.per_token
 
     def summary(self) -> list[str]:
-        """The table in lines: constants, prices by axis, and what the check said."""
+        """Format the table as lines: constants, prices by axis, and the errors of the fit."""
         lines = [
             f"{self.phase}, ms for a batch of {self.batch_size} at {self.context_length} tokens, {self.dtype}, "
             f"on {self.device}"
@@ -186,7 +193,7 @@ class LatencyTable(Prices, frozen=True, extra="forbid"):
 
 
 def price_lines(part: Prices) -> list[str]:
-    """Prices by axis, layers of equal prices together."""
+    """Format prices by axis; layers of equal prices share a line."""
     lines = []
     for axis, by_layer in part.prices.items():
         layers = by_layer if isinstance(by_layer, list) else [by_layer]
@@ -199,7 +206,7 @@ def price_lines(part: Prices) -> list[str]:
 
 
 def fit_line(check: FitErrors) -> str:
-    """What the check of a table said."""
+    """Format the errors of a table's fit."""
     return (
         f"against {check.specs} other sub-networks, timed end to end: {check.mape:.1%} mean absolute error; against "
         f"{check.mixes} mixes per token: {check.mixes_mape:.1%}"

@@ -1,4 +1,4 @@
-"""What a sampler is, and the draws that samplers share."""
+"""The interface of samplers, and draws that samplers share."""
 
 from __future__ import annotations
 
@@ -17,12 +17,16 @@ from nestlm.spec import SearchSpace, SubnetSpec
 
 @dataclass(frozen=True, eq=False)
 class MixedSpecs:
-    """Specs that differ within a batch: choice index at every site, (sites, B), or (sites, B, L) by token."""
+    """Specs that differ within a batch.
+
+    Attributes:
+        indices: choice index at every site, (sites, B) where sequences differ, (sites, B, L) where tokens do.
+    """
 
     indices: Tensor
 
     def own(self, row_shard: RowShard) -> MixedSpecs:
-        """That of a rank's rows, of what was drawn for all rows of a step."""
+        """Keep a rank's rows of what was drawn for all rows of a step."""
         return MixedSpecs(row_shard.own(self.indices, dim=1))
 
 
@@ -30,19 +34,25 @@ Sample = SubnetSpec | MixedSpecs
 
 
 class Sampler(Protocol):
-    """Says which sub-networks a training step runs."""
+    """Draws the sub-networks that a training step runs."""
 
     def draw(self, space: SearchSpace, *, seed: int, step: int, batch: tuple[int, int]) -> tuple[Sample, ...]:
-        """The specs of a step, each for the whole batch, or mixtures for a batch of (sequences, tokens a sequence).
+        """Draw what a step runs: specs, each for the whole batch, or specs that differ within it.
 
-        A pure function of the arguments, so that all ranks draw alike, each for the rows of all of them; the full
-        model comes first where it takes part.
+        The result depends on the arguments alone, so that all ranks draw the same. The full model, where it takes part,
+        comes first.
+
+        Args:
+            space: the choices.
+            seed: of the run.
+            step: number of the training step.
+            batch: sequences of all ranks together, and tokens a sequence.
         """
         ...
 
 
 def policy_of(drawn: Sample, space: SearchSpace, *, device: torch.device) -> Policy:
-    """How a decoder on a device runs what was drawn."""
+    """Return the policy by which a decoder on a device runs what a sampler drew."""
     if isinstance(drawn, MixedSpecs):
         return mixed(space, drawn.indices.to(device))
     return full if drawn == space.full() else fixed(drawn)
@@ -64,17 +74,17 @@ def check_shares(*, p_full: float, p_smallest: float) -> None:
 
 
 def generator(seed: int, step: int, sample: int) -> Random:
-    """The source of randomness of one draw; it depends on (seed, step, sample) alone."""
+    """Make the random generator of one draw, which depends on (seed, step, sample) alone."""
     return Random(f"nestlm/{seed}/{step}/{sample}")
 
 
 def independent(space: SearchSpace, random: Random) -> SubnetSpec:
-    """Every site draws its choice by itself, all choices alike."""
+    """Draw a choice at every site, independently and uniformly."""
     return space.spec({site: random.randrange(len(widths)) for site, widths in space.choices.items()})
 
 
 def homogeneous(space: SearchSpace, random: Random) -> SubnetSpec:
-    """Every axis draws one choice, the same in all layers."""
+    """Draw one choice for every axis, the same in all layers."""
     drawn = {
         axis: random.randrange(min(len(space.choices[site]) for site in sites)) for axis, sites in space.axes.items()
     }

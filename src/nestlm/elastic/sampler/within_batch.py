@@ -35,7 +35,7 @@ class WithinBatch:
         return (MixedSpecs(indices_SBL if self.per_token else indices_SBL[:, :, 0]),)
 
     def row(self, space: SearchSpace, *, seed: int, step: int, row: int, length: int) -> Tensor:
-        """Choices of one sequence, (sites, L or 1): they depend on (seed, step, row) alone."""
+        """Draw the choice indices of one sequence, (sites, L or 1), from (seed, step, row) alone."""
         counts_S1 = torch.tensor([len(widths) for widths in space.choices.values()])[:, None]
         length = length if self.per_token else 1
         source = torch_generator(seed, "within batch", step, row)

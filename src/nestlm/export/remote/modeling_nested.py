@@ -4,7 +4,7 @@ import copy
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from torch import nn
+from torch import Tensor, nn
 from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import (
     LlamaDecoderLayer,
@@ -24,6 +24,14 @@ class NestedLlamaConfig(LlamaConfig):
         """Heads have a width of their own, `head_dim`: their number need not divide that of the hidden state."""
 
 
+class NoMLP(nn.Module):
+    """The MLP of a layer that has none: it adds nothing to the residual stream."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Return zeros of the input's shape."""
+        return hidden_states.new_zeros(hidden_states.shape)
+
+
 class NestedLlamaModel(LlamaModel):
     """The family's decoder with layers built from their own sizes."""
 
@@ -37,11 +45,20 @@ class NestedLlamaModel(LlamaModel):
         super().__init__(outer)
         config._attn_implementation = outer._attn_implementation
         self.config = config
-        self.layers = nn.ModuleList(self.layer_class(size, index) for index, size in enumerate(sizes))
+        self.layers = nn.ModuleList(self.build_layer(size, index) for index, size in enumerate(sizes))
         each: Any
         for each in self.layers:
             each.self_attn.config = config  # one place that says how attention is computed
         self.post_init()
+
+    def build_layer(self, size: Any, index: int) -> nn.Module:
+        """Build a layer of its own sizes; an `intermediate_size` of 0 means neither MLP nor the norm before it."""
+        has_mlp = size.intermediate_size > 0
+        size.intermediate_size = max(1, size.intermediate_size)
+        layer: Any = self.layer_class(size, index)
+        if not has_mlp:
+            layer.post_attention_layernorm, layer.mlp, layer.mlp_width = nn.Identity(), NoMLP(), 0
+        return layer
 
 
 class NestedLlamaForCausalLM(LlamaForCausalLM):
