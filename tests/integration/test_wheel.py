@@ -68,7 +68,6 @@ def test_the_wheel_holds_every_config(scripts):
         ["modle=tiny"],
         ["-m", "router=glob(zzz*)"],
         pytest.param(["--help"], marks=pytest.mark.slow),
-        pytest.param(["-m", "debug=smoke", "dry_run=true", "seed=0,1", "launcher=joblib"], marks=pytest.mark.slow),
         pytest.param(["sampler._target_=os.system"], marks=pytest.mark.slow),
     ],
     ids=" ".join,
@@ -77,6 +76,16 @@ def test_train_says_what_train_py_says(arguments, scripts, tmp_path):
     done = call(scripts / "nestlm", "train", *arguments, cwd=tmp_path)
     wanted = call(sys.executable, ROOT / "train.py", *arguments, cwd=tmp_path, env=INSIDE)
     assert (done.stdout, done.stderr, done.returncode) == (wanted.stdout, wanted.stderr, wanted.returncode)
+
+
+@pytest.mark.slow
+def test_a_launcher_starts_jobs(scripts, tmp_path):
+    """Each job in a process of its own. They print at the same time, so lines are compared in no order."""
+    sweep = ["-m", "debug=smoke", "dry_run=true", "seed=0,1", "launcher=joblib"]
+    done = call(scripts / "nestlm", "train", *sweep, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    wanted = call(sys.executable, ROOT / "train.py", *sweep, cwd=tmp_path, env=INSIDE)
+    assert sorted(done.stdout.splitlines()) == sorted(wanted.stdout.splitlines())
 
 
 def test_the_module_is_the_command(scripts, tmp_path):

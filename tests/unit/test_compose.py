@@ -85,6 +85,9 @@ MISTAKES = {
     "workers of a stream, added": (
         ["data=hf_streaming", "data.path=a", "+data.num_workers=2"], ["data.num_workers: got 2", "read in one place"]
     ),
+    "text for a ranking that reads none": (
+        ["ranking=random", "ranking.num_sequences=8"], ["ranking.num_sequences", "chosen option of ranking"]
+    ),
     "absent shards": (["data=shards", "data.path=/does/not/exist"], ["/does/not/exist", "manifest.json", "prepare"]),
     "absent path": (["data.path=/does/not/exist"], ["/does/not/exist", "no folder"]),
     "data=stdlib data.path=/x": (["data=stdlib", "data.path=/x"], ["data.path"]),

@@ -20,7 +20,7 @@ from nestlm.spec import Site
 class Magnitude:
     """Importance of a unit: the L2 norm of all weights that it owns. Blocks all score 0: norms do not rank them."""
 
-    num_sequences: int
+    num_sequences: int = 0  # no text is read
 
     @torch.no_grad()
     def scores(
@@ -40,7 +40,7 @@ class Magnitude:
 class Random:
     """Importance of a unit: a uniform random number. The ablation that shows what sorting is worth."""
 
-    num_sequences: int
+    num_sequences: int = 0  # no text is read
 
     def scores(
         self, decoder: Decoder, *, axes: tuple[Axis, ...], batches: Iterable[Batch], seed: int
@@ -57,7 +57,7 @@ class Unsorted:
     Among equally important blocks, the last ones except the very last may be skipped.
     """
 
-    num_sequences: int
+    num_sequences: int = 0  # no text is read
 
     def scores(
         self, decoder: Decoder, *, axes: tuple[Axis, ...], batches: Iterable[Batch], seed: int
