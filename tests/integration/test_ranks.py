@@ -30,13 +30,14 @@ RUNS = {
     "sandwich-surrogate": ["sampler=sandwich", "router=surrogate", "router.policy=static", "teacher=kd_inplace"],
     "sequence-gumbel": ["sampler=sequence", "router=gumbel", "router.policy=dynamic", "axes=mlp_heads_depth"],
 }
-# Trainers, how many ranks, and which runs.
-TRAINERS = {
-    "fsdp": (["trainer=fsdp"], 2, ["token-value"]),
-    "fsdp_with_other_samplers": (["trainer=fsdp"], 2, ["sandwich-surrogate", "sequence-gumbel"]),
-    "ddp": (["trainer=ddp"], 2, ["sandwich-surrogate"]),
-    "copies_in_shards": (["trainer=fsdp", "trainer.strategy.shards=2"], 4, ["token-value"]),
+FSDP, DDP = ["trainer=fsdp"], ["trainer=ddp"]
+# How many ranks, and which runs they do one after the other, each with its trainer.
+LAUNCHES = {
+    "fsdp and ddp": (2, [("token-value", FSDP), ("sandwich-surrogate", DDP)]),
+    "other samplers": (2, [("sandwich-surrogate", FSDP), ("sequence-gumbel", FSDP)]),
+    "copies in shards": (4, [("token-value", [*FSDP, "trainer.strategy.shards=2"])]),
 }
+SLOW = ("other samplers", "copies in shards")
 
 
 @pytest.fixture(scope="module")
@@ -63,17 +64,12 @@ def losses(run: Path) -> dict[tuple[str, int], float]:
 
 
 @pytest.mark.parametrize(
-    "trainer",
-    [
-        "fsdp",
-        "ddp",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("fsdp_with_other_samplers", "copies_in_shards")),
-    ],
+    "case", [pytest.param(case, marks=pytest.mark.slow if case in SLOW else ()) for case in LAUNCHES]
 )
-def test_ranks_do_what_one_process_does(trainer, alone, tmp_path):
-    overrides, num_ranks, names = TRAINERS[trainer]
-    runs = [[*command(name, tmp_path), *overrides, *CPU, f"trainer.devices={num_ranks}"] for name in names]
-    for name, run in zip(names, launch(many_runs.work, runs, num_ranks=num_ranks), strict=True):
+def test_ranks_do_what_one_process_does(case, alone, tmp_path):
+    num_ranks, cases = LAUNCHES[case]
+    runs = [[*command(name, tmp_path), *trainer, *CPU, f"trainer.devices={num_ranks}"] for name, trainer in cases]
+    for (name, _), run in zip(cases, launch(many_runs.work, runs, num_ranks=num_ranks), strict=True):
         expected, found = losses(alone(name)), losses(run)
         assert {step for _, step in expected} >= set(range(20))
         is_loss = {key: "/loss" in key[0] or "kl" in key[0] for key in expected}

@@ -95,5 +95,5 @@ def test_sending_without_an_account_is_one_line(tmp_path):
 
 def test_other_loggers_do_not_import_wandb():
     loaded = "import sys, nestlm.api.run_and_report; print('wandb' in sys.modules)"
-    printed = subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True, check=True)
+    printed = processes.run([sys.executable, "-c", loaded], check=True)
     assert printed.stdout == "False\n"
