@@ -19,9 +19,10 @@ VALUES = (
 )  # fmt: skip
 TARGETS = (
     "", "null", "5", "[]", "{}", "x", "os.system", "builtins.eval", "nestlm", "nestlm.", ".nestlm", "nestlm..spec",
-    "nestlm.nowhere.X", "nestlm.train.settings.Nowhere", "nestlm.train.settings.Settings", "torch.nn.Linear",
-    "torch.load",
-    "nowhere.at.all", "'nestlm.train.settings.Settings '", "nestlm.config.commands.train", "lightning.pytorch.Trainer",
+    "nestlm.nowhere.X", "nestlm.train.stage_settings.Nowhere", "nestlm.train.stage_settings.Settings",
+    "torch.nn.Linear", "torch.load",
+    "nowhere.at.all", "'nestlm.train.stage_settings.Settings '", "nestlm.config.commands.train",
+    "lightning.pytorch.Trainer",
     "subprocess.Popen", "numpy.testing.runstring", "__main__.x", "nestlm.router.static.logits.Router",
 )  # fmt: skip
 SYNTAX = (

@@ -25,7 +25,7 @@ VALUES = (
     "[nan]",
 )  # fmt: skip
 TARGETS = (
-    "", "5", "os.system", "builtins.eval", "nestlm", "nestlm.train.settings.torch", "null", "a b", "..os.system",
+    "", "5", "os.system", "builtins.eval", "nestlm", "nestlm.train.stage_settings.torch", "null", "a b", "..os.system",
     "${seed}"
 )  # fmt: skip
 

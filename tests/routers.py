@@ -18,7 +18,7 @@ from nestlm.nn.decoder import DecoderOutput
 from nestlm.nn.policy import Mixed
 from nestlm.router.base import Router
 from nestlm.router.dynamic.base import Granularity
-from nestlm.train.settings import RouterSettings
+from nestlm.train.stage_settings import RouterSettings
 from plugins import NANO, compose, options
 
 CONFIG = decoder_config(num_kv_groups=2)

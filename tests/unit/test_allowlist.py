@@ -27,8 +27,8 @@ DANGEROUS = [
     "torch.optim.lr_scheduler.LambdaLR",
     # names in modules of ours that they did not define, or that are no class of the field's type
     "nestlm.pipeline.run.shutil.rmtree", "nestlm.api.run_and_report.describe", "nestlm.cli.app.main",
-    "nestlm.train.settings.Trainer",
-    "nestlm.train.settings.torch.load", "nestlm.config.instantiate.build", "nestlm.config.commands.train",
+    "nestlm.train.stage_settings.Trainer",
+    "nestlm.train.stage_settings.torch.load", "nestlm.config.instantiate.build", "nestlm.config.commands.train",
     "nestlm.model.pretrained.family_from_checkpoint",
     "nestlm.report.page.Path", "nestlm.errors.NestlmError", "nestlm.config.sweep.CheckSweep", "nestlm.cost.table.Cost",
     # no names

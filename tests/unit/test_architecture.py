@@ -15,9 +15,7 @@ PLUGINS = {
     "pipeline/stages", "router/dynamic", "router/static", "train/callbacks", "train/objective", "train/signal",
 }  # fmt: skip
 LINES, FUNCTION_LINES, LOOSE = 400, 60, 5
-# Left to rename or to shorten.
-CLASSES_LEFT = {"Notes"}
-MODULES_LEFT = {"attention", "settings"}
+# Left to shorten.
 FUNCTIONS_LEFT = {"export_model": 67, "evaluate": 61}
 
 
@@ -38,25 +36,24 @@ def test_files_and_functions_are_short(path):
     text = path.read_text(encoding="utf-8")
     assert text.count("\n") <= LINES
     functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
-    lengths = {node.name: (node.end_lineno or 0) - node.lineno + 1 for node in functions}
-    assert {name for name, length in lengths.items() if length > FUNCTIONS_LEFT.get(name, FUNCTION_LINES)} == set()
+    lengths = [(node.name, (node.end_lineno or 0) - node.lineno + 1) for node in functions]
+    assert [name for name, length in lengths if length > FUNCTIONS_LEFT.get(name, FUNCTION_LINES)] == []
 
 
 def test_no_two_public_classes_share_a_name():
     trees = [ast.parse(path.read_text(encoding="utf-8")) for path in FILES]
     classes = [node.name for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)]
-    assert repeated([name for name in classes if not name.startswith("_")]) <= CLASSES_LEFT
+    assert repeated([name for name in classes if not name.startswith("_")]) == set()
 
 
 def test_no_two_modules_outside_plug_in_folders_share_a_name():
     modules = [path for path in FILES if name_of(path.parent) not in PLUGINS and path.stem != "__init__"]
-    assert repeated([path.stem for path in modules]) <= MODULES_LEFT
+    assert repeated([path.stem for path in modules]) == set()
 
 
 def test_every_folder_of_plug_ins_is_there():
-    assert all((SOURCE / folder).is_dir() for folder in PLUGINS if folder != "pipeline/stages")
+    assert all((SOURCE / folder).is_dir() for folder in PLUGINS)
 
 
 def test_test_files_have_names_of_their_own():
-    """Modules of tests are imported by their names alone, as helpers are."""
     assert repeated([path.name for path in (ROOT / "tests").rglob("test_*.py")]) == set()

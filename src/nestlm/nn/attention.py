@@ -13,8 +13,8 @@ from nestlm.nn.kv_cache import LayerCache
 from nestlm.nn.linear import PrefixLinear, joined_products, prefix_products
 from nestlm.nn.norm import RMSNorm
 from nestlm.nn.policy import Decision, Mixed
-from nestlm.nn.ragged.attention import attend_scattered
 from nestlm.nn.ragged.dispatch import RowGroups
+from nestlm.nn.ragged.ragged_attention import attend_scattered
 from nestlm.nn.rope import rotate
 
 

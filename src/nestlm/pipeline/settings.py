@@ -26,7 +26,7 @@ from nestlm.spec import Budget, SearchSpace
 from nestlm.train.objective.base import Signal
 from nestlm.train.objective.distillation import DistillationLoss
 from nestlm.train.optim import OptimSettings
-from nestlm.train.settings import ElasticSettings, JointSettings, RouterSettings, StageSettings
+from nestlm.train.stage_settings import ElasticSettings, JointSettings, RouterSettings, StageSettings
 from nestlm.train.trainer_arguments import TrainerArguments, check_devices
 from nestlm.utils.deferred import Deferred
 from nestlm.utils.messages import check_folder_name

@@ -19,7 +19,7 @@ from nestlm.train.objective.base import StageModels
 from nestlm.train.objective.distillation import DistillationLoss
 from nestlm.train.objective.elastic import ElasticObjective
 from nestlm.train.objective.elastic_values import ElasticValues, draws_per_token
-from nestlm.train.settings import ElasticSettings
+from nestlm.train.stage_settings import ElasticSettings
 from nestlm.train.task import Task
 
 PROBED_SEQUENCES = 16  # of calibration text

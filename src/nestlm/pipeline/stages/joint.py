@@ -16,7 +16,7 @@ from nestlm.router.base import Router
 from nestlm.train.objective.base import StageModels
 from nestlm.train.objective.distillation import DistillationLoss
 from nestlm.train.objective.joint import JointObjective
-from nestlm.train.settings import JointSettings
+from nestlm.train.stage_settings import JointSettings
 from nestlm.train.task import Task
 
 

@@ -18,7 +18,7 @@ from nestlm.pipeline.stages.base import Readings
 from nestlm.pipeline.stages.training import TrainingResult, TrainingStage
 from nestlm.train.objective.base import StageModels
 from nestlm.train.objective.pretrain import PretrainObjective
-from nestlm.train.settings import StageSettings
+from nestlm.train.stage_settings import StageSettings
 from nestlm.train.task import Task
 
 HASHES = "weights.json"  # file of the cache that keeps the hashes of given weights
