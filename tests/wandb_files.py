@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import wandb
 from wandb.proto.wandb_internal_pb2 import Record
 
 HEADER, BLOCK = 7, 32768  # bytes; LevelDB's log format, which wandb uses, begins with a header of its own
@@ -14,6 +15,7 @@ WHOLE, LAST = 1, 4  # chunks that end a record
 
 def records(run_dir: Path) -> list[Record]:
     """All records of the one offline run below a run's folder."""
+    wandb.teardown()  # its service, which outlives runs of this process, may not have written all yet
     (written,) = run_dir.glob("logs/wandb/offline-run-*/*.wandb")
     return list(parse(written.read_bytes()))
 

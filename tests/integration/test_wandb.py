@@ -80,7 +80,6 @@ def test_a_run_that_fails_is_finished_as_failed(run, tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="no picture"):
         run("logger=wandb", "budget=0.8")
     assert wandb.run is None
-    wandb.teardown()  # its service, which outlives runs, may not have written all yet
     assert [record.exit.exit_code for record in records(tmp_path / "run") if record.HasField("exit")] == [1]
 
 
