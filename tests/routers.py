@@ -1,4 +1,4 @@
-"""Every router with every policy and granularity, on a small model, for the tests that hold all of them to the same."""
+"""Every router with every policy and granularity that it has, on a small model, for tests of all routers."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -31,7 +31,7 @@ def flops(*, per_token: bool) -> CostTable:
 
 
 def uneven(table: CostTable, name: str) -> CostTable:
-    """A second kind whose prices weigh late layers more."""
+    """Make a table of a second kind of cost, in which late layers are dearer."""
     rows = zip(SPACE.sites, table.prices, strict=True)
     prices = tuple(tuple(price * (1 + site.layer) for price in row) for site, row in rows)
     added = sum(new[-1] - old[-1] for new, old in zip(prices, table.prices, strict=True))
@@ -45,7 +45,7 @@ TOKENS = PriceList(flops(per_token=True), {"latency": uneven(flops(per_token=Tru
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to spell a router."""
+    """A router option with a policy and a granularity."""
 
     option: str
     policy: str
@@ -94,6 +94,6 @@ def batches(seed: int, *, count: int = 2, rows: int = 4) -> list[Batch]:
 
 
 def choices(output: DecoderOutput) -> dict[str, torch.Tensor]:
-    """Choice indices of tokens where they may differ."""
+    """Return the choice indices of tokens at sites where they may differ, by the name of the site."""
     widths = {str(site): decision.width for site, decision in output.decisions.items()}
     return {site: width.index for site, width in widths.items() if isinstance(width, Mixed)}

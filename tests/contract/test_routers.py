@@ -77,7 +77,7 @@ def spent(decoder: Decoder, policy: Policy, table: CostTable, text: list[Batch])
     ids=str,
 )
 def test_no_sequence_ends_above_its_budget(variant, calibration, budget):
-    """Also on text of another kind than the router was calibrated on: one token, again and again."""
+    """The text is also of another kind than the calibration text: one token, again and again."""
     router, asked = variant.router(), Budget.parse(budget)
     answer = router.find(asked, calibration=calibration)
     alike = [Batch(torch.full((4, LENGTH), token), torch.full((4, LENGTH), token), None) for token in range(0, 50, 5)]
@@ -113,7 +113,7 @@ def test_every_budget_from_the_floor_on_can_be_met(variant, calibration, above):
 @torch.no_grad()
 @DYNAMICS
 def test_the_plan_is_the_best_of_those_tried(variant, calibration, monkeypatch):
-    """Whichever loses least on the calibration's text, also one in which no site decides."""
+    """The plan of lowest loss on calibration text is taken, also one in which no site decides."""
     router = variant.router()
     router.prepare(calibration)
     budget = Budget.from_share(0.9)
@@ -156,7 +156,7 @@ def test_where_no_site_decides_the_answer_is_a_sub_network(variant, calibration,
 
 
 def test_calibration_runs_in_the_precision_that_it_is_given(calibration):
-    """As scoring does under mixed precision, so that a plan is made from the scores that it will meet."""
+    """Evaluation runs in mixed precision, too, so a plan is made from the scores that it will meet."""
     mixed = replace(calibration, precision=lambda: torch.autocast("cpu", dtype=torch.bfloat16))
     outputs = [output.logits_BLV.dtype for _, output in mixed.outputs(full)]
     assert outputs == [torch.bfloat16] * len(calibration.batches)
@@ -201,7 +201,7 @@ def test_the_implicit_multiplier_is_found(variant, calibration):
 
 
 def mean_values(router: DynamicRouter, calibration: CalibrationData) -> list[torch.Tensor]:
-    """Of each choice, over the tokens of the whole model, a row a site."""
+    """Return the mean value of each choice over the tokens of the whole model, a row a site."""
     scorer, seen = router.scorer(0.9), {}
 
     def whole(site, hidden_BLD, stream):
@@ -216,7 +216,7 @@ def mean_values(router: DynamicRouter, calibration: CalibrationData) -> list[tor
 @torch.no_grad()
 @pytest.mark.parametrize("variant", [v for v in variants("dynamic") if v.granularity == "prompt"], ids=str)
 def test_prompts_are_decided_by_what_they_say(variant, calibration, deciding):
-    """Different prompts, different choices for the rest; the same prompt, the same."""
+    """Different prompts give different choices for the rest of a sequence, equal prompts give equal ones."""
     policy = variant.router().find(Budget.from_share(0.93), calibration=calibration).policy
     tokens_BL = torch.cat([batch.tokens_BL for batch in batches(8, count=8)])
     decided = torch.stack([index[:, -1] for index in choices(calibration.decoder(tokens_BL, policy)).values()])
@@ -241,7 +241,7 @@ def test_dynamic_budgets_that_cannot_be(variant, calibration):
 @torch.no_grad()
 @pytest.mark.parametrize("variant", [v for v in variants("dynamic") if v.granularity == "token"], ids=str)
 def test_what_is_priced_is_what_runs(variant, calibration, deciding):
-    """FLOPs of the narrower matrices and of the router, as torch counts them, for one sequence."""
+    """Prices equal the FLOPs that torch counts for one sequence, the router's own included."""
     router = variant.router()
     policy = router.find(Budget.from_share(0.9), calibration=calibration).policy
     for row in range(3):
@@ -282,7 +282,7 @@ def test_the_signal_reaches_every_weight(variant, calibration):
 
 @EVERY
 def test_joint_tuning_draws_a_policy(variant, calibration):
-    """The same draw again under the same generator, and gradients for the model."""
+    """A generator in the same state gives the same draw, and the model gets gradients."""
     router = variant.router()
     router.prepare(calibration)
     tokens_BL = calibration.batches[0].tokens_BL

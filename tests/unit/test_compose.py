@@ -141,6 +141,13 @@ MISTAKES = {
     "a comma": (["data.path=a,b"], ["""'data.path="a,b"'""", "-m"]),
     "no assignment": (["seed"], ["seed: wanted GROUP=NAME"]),
     "no jobs at once": (["-m", "launcher=joblib", "hydra.launcher.n_jobs=0", "seed=0,1"], ["hydra.launcher.n_jobs"]),
+    "a policy that a class lacks": (
+        ["router.network._target_=nestlm.router.static.logits.StaticLogitsRouter", "router.policy=dynamic"],
+        ["router.policy: got dynamic", "StaticLogitsRouter", "static only", "set router.policy=static"],
+    ),
+    "a policy of a router that learns nothing": (
+        ["router=knapsack", "router.policy=dynamic"], ["router.policy: got dynamic", "set router.policy=static"]
+    ),
     "surrogate's target": (["router.signal.target=gapp"], ["router.signal.target", "'gapp'", "gap, loss"]),
 }  # fmt: skip
 

@@ -39,7 +39,7 @@ def sub_network(seed: int) -> RoutedPolicy:
 
 @torch.no_grad()
 def dynamic(variant: Variant, share: float) -> RoutedPolicy:
-    """A policy under which tokens differ: of the plans that a router tries for a budget, the first."""
+    """Return a policy under which tokens differ: the first plan that a router tries for a budget."""
     router, calibration = variant.router(), CalibrationData(DECODER, batches(1, count=1))
     bounds = router.planned.bounds(Budget.from_share(share))
     start = Plan(router.budget_feature(bounds), router.fixed_point_prices(bounds))
@@ -51,7 +51,7 @@ def dynamic(variant: Variant, share: float) -> RoutedPolicy:
 
 @pytest.fixture(scope="module", params=["static", *VARIANTS], ids=str)
 def mixtures(request) -> list[list[RoutedPolicy]]:
-    """Batches of answers, one a prompt: sub-networks, policies by which tokens differ, and both side by side."""
+    """Batches of policies, one a prompt: sub-networks, policies under which tokens differ, or both in one batch."""
     subs = [sub_network(seed) for seed in range(4)]
     if request.param == "static":
         return [subs, [subs[0], subs[1], subs[0], subs[1]], [subs[2]] * 4]
@@ -83,7 +83,7 @@ def test_each_row_of_a_mixed_batch_is_what_it_is_alone(mixtures, sampling):
 
 
 def test_padding_is_never_seen(mixtures, monkeypatch):
-    """Whatever ids stand there, the numbers are the same."""
+    """The token ids of padding change no number."""
     expected = [run(PROMPTS, answers, sampling=DRAWN) for answers in mixtures]
     padded = generation.left_padded
 

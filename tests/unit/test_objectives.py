@@ -183,7 +183,7 @@ def test_gradients_are_clipped_for_each_part_by_itself(tmp_path, batch):
 
 
 def fit_once(module: NestedLM, batch: Batch, *, folder) -> None:
-    """One step of Lightning's Trainer."""
+    """Run one step of Lightning's Trainer."""
     trainer = L.Trainer(
         accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, default_root_dir=folder,

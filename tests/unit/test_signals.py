@@ -54,7 +54,7 @@ def batch() -> Batch:
 
 
 def train(signal, router, decoder, *, steps: int, lr: float) -> list[dict]:
-    """Adam on fresh text; returns what each step logged."""
+    """Train with Adam on new text in each step; returns the logs of each step."""
     decoder.requires_grad_(False)
     optimizer = torch.optim.Adam([*signal.parameters(), *router.parameters()], lr=lr)
     logged = []
@@ -94,7 +94,7 @@ def test_values_find_what_a_choice_costs_a_token():
 
 
 def test_elastic_training_learns_values_on_the_way(batch):
-    """Where tokens draw their own widths; the model learns nothing from that, and routers start with it."""
+    """Values are learned where tokens draw their own widths, and routers start with them."""
     decoder, teacher = random_decoder(CONFIG), random_decoder(CONFIG)
     routers = [
         DynamicValueRouter(prices=TOKENS, **PER_TOKEN, **NETWORK),
@@ -143,7 +143,7 @@ def test_elastic_training_learns_values_on_the_way(batch):
 
 @pytest.mark.parametrize("axes", [AXES, AXES[:1], AXES[1:]], ids=["both", "first", "second"])
 def test_values_leave_the_models_gradients_alone(batch, axes):
-    """Also with activation checkpointing, which asks policies twice, and where some sites are not elastic."""
+    """Activation checkpointing, which calls policies twice, and sites that are not elastic change nothing."""
     space, teacher = search_space(axes, CONFIG), random_decoder(CONFIG, seed=1)
     gradients = []
     for learns, checkpointing in ((False, False), (True, False), (True, True)):
@@ -285,7 +285,7 @@ def test_replay_keeps_the_newest_pairs():
 
 
 def test_a_warm_start_knows_what_elastic_training_recorded(batch):
-    """Pairs made by hand: only the first site matters. Switched off, nothing is learned."""
+    """With pairs in which only the first site matters; without warm start nothing is learned."""
     choices = torch.tensor([SPACE.indices(independent(SPACE, generator(0, step, 0))) for step in range(200)])
     gaps = 0.3 * (2 - choices[:, 0]).float()
     pairs = {"choices": choices, "gaps": gaps, "losses": gaps + 3.0}
