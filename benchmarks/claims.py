@@ -5,16 +5,16 @@ python benchmarks/claims.py runs/ablation > docs/results/claims.md
 
 from __future__ import annotations
 
-import statistics
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import pandas as pd
 from scipy.stats import t as student
 
-from nestlm.report.comparison import Cell, Comparison, Line, compare
+from nestlm.report.comparison import Comparison, RunGroup, compare, format_difference
 from nestlm.report.runs import find_runs
 from nestlm.report.tables import markdown_table
 
@@ -84,65 +84,62 @@ class Finding:
     """The measured result of a contrast.
 
     Attributes:
-        by_budget: differences of losses over seeds.
-        mean: their means over budgets, likewise.
+        by_budget: differences of losses, indexed by seed.
+        mean: their means over budgets, indexed by seed.
         slack: how far above 0 they may lie.
         decided: of an adaptive row, how many of its answers decide for each token; None of others.
     """
 
-    by_budget: Mapping[str, Cell]
-    mean: Cell
+    by_budget: Mapping[str, pd.Series]
+    mean: pd.Series
     slack: float
     decided: int | None = None
 
     @property
     def margin(self) -> float:
         """Half the width of the mean's 95 % confidence interval (Student's t over seeds)."""
-        seeds = len(self.mean.by_seed)
-        if self.mean.deviation is None:
+        if len(self.mean) < 2:
             return float("inf")
-        return float(student.ppf(0.975, seeds - 1)) * self.mean.deviation / seeds**0.5
+        return float(student.ppf(0.975, len(self.mean) - 1) * self.mean.sem())
 
     @property
     def verdict(self) -> str:
         """Judge a finding: decided where the whole interval lies on one side of the limit."""
         if self.decided == 0:
             return UNDECIDED
-        if self.mean.mean + self.margin < self.slack:
+        if self.mean.mean() + self.margin < self.slack:
             return "holds"
-        if self.mean.mean - self.margin > self.slack:
+        if self.mean.mean() - self.margin > self.slack:
             return "does not hold"
         return UNDECIDED
 
 
 def examine(contrast: Contrast, tables: Mapping[str, Comparison]) -> Finding:
     """Compute a contrast seed by seed: teachers of two seeds differ more than two rows of one seed."""
-    row = line_of(tables[contrast.group], contrast.row)
-    reference = {
-        budget: losses_of(tables[contrast.group], contrast.than, budget, row=row) for budget in contrast.budgets
-    }
-    by_budget = {budget: row.cells[budget].less(reference[budget]) for budget in contrast.budgets}
-    seeds = by_budget[contrast.budgets[0]].by_seed
-    mean = Cell({seed: statistics.fmean(cell.by_seed[seed] for cell in by_budget.values()) for seed in seeds})
-    slack = contrast.slack * statistics.fmean(loss for known in reference.values() for loss in known.values())
+    table = tables[contrast.group]
+    row = group_of(table, contrast.row)
+    reference = {budget: losses_of(table, contrast.than, budget, row=row) for budget in contrast.budgets}
+    by_budget = {budget: (table.by_seed(row, budget) - reference[budget]).dropna() for budget in contrast.budgets}
+    mean = pd.DataFrame(by_budget).mean(axis=1)
+    slack = contrast.slack * float(pd.concat(list(reference.values())).mean())
     return Finding(by_budget, mean, slack, decisions(row, contrast.budgets) if contrast.adaptive else None)
 
 
-def decisions(row: Line, budgets: tuple[str, ...]) -> int:
+def decisions(row: RunGroup, budgets: tuple[str, ...]) -> int:
     """Count a dynamic router's results that decide for each token; the others are one sub-network for all tokens."""
     return sum("plan" in spec for run in row.runs for spec in run.specs if spec["budget"] in budgets)
 
 
-def line_of(table: Comparison, label: str) -> Line:
+def group_of(table: Comparison, label: str) -> RunGroup:
     """Return the row of a table with a given label."""
-    return next(line for line in table.lines if line.label == (label,))
+    return next(group for group in table.groups if group.label == (label,))
 
 
-def losses_of(table: Comparison, label: str, budget: str, *, row: Line) -> Mapping[int, float]:
+def losses_of(table: Comparison, label: str, budget: str, *, row: RunGroup) -> pd.Series:
     """Return, by seed, the losses that a row is compared with: those of another row, or of its runs' teachers."""
     if label == TEACHER:
-        return {run.seed: run.metrics["pretrain"]["val_loss"] for run in row.runs}
-    return line_of(table, label).cells[budget].by_seed
+        return pd.Series({run.seed: run.metrics["pretrain"]["val_loss"] for run in row.runs})
+    return table.by_seed(group_of(table, label), budget)
 
 
 def page(folder: Path) -> str:
@@ -152,7 +149,7 @@ def page(folder: Path) -> str:
     findings = [
         (claim, contrast, examine(contrast, tables)) for claim, contrasts in CLAIMS.items() for contrast in contrasts
     ]
-    runs = [run for table in tables.values() for line in table.lines for run in line.runs]
+    runs = [run for table in tables.values() for group in table.groups for run in group.runs]
     return PAGE.format(
         claims=markdown_table(
             ("claim", "measured as", "mean over budgets", "95 % interval", "allowed", "verdict"),
@@ -175,15 +172,15 @@ def called(contrast: Contrast) -> str:
 
 def judged(finding: Finding) -> list[str]:
     """Return the verdict on a finding."""
-    mean, margin = finding.mean.mean, finding.margin
+    mean, margin = float(finding.mean.mean()), finding.margin
     allowed = f"below {finding.slack:+.4f}" if finding.slack else "below 0"
-    return [finding.mean.signed, f"{mean - margin:+.4f} to {mean + margin:+.4f}", allowed, finding.verdict]
+    return [format_difference(finding.mean), f"{mean - margin:+.4f} to {mean + margin:+.4f}", allowed, finding.verdict]
 
 
 def detailed(contrast: Contrast, finding: Finding) -> list[str]:
     """Return the contrast's table, budget by budget."""
-    cells = [finding.by_budget[name].signed if name in finding.by_budget else "" for name in ("1", *NARROW)]
-    answers = len(contrast.budgets) * len(finding.mean.by_seed)
+    cells = [format_difference(finding.by_budget[name]) if name in finding.by_budget else "" for name in ("1", *NARROW)]
+    answers = len(contrast.budgets) * len(finding.mean)
     return [*cells, "" if finding.decided is None else f"{finding.decided} of {answers}"]
 
 

@@ -5,11 +5,12 @@ python benchmarks/compare_runs.py runs/routers cost._target_ router.name router.
 
 from __future__ import annotations
 
-import statistics
 import sys
 from pathlib import Path
 
-from nestlm.report.comparison import Cell, Comparison, Line, compare, number
+import pandas as pd
+
+from nestlm.report.comparison import Comparison, RunGroup, compare, format_difference, parse_number
 from nestlm.report.runs import RunResults, find_runs
 from nestlm.report.tables import markdown_table
 
@@ -25,50 +26,40 @@ def table(runs: list[RunResults], keys: list[str]) -> str:
     losses, times, worsts, finds = (
         compare(runs, keys=keys, metric=metric, force=True) for metric in ("val_loss", "time", "worst", "find")
     )
-    rows = []
-    for loss, time, worst, find in zip(losses.lines, times.lines, worsts.lines, finds.lines, strict=True):
-        cells = []
-        for budget in losses.budgets:
-            text = losses.text(loss, budget)
-            if text:
-                text += f" ({loss.achieved[budget].mean:.3f}, {time.cells[budget].mean:.2f})"
-                text += "*" if is_above(worst.cells[budget], budget) else ""
-            cells.append(text)
-        searched = [
-            seconds
-            for budget, cell in find.cells.items()
-            for seed, seconds in cell.by_seed.items()
-            if loss.achieved[budget].by_seed[seed] < 1.0
-        ]
-        found = f"{1e3 * statistics.median(searched):.3g} ms" if searched else ""
-        rows.append([*loss.label, *cells, found, str(len(loss.seeds))])
-    headings = losses.headings()
-    return "\n\n".join([markdown_table([*headings[:-1], "find", headings[-1]], rows), *losses.notes])
+    texts, searched = losses.texts, finds.answers[finds.answers["achieved"] < 1.0].groupby("row")["value"].median()
+    for row in range(len(losses.groups)):
+        for column, budget in enumerate(losses.budgets, start=len(losses.keys)):
+            if budget in losses.cells.loc[row].index:
+                loss, time = losses.cells.loc[(row, budget)], times.cells.loc[(row, budget)]
+                texts.iloc[row, column] += f" ({loss['achieved']:.3f}, {time['mean']:.2f})"
+                texts.iloc[row, column] += "*" if is_above(worsts.by_seed(worsts.groups[row], budget), budget) else ""
+    found = [f"{1e3 * searched[row]:.3g} ms" if row in searched else "" for row in range(len(losses.groups))]
+    texts.insert(len(texts.columns) - 1, "find", found)
+    return "\n\n".join([markdown_table(list(texts.columns), texts.to_numpy().tolist()), *losses.notes])
 
 
-def is_above(worst: Cell, budget: str) -> bool:
+def is_above(worst: pd.Series, budget: str) -> bool:
     """Tell whether any sequence cost more than the budget, where the budget is a share of the run's cost."""
-    share = number(budget)
-    return share is not None and max(worst.by_seed.values()) > share
+    share = parse_number(budget)
+    return share is not None and bool(worst.max() > share)
 
 
 def differences(losses: Comparison) -> str:
     """Return mean ± standard deviation over seeds of the loss minus another router's loss at the same seed."""
     others = [place for place, key in enumerate(losses.keys) if not key.startswith("router.")]
     rows = [
-        [*line.label, *(difference(line, base, budget) for budget in losses.budgets)]
-        for line in losses.lines
-        for base in losses.lines
-        if AGAINST in base.label and base != line and all(base.label[place] == line.label[place] for place in others)
+        [*group.label, *(difference(losses, group, base, budget) for budget in losses.budgets)]
+        for group in losses.groups
+        for base in losses.groups
+        if AGAINST in base.label and base != group and all(base.label[place] == group.label[place] for place in others)
     ]
-    return markdown_table(losses.headings()[:-1], rows) if rows else ""
+    return markdown_table(losses.headings[:-1], rows) if rows else ""
 
 
-def difference(line: Line, base: Line, budget: str) -> str:
+def difference(losses: Comparison, group: RunGroup, base: RunGroup, budget: str) -> str:
     """Return that difference for one budget of one row."""
-    if budget not in line.cells or budget not in base.cells:
-        return ""
-    return line.cells[budget].less(base.cells[budget].by_seed).signed
+    by_seed = (losses.by_seed(group, budget) - losses.by_seed(base, budget)).dropna()
+    return format_difference(by_seed) if len(by_seed) else ""
 
 
 if __name__ == "__main__":

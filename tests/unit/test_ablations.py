@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+import pandas as pd
 import pytest
 
 import ablations
@@ -10,7 +11,7 @@ from nestlm.config.compose import build, compose
 from nestlm.config.groups import CONF
 from nestlm.pipeline.checks import check
 from nestlm.pipeline.settings import Settings
-from nestlm.report.comparison import Cell, compare
+from nestlm.report.comparison import compare
 from nestlm.spec import Budget
 from runs import run
 
@@ -132,7 +133,7 @@ def test_every_claim_names_rows_that_exist():
     ],
 )
 def test_verdicts(differences, slack, verdict):
-    mean = Cell(dict(enumerate(differences)))
+    mean = pd.Series(differences)
     assert Finding({}, mean, slack).verdict == verdict
 
 
@@ -159,9 +160,9 @@ def test_rows_are_subtracted_seed_by_seed():
     ]
     tables = {"router": compare(runs)}
     finding = examine(Contrast("router", "knapsack", "value"), tables)
-    assert finding.mean.mean == pytest.approx(-0.1)
-    assert finding.mean.deviation == pytest.approx(0.0)
+    assert finding.mean.mean() == pytest.approx(-0.1)
+    assert finding.mean.std() == pytest.approx(0.0)
     assert finding.slack == 0
     against_teacher = examine(Contrast("router", "value", TEACHER, AT, ("1",)), tables)
-    assert against_teacher.by_budget["1"].by_seed == {0: 0.0, 1: 1.0, 2: 2.0}, "its teachers' losses are 3"
+    assert against_teacher.by_budget["1"].to_dict() == {0: 0.0, 1: 1.0, 2: 2.0}, "its teachers' losses are 3"
     assert against_teacher.slack == pytest.approx(0.015)

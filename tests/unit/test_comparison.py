@@ -4,10 +4,11 @@ import csv
 import io
 import re
 
+import pandas as pd
 import pytest
 
 from nestlm.errors import ConfigError, DataError
-from nestlm.report.comparison import compare, telling_keys
+from nestlm.report.comparison import compare, distinguishing_keys
 from nestlm.report.formats import to_csv, to_latex, to_markdown
 from nestlm.report.page import to_html
 from nestlm.report.runs import RunResults
@@ -29,14 +30,15 @@ def test_cells_are_means_over_seeds(runs):
     comparison = compare(runs)
     assert comparison.keys == ("router.name",)
     assert comparison.budgets == ("0.8", "0.5", "4GiB")
-    other, knapsack = comparison.lines
-    assert knapsack.cells["0.8"].mean == pytest.approx(3.1)
-    assert knapsack.cells["0.8"].deviation == pytest.approx(0.02**0.5)
-    assert other.cells["0.8"].deviation is None
-    assert comparison.text(knapsack, "0.8") == "3.1000 ± 0.1414"
-    assert comparison.text(knapsack, "4GiB") == ""
-    assert comparison.text(other, "0.8") == "3.3000 (1 of 2)", "a cell that lacks a seed is marked"
-    assert [comparison.is_best(knapsack, budget) for budget in comparison.budgets] == [True, False, False]
+    other, knapsack = 0, 1
+    assert [group.label for group in comparison.groups] == [("a|b_c",), ("knapsack",)]
+    assert comparison.cells.loc[(knapsack, "0.8"), "mean"] == pytest.approx(3.1)
+    assert comparison.cells.loc[(knapsack, "0.8"), "std"] == pytest.approx(0.02**0.5)
+    assert pd.isna(comparison.cells.loc[(other, "0.8"), "std"])
+    assert comparison.texts.loc[knapsack, "0.8"] == "3.1000 ± 0.1414"
+    assert comparison.texts.loc[knapsack, "4GiB"] == ""
+    assert comparison.texts.loc[other, "0.8"] == "3.3000 (1 of 2)", "a cell that lacks a seed is marked"
+    assert comparison.best.loc[knapsack].tolist() == [True, False, False]
 
 
 def test_more_is_better_where_it_is(runs):
@@ -44,7 +46,7 @@ def test_more_is_better_where_it_is(runs):
         for row in each.results:
             row["accuracy"] = 1.0 / row["val_loss"]
     comparison = compare(runs, metric="accuracy")
-    assert comparison.is_best(comparison.lines[1], "0.8")
+    assert comparison.best.loc[1, "0.8"]
     with pytest.raises(ConfigError, match="--metric: got 'los'"):
         compare(runs, metric="los")
 
@@ -60,7 +62,7 @@ def test_what_does_not_belong_together_is_refused_or_marked():
         with pytest.raises(DataError, match=named):
             compare(mixed)
         comparison = compare(mixed, force=True)
-        assert comparison.text(comparison.lines[0], "0.8").endswith(" !")
+        assert comparison.texts.loc[0, "0.8"].endswith(" !")
         assert any(note.startswith("! ") for note in comparison.notes)
     assert compare([one, run("knapsack", 1, {"0.8": 3.4}, commit="fedcba")]).notes == (
         "commits: 12345678 (1 runs), fedcba (1 runs)",
@@ -73,7 +75,7 @@ def test_one_cell_takes_one_run_a_seed(runs):
     with pytest.raises(ConfigError, match=r"no run has a setting 'router\.nam'"):
         compare(runs, keys=["router.nam"])
     split = [run("knapsack", 0, {"0.8": 3.0}), run("knapsack", 0, {"0.5": 3.5})]
-    assert set(compare(split).lines[0].cells) == {"0.8", "0.5"}, "budgets may come from runs of their own"
+    assert set(compare(split).cells.loc[0].index) == {"0.8", "0.5"}, "budgets may come from runs of their own"
 
 
 def test_the_fewest_settings_tell_runs_apart():
@@ -89,15 +91,15 @@ def test_the_fewest_settings_tell_runs_apart():
         for name in ("value", "gumbel")
         for b in (1, 2)
     ]
-    assert telling_keys(configs) == ("router.name", "a.b")
-    assert telling_keys([config | {"label": "row"} for config in configs]) == ("label",)
+    assert distinguishing_keys(configs) == ("router.name", "a.b")
+    assert distinguishing_keys([config | {"label": "row"} for config in configs]) == ("label",)
 
 
 def test_forms(runs):
     comparison = compare(runs)
-    markdown = to_markdown(comparison)
+    markdown = re.sub(" +", " ", to_markdown(comparison))  # columns are padded
     assert "| name | 0.8 | 0.5 | 4GiB | seeds |" in markdown
-    assert "| knapsack | **3.1000 ± 0.1414** | 3.6000 ± 0.1414 |  | 2 |" in markdown
+    assert "| knapsack | **3.1000 ± 0.1414** | 3.6000 ± 0.1414 | | 2 |" in markdown
     assert "| a\\|b_c | 3.3000 (1 of 2) | **3.1000 (1 of 2)** | **2.5000 (1 of 2)** | 1 |" in markdown
     latex = to_latex(comparison)
     assert r"knapsack & \textbf{3.1000 $\pm$ 0.1414} & 3.6000 $\pm$ 0.1414 &  & 2 \\" in latex

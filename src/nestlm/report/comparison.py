@@ -1,12 +1,15 @@
-"""Many runs as one table: rows by settings, columns by budget, cells over seeds."""
+"""Compare many runs in one table: a row for each setting, a column for each budget, cells averaged over seeds."""
 
 from __future__ import annotations
 
-import statistics
+import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
+
+import pandas as pd
 
 from nestlm.errors import ConfigError, DataError
 from nestlm.report.runs import RunResults
@@ -14,7 +17,7 @@ from nestlm.utils.nested_dict import flat_items
 
 
 class Metric(NamedTuple):
-    """What is compared: how it is called, how a number of it is printed, and whether more is better."""
+    """A column of results.csv that can be compared: its heading, its number format, and which direction is better."""
 
     heading: str
     pattern: str = "{:.4f}"
@@ -32,79 +35,35 @@ METRICS = {
     "time": Metric("time of a forward pass, share of the full model's", "{:.2f}"),
     "find": Metric("seconds to find the answer", "{:.3g}"),
 }
-# Settings that tell no method from another.
-SILENT = {"run_dir", "cache_dir", "experiment_name", "checkpoint_seconds", "traceback", "budget", "logger"}
-
-
-class Shown(NamedTuple):
-    """What people see of a table's cell, what it is sorted by, and whether it is the best of its column."""
-
-    text: str
-    value: float | str
-    is_best: bool = False
+# Settings that never distinguish one method from another.
+IRRELEVANT = {"run_dir", "cache_dir", "experiment_name", "checkpoint_seconds", "traceback", "budget", "logger"}
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One number over seeds.
+class RunGroup:
+    """Runs in one row of the table: they differ only in their seeds, or answer different budgets.
 
     Attributes:
-        by_seed: the number of each seed.
-        is_marked: its runs should not be averaged, and were.
-    """
-
-    by_seed: Mapping[int, float]
-    is_marked: bool = False
-
-    @property
-    def mean(self) -> float:
-        """Over seeds."""
-        return statistics.fmean(self.by_seed.values())
-
-    @property
-    def deviation(self) -> float | None:
-        """Sample standard deviation over seeds; None of one seed."""
-        return statistics.stdev(self.by_seed.values()) if len(self.by_seed) > 1 else None
-
-    def less(self, other: Mapping[int, float]) -> Cell:
-        """What is left when another's numbers are subtracted seed by seed, of the seeds that both have."""
-        return Cell({seed: number - other[seed] for seed, number in self.by_seed.items() if seed in other})
-
-    @property
-    def signed(self) -> str:
-        """A difference and its spread, as people read it."""
-        return f"{self.mean:+.4f}" + ("" if self.deviation is None else f" ± {self.deviation:.4f}")
-
-
-@dataclass(frozen=True)
-class Line:
-    """Runs that differ in their seeds alone, or answer different budgets.
-
-    Attributes:
-        label: the values of the keys.
-        runs: all of them.
-        cells: by budget.
-        achieved: likewise, the cost that was reached.
+        label: the values of the comparison's keys.
+        runs: all runs of the row.
     """
 
     label: tuple[str, ...]
     runs: tuple[RunResults, ...]
-    cells: Mapping[str, Cell]
-    achieved: Mapping[str, Cell]
 
     @property
     def name(self) -> str:
-        """The label in one piece."""
+        """The label as one string."""
         return ", ".join(part for part in self.label if part)
 
     @property
     def seeds(self) -> set[int]:
-        """Of all its runs."""
+        """The seeds of all runs."""
         return {run.seed for run in self.runs}
 
     @property
     def cost(self) -> str:
-        """What its budgets count."""
+        """The kind of cost that the runs' budgets limit."""
         return self.runs[0].results[0]["cost"]
 
 
@@ -113,130 +72,167 @@ class Comparison:
     """A table over runs.
 
     Attributes:
-        keys: the settings that lines differ in.
-        metric: what cells hold, a key of METRICS.
+        keys: the settings that distinguish the rows.
+        metric: the compared metric, a key of METRICS.
         budgets: the columns.
-        lines: the rows.
-        notes: what a reader must know: runs that do not belong together, and were put together all the same.
+        groups: the rows.
+        answers: one record for each row, budget and seed: `row` is an index of `groups`, `value` the metric,
+            `achieved` the cost that was reached, `is_marked` whether its cell mixes runs that should not be mixed.
+        notes: warnings to print below the table.
     """
 
     keys: tuple[str, ...]
     metric: str
     budgets: tuple[str, ...]
-    lines: tuple[Line, ...]
-    notes: tuple[str, ...] = field(default=())
+    groups: tuple[RunGroup, ...]
+    answers: pd.DataFrame
+    notes: tuple[str, ...] = ()
 
     @property
     def seeds(self) -> set[int]:
-        """Of all runs: a cell that lacks one is marked."""
-        return set().union(*(line.seeds for line in self.lines))
+        """The seeds of all runs. A cell that lacks one of them is marked in the table."""
+        return set().union(*(group.seeds for group in self.groups))
 
-    def best(self, budget: str) -> float:
-        """The best mean of a column."""
-        means = [line.cells[budget].mean for line in self.lines if budget in line.cells]
-        return max(means) if METRICS[self.metric].more_is_better else min(means)
+    @cached_property
+    def cells(self) -> pd.DataFrame:
+        """Mean, sample deviation (NaN of one seed), number of seeds, mean achieved cost and mark by (row, budget)."""
+        return self.answers.groupby(["row", "budget"], sort=False).agg(
+            mean=("value", "mean"),
+            std=("value", "std"),
+            seeds=("seed", "nunique"),
+            achieved=("achieved", "mean"),
+            is_marked=("is_marked", "any"),
+        )
 
-    def text(self, line: Line, budget: str) -> str:
-        """A cell as people read it: mean, standard deviation, and marks."""
-        cell = line.cells.get(budget)
-        if cell is None:
-            return ""
+    @cached_property
+    def means(self) -> pd.DataFrame:
+        """Mean of each cell: rows by budgets, NaN where a row has no answer."""
+        means: Any = self.cells["mean"].unstack("budget")
+        return means[list(self.budgets)]
+
+    @property
+    def best(self) -> pd.DataFrame:
+        """Whether a cell is the best of its column: rows by budgets. All False where there is only one row."""
+        extremes = self.means.max() if METRICS[self.metric].more_is_better else self.means.min()
+        return self.means.eq(extremes) & (len(self.groups) > 1)
+
+    @property
+    def texts(self) -> pd.DataFrame:
+        """The table as it is printed, under `headings`: cells hold the mean, the deviation and marks."""
+        cells: Any = self.cells.apply(self.cell_text, axis=1).unstack("budget", fill_value="")
+        table = pd.DataFrame([group.label for group in self.groups]).join(cells[list(self.budgets)])
+        return table.assign(seeds=[str(len(group.seeds)) for group in self.groups]).set_axis(self.headings, axis=1)
+
+    def cell_text(self, cell: Any) -> str:
+        """Format one record of `cells`."""
         pattern = METRICS[self.metric].pattern
-        parts = [pattern.format(cell.mean)]
-        if cell.deviation is not None:
-            parts.append(f"± {pattern.replace('+', '').format(cell.deviation)}")
-        if len(cell.by_seed) < len(self.seeds):
-            parts.append(f"({len(cell.by_seed)} of {len(self.seeds)})")
-        return " ".join([*parts, "!"] if cell.is_marked else parts)
+        parts = [pattern.format(cell["mean"])]
+        if pd.notna(cell["std"]):
+            parts.append(f"± {pattern.replace('+', '').format(cell['std'])}")
+        if cell["seeds"] < len(self.seeds):
+            parts.append(f"({cell['seeds']} of {len(self.seeds)})")
+        return " ".join([*parts, "!"] if cell["is_marked"] else parts)
 
-    def is_best(self, line: Line, budget: str) -> bool:
-        """Whether a cell is printed in bold."""
-        cell = line.cells.get(budget)
-        return cell is not None and len(self.lines) > 1 and cell.mean == self.best(budget)
-
+    @property
     def headings(self) -> list[str]:
-        """Keys, budgets, and the number of seeds. A key is its last part, where that tells it from the others."""
+        """Keys, budgets and "seeds". A key is shortened to its last part where that is unambiguous."""
         last = [key.removesuffix("._target_").rpartition(".")[2] for key in self.keys]
         keys = [short if last.count(short) == 1 else key for short, key in zip(last, self.keys, strict=True)]
         return [*keys, *self.budgets, "seeds"]
 
-    def shown(self, line: Line) -> list[Shown]:
-        """A row under the headings."""
-        cells = [
-            Shown(
-                self.text(line, budget),
-                line.cells[budget].mean if budget in line.cells else "",
-                self.is_best(line, budget),
-            )
-            for budget in self.budgets
-        ]
-        seeds = len(line.seeds)
-        return [*(Shown(part, part) for part in line.label), *cells, Shown(str(seeds), seeds)]
+    def by_seed(self, group: RunGroup, budget: str, column: str = "value") -> pd.Series:
+        """A column of `answers` for one row and budget, indexed by seed; empty where the row has no answer."""
+        chosen = (self.answers["row"] == self.groups.index(group)) & (self.answers["budget"] == budget)
+        answers: Any = self.answers[chosen]
+        return answers.set_index("seed")[column]
+
+
+def format_difference(by_seed: pd.Series) -> str:
+    """Format differences over seeds as their signed mean ± sample deviation."""
+    deviation = float(by_seed.std())
+    return f"{by_seed.mean():+.4f}" + ("" if math.isnan(deviation) else f" ± {deviation:.4f}")
 
 
 def compare(
     runs: Sequence[RunResults], *, keys: Sequence[str] = (), metric: str = "val_loss", force: bool = False
 ) -> Comparison:
-    """Put runs into one table.
+    """Put finished runs into one table.
 
     Args:
-        runs: finished ones.
-        keys: dotted settings whose values name the rows; none takes those that tell the runs apart.
+        runs: the runs.
+        keys: dotted settings whose values name the rows; without any, the fewest settings that tell the runs apart.
         metric: a key of METRICS.
-        force: put runs together that do not belong together, and mark their cells.
+        force: also mix runs of different texts, tokenizers or uncommitted code, and mark their cells.
 
     Raises:
         ConfigError: an unknown metric, a key that no run has, or two runs for one cell and seed.
-        DataError: runs of different text or tokenizers, or of uncommitted code.
+        DataError: runs of different texts or tokenizers, or of uncommitted code.
     """
     if metric not in METRICS:
         raise ConfigError(f"--metric: got {metric!r}, wanted one of {', '.join(METRICS)}")
-    settings = [leaves(run.config) for run in runs]
+    settings = [flat_settings(run.config) for run in runs]
     for key in keys:
         if not any(key in each for each in settings):
             raise ConfigError(f"--by: no run has a setting {key!r}; wanted dotted names as in config.yaml")
-    problems = differences(runs)
+    problems = find_mixing_problems(runs)
     if problems and not force:
         raise DataError(f"{'; '.join(problems)}: such runs are not put into one table, unless with --force")
-    chosen = tuple(keys) or telling_keys(settings)
-    groups: dict[tuple[str, ...], list[RunResults]] = defaultdict(list)
+    chosen = tuple(keys) or distinguishing_keys(settings)
+    by_label: dict[tuple[str, ...], list[RunResults]] = defaultdict(list)
     for run, each in zip(runs, settings, strict=True):
-        groups[tuple(named(key, each.get(key)) for key in chosen)].append(run)
-    lines = tuple(make_line(label, group, metric=metric) for label, group in sorted(groups.items(), key=by_label))
-    budgets = dict.fromkeys(budget for line in lines for budget in line.cells)
+        by_label[tuple(setting_name(key, each.get(key)) for key in chosen)].append(run)
+    groups = tuple(RunGroup(label, tuple(by_label[label])) for label in sorted(by_label, key=label_order))
+    answers = collect_answers(groups, metric=metric)
     notes = [f"! {problem}" for problem in problems]
     commits = Counter(str(run.provenance["commit"])[:8] for run in runs)
     if len(commits) > 1:
         notes.append("commits: " + ", ".join(f"{commit} ({count} runs)" for commit, count in commits.most_common()))
-    return Comparison(chosen, metric, tuple(sorted(budgets, key=by_size)), lines, tuple(notes))
+    budgets = sorted(answers["budget"].unique(), key=budget_order)
+    return Comparison(chosen, metric, tuple(budgets), groups, answers, tuple(notes))
 
 
-def make_line(label: tuple[str, ...], runs: Sequence[RunResults], *, metric: str) -> Line:
-    """One row of a table."""
-    values: dict[str, dict[int, float]] = defaultdict(dict)
-    achieved: dict[str, dict[int, float]] = defaultdict(dict)
-    by_budget: dict[str, list[RunResults]] = defaultdict(list)
-    for run in runs:
-        for row in run.own_rows:
-            budget = str(row["budget"])
-            if run.seed in values[budget]:
-                other = next(each for each in by_budget[budget] if each.seed == run.seed)
-                raise ConfigError(
-                    f"{other.folder} and {run.folder} both answer budget {budget} with seed {run.seed}; "
-                    "tell them apart with --by KEY, or name fewer runs"
-                )
-            values[budget][run.seed], achieved[budget][run.seed] = row[metric], row["achieved"]
-            by_budget[budget].append(run)
-    return Line(
-        label,
-        tuple(runs),
-        {budget: Cell(cell, bool(differences(by_budget[budget]))) for budget, cell in values.items()},
-        {budget: Cell(cell) for budget, cell in achieved.items()},
+def collect_answers(groups: Sequence[RunGroup], *, metric: str) -> pd.DataFrame:
+    """Collect the records of `Comparison.answers`.
+
+    Raises:
+        ConfigError: two runs of a row answer one budget with one seed.
+    """
+    runs = [(row, run) for row, group in enumerate(groups) for run in group.runs]
+    answers = pd.DataFrame(
+        [
+            {
+                "row": row,
+                "budget": str(each["budget"]),
+                "seed": run.seed,
+                "value": each[metric],
+                "achieved": each["achieved"],
+                "run": number,
+            }
+            for number, (row, run) in enumerate(runs)
+            for each in run.own_rows
+        ]
     )
+    cell = ["row", "budget"]
+    repeated = answers[answers.duplicated([*cell, "seed"], keep=False)]
+    if len(repeated):
+        _, same = next(iter(repeated.groupby([*cell, "seed"], sort=False)))
+        one, other = (runs[number][1].folder for number in same["run"][:2])
+        budget, seed = same.iloc[0][["budget", "seed"]]
+        raise ConfigError(
+            f"{one} and {other} both answer budget {budget} with seed {seed}; "
+            "tell them apart with --by KEY, or name fewer runs"
+        )
+    is_mixed = answers.groupby(cell)["run"].transform(lambda numbers: mixes(runs[each][1] for each in numbers))
+    return answers.assign(is_marked=is_mixed.astype(bool)).drop(columns="run")
 
 
-def differences(runs: Sequence[RunResults]) -> list[str]:
-    """Why the numbers of runs should not stand in one table."""
+def mixes(runs: Any) -> bool:
+    """Whether numbers of these runs should not be averaged."""
+    return bool(find_mixing_problems(list(runs)))
+
+
+def find_mixing_problems(runs: Sequence[RunResults]) -> list[str]:
+    """List reasons why the numbers of these runs should not stand in one table."""
     found = []
     for name, called in (("data_fingerprint", "texts"), ("tokenizer", "tokenizers")):
         values = {run.provenance[name] for run in runs}
@@ -249,20 +245,20 @@ def differences(runs: Sequence[RunResults]) -> list[str]:
     return found
 
 
-def leaves(config: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a config by their dotted names."""
+def flat_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """Flatten a config into its settings by dotted name."""
     return {key: value for key, value in flat_items(config) if not isinstance(value, dict)}
 
 
-def telling_keys(settings: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    """The fewest settings that tell runs apart, seeds aside: each divides what those before it left together.
+def distinguishing_keys(settings: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """Choose the fewest settings that tell runs apart, seeds aside: each splits what those before it left together.
 
-    A label is all that is needed where every run has one.
+    Where every run has a `label`, the label alone is chosen.
     """
     if all(each.get("label") for each in settings):
         return ("label",)
     names = dict.fromkeys(
-        key for each in settings for key in each if key.split(".")[0] not in SILENT and key.split(".")[-1] != "seed"
+        key for each in settings for key in each if key.split(".")[0] not in IRRELEVANT and key.split(".")[-1] != "seed"
     )
     candidates = sorted(names, key=lambda key: (key.count("."), "_target_" in key))
     chosen: list[str] = []
@@ -275,25 +271,25 @@ def telling_keys(settings: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
     return tuple(chosen) or ("router.name",)
 
 
-def named(key: str, value: Any) -> str:
-    """A setting's value as a row's name: of a class its own name; empty where there is none."""
+def setting_name(key: str, value: Any) -> str:
+    """Format a setting's value for a row label: a class by its own name, None as an empty string."""
     if value is None:
         return ""
     return str(value).rpartition(".")[2] if key.endswith("_target_") else str(value)
 
 
-def by_label(item: tuple[tuple[str, ...], Any]) -> list[tuple[bool, float, str]]:
-    """Sorts labels as people do: numbers by size, before names."""
-    return [(number(part) is None, number(part) or 0.0, part) for part in item[0]]
+def label_order(label: tuple[str, ...]) -> list[tuple[bool, float, str]]:
+    """Sort key for labels: numbers by size, before names."""
+    return [(parse_number(part) is None, parse_number(part) or 0.0, part) for part in label]
 
 
-def by_size(budget: str) -> tuple[bool, float]:
-    """Sorts budgets: shares first, the largest first, as a run does."""
-    return (number(budget) is None, -(number(budget) or 0.0))
+def budget_order(budget: str) -> tuple[bool, float]:
+    """Sort key for budgets: shares first, the largest first, as in a run's own table."""
+    return (parse_number(budget) is None, -(parse_number(budget) or 0.0))
 
 
-def number(text: str) -> float | None:
-    """A text's value; None where it is no number."""
+def parse_number(text: str) -> float | None:
+    """Parse a number; None where the text is not one."""
     try:
         return float(text)
     except ValueError:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from rich.table import Table
 
-from nestlm.report.comparison import number
+from nestlm.report.comparison import parse_number
 from nestlm.report.tables import read_csv
 from nestlm.utils.nested_dict import flat_items
 
@@ -31,7 +31,7 @@ class ChangedCell(NamedTuple):
     @property
     def difference(self) -> float | None:
         """What was added; None where one of them is no number."""
-        then, now = number(self.then), number(self.now)
+        then, now = parse_number(self.then), parse_number(self.now)
         return None if then is None or now is None else now - then
 
     def is_within(self, tolerance: float) -> bool:

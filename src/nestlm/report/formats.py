@@ -1,20 +1,18 @@
-"""A comparison in the forms that people take away: Markdown, CSV and LaTeX."""
+"""Write a comparison as Markdown, CSV and LaTeX."""
 
 from __future__ import annotations
 
-import csv
-import io
-import re
+from typing import Any
 
-from nestlm.report.comparison import METRICS, Comparison, Shown
+import pandas as pd
+
+from nestlm.report.comparison import METRICS, Comparison
 from nestlm.report.tables import markdown_table
-
-LATEX_SPECIAL = re.compile(r"([&%$#_{}])")
 
 
 def caption(comparison: Comparison) -> str:
-    """What the cells hold."""
-    costs = " or ".join(dict.fromkeys(line.cost for line in comparison.lines))
+    """Describe what the cells, columns and bold type of the table mean."""
+    costs = " or ".join(dict.fromkeys(group.cost for group in comparison.groups))
     total = len(comparison.seeds)
     return (
         f"Cells: {METRICS[comparison.metric].heading}, mean ± standard deviation over seeds, (n of {total}) where some "
@@ -22,53 +20,37 @@ def caption(comparison: Comparison) -> str:
     )
 
 
+def is_bold(comparison: Comparison) -> pd.DataFrame:
+    """Whether each cell of `Comparison.texts` is bold: the best of its budget; keys and seeds never are."""
+    best = comparison.best.reindex(columns=comparison.headings, fill_value=False)
+    best.iloc[:, : len(comparison.keys)] = False  # a key may be called like a budget
+    return best
+
+
 def to_markdown(comparison: Comparison) -> str:
-    """The table, what it holds, and what a reader must know."""
-    rows = [[markdown(cell) for cell in comparison.shown(line)] for line in comparison.lines]
-    parts = [markdown_table(comparison.headings(), rows), caption(comparison), *comparison.notes]
+    """Write the table, its caption and its notes as Markdown."""
+    texts, bold = comparison.texts.replace(r"\|", r"\\|", regex=True), is_bold(comparison)
+    table = texts.mask(bold, "**" + texts + "**")
+    parts = [markdown_table(list(table.columns), table.to_numpy().tolist()), caption(comparison), *comparison.notes]
     return "\n\n".join(parts) + "\n"
 
 
-def markdown(cell: Shown) -> str:
-    """A cell as Markdown shows it."""
-    text = cell.text.replace("|", "\\|")
-    return f"**{text}**" if cell.is_best else text
-
-
 def to_csv(comparison: Comparison) -> str:
-    """A line a cell, numbers in full: as programs like it."""
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow([*comparison.keys, "budget", "mean", "std", "seeds", "missing_seeds", "achieved", "marked"])
-    for line in comparison.lines:
-        for budget, cell in line.cells.items():
-            missing = " ".join(map(str, sorted(comparison.seeds - set(cell.by_seed))))
-            deviation = "" if cell.deviation is None else cell.deviation
-            seeds = len(cell.by_seed)
-            achieved = line.achieved[budget].mean
-            writer.writerow([*line.label, budget, cell.mean, deviation, seeds, missing, achieved, cell.is_marked])
-    return file.getvalue()
+    """Write one line for each cell as CSV, with numbers in full precision."""
+    cells = comparison.cells.reset_index()
+    labels = pd.DataFrame([comparison.groups[row].label for row in cells["row"]], columns=list(comparison.keys))
+    seeds = comparison.answers.groupby(["row", "budget"], sort=False)["seed"]
+    missing = [" ".join(map(str, sorted(comparison.seeds - set(each)))) for _, each in seeds]
+    numbers = cells.drop(columns="row").rename(columns={"is_marked": "marked"})
+    numbers.insert(4, "missing_seeds", missing)
+    return pd.concat([labels, numbers], axis=1).to_csv(index=False, lineterminator="\n")
 
 
 def to_latex(comparison: Comparison) -> str:
-    r"""A table for `\usepackage{booktabs}`."""
+    r"""Write the table in LaTeX for `\usepackage{booktabs}`, with caption and notes as comments."""
+    bold = is_bold(comparison).replace({True: r"textbf:--rwrap;", False: ""})
+    style: Any = comparison.texts.style.hide(axis="index").format(escape="latex").format_index(escape="latex", axis=1)
     columns = "l" * len(comparison.keys) + "r" * (len(comparison.budgets) + 1)
-    headings = [latex(Shown(heading, heading)) for heading in comparison.headings()]
-    rows = [[latex(cell) for cell in comparison.shown(line)] for line in comparison.lines]
-    lines = [
-        *(f"% {note}" for note in (caption(comparison), *comparison.notes)),
-        rf"\begin{{tabular}}{{{columns}}}",
-        r"\toprule",
-        " & ".join(headings) + r" \\",
-        r"\midrule",
-        *(" & ".join(row) + r" \\" for row in rows),
-        r"\bottomrule",
-        r"\end{tabular}",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def latex(cell: Shown) -> str:
-    """A cell as LaTeX shows it."""
-    text = LATEX_SPECIAL.sub(r"\\\1", cell.text).replace("±", r"$\pm$")
-    return rf"\textbf{{{text}}}" if cell.is_best else text
+    table = style.apply(lambda _: bold, axis=None).to_latex(hrules=True, column_format=columns)
+    comments = "".join(f"% {note}\n" for note in (caption(comparison), *comparison.notes))
+    return comments + table.replace("±", r"$\pm$")

@@ -10,8 +10,8 @@ from typing import IO, Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from nestlm.report import plots
-from nestlm.report.comparison import METRICS, Comparison, Line
-from nestlm.report.formats import caption
+from nestlm.report.comparison import METRICS, Comparison, RunGroup
+from nestlm.report.formats import caption, is_bold
 from nestlm.report.runs import RunResults
 
 
@@ -20,31 +20,43 @@ def to_html(comparison: Comparison, *, title: str) -> str:
     template = Environment(
         loader=PackageLoader("nestlm.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     ).get_template("page.html")
-    costs = dict.fromkeys(line.cost for line in comparison.lines)
+    costs = dict.fromkeys(group.cost for group in comparison.groups)
+    labels = [list(group.label) for group in comparison.groups]
+    keys = [
+        [*label, *means, len(group.seeds)]
+        for label, means, group in zip(
+            labels, comparison.means.fillna("").to_numpy().tolist(), comparison.groups, strict=True
+        )
+    ]
     return template.render(
         title=title,
         caption=caption(comparison),
         metric=METRICS[comparison.metric].heading,
         notes=comparison.notes,
         num_keys=len(comparison.keys),
-        headings=comparison.headings(),
-        rows=[comparison.shown(line) for line in comparison.lines],
+        headings=comparison.headings,
+        rows=[
+            list(zip(*cells, strict=True))
+            for cells in zip(
+                comparison.texts.to_numpy().tolist(), keys, is_bold(comparison).to_numpy().tolist(), strict=True
+            )
+        ],
         fronts={
             cost: data_uri("svg+xml", lambda file, cost=cost: plots.fronts(file, comparison, cost=cost))
             for cost in costs
         },
         routings={
-            line.name: data_uri("png", lambda file, line=line: plots.routing(file, routed_specs(line)))
-            for line in comparison.lines
+            group.name: data_uri("png", lambda file, group=group: plots.routing(file, specs_of_first_seed(group)))
+            for group in comparison.groups
         },
-        runs=[run_row(run) for line in comparison.lines for run in line.runs],
+        runs=[run_row(run) for group in comparison.groups for run in group.runs],
     )
 
 
-def routed_specs(line: Line) -> list[dict[str, Any]]:
-    """What the first seed's runs chose, budget by budget."""
-    first = min(line.seeds)
-    return [spec for run in line.runs if run.seed == first for spec in run.specs]
+def specs_of_first_seed(group: RunGroup) -> list[dict[str, Any]]:
+    """List the specs that the runs of the group's lowest seed chose, one for each budget."""
+    first = min(group.seeds)
+    return [spec for run in group.runs if run.seed == first for spec in run.specs]
 
 
 def run_row(run: RunResults) -> dict[str, Any]:

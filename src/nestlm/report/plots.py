@@ -20,17 +20,15 @@ MOST_NUMBERS = 400  # a heat map of more cells shows colours only
 
 def fronts(file: IO[bytes], comparison: Comparison, *, cost: str) -> None:
     """Means against achieved cost as SVG, a line a row of the table, with bands of a standard deviation over seeds."""
-    lines = [line for line in comparison.lines if line.cost == cost]
+    groups = [(row, group) for row, group in enumerate(comparison.groups) if group.cost == cost]
     figure = Figure(figsize=(9.0, 5.2), layout="constrained")
     axes = figure.add_subplot()
-    palette = colormaps["tab20" if len(lines) > 10 else "tab10"]
-    for number, (marker, line) in enumerate(zip(cycle(MARKERS), lines, strict=False)):
+    palette = colormaps["tab20" if len(groups) > 10 else "tab10"]
+    for number, (marker, (row, group)) in enumerate(zip(cycle(MARKERS), groups, strict=False)):
         color = palette(number % palette.N)
-        points = sorted(
-            (line.achieved[budget].mean, cell.mean, cell.deviation or 0.0) for budget, cell in line.cells.items()
-        )
-        cost_N, mean_N, deviation_N = np.array(points).T
-        axes.plot(cost_N, mean_N, marker=marker, color=color, markersize=4, label=line.name)
+        points = comparison.cells.loc[row].fillna({"std": 0.0}).sort_values(["achieved", "mean"])
+        cost_N, mean_N, deviation_N = points[["achieved", "mean", "std"]].to_numpy(dtype=float).T
+        axes.plot(cost_N, mean_N, marker=marker, color=color, markersize=4, label=group.name)
         axes.fill_between(cost_N, mean_N - deviation_N, mean_N + deviation_N, color=color, alpha=0.15, linewidth=0)
     axes.set_xlabel(f"{cost}, share of the full model")
     axes.set_ylabel(METRICS[comparison.metric].heading)

@@ -11,7 +11,7 @@ from nestlm.report.comparison import Comparison
 from nestlm.report.formats import to_csv, to_latex, to_markdown
 from nestlm.report.page import to_html
 from nestlm.report.runs import RunResults
-from nestlm.report.tables import HEADINGS, cells, markdown_table, read_csv, terminal_table
+from nestlm.report.tables import HEADINGS, format_cells, markdown_table, read_csv, terminal_table
 from nestlm.utils.console import output
 
 PAPER_TOKEN_SHARE = 0.0763  # Flextron's elastic training, as a share of the pretraining tokens
@@ -48,7 +48,7 @@ def render_comparison(comparison: Comparison, *, folder: Path, title: str) -> No
     for ending, text in written.items():
         (folder / f"comparison.{ending}").write_text(text, encoding="utf-8")
     print(markdown)
-    runs = [run for line in comparison.lines for run in line.runs]
+    runs = [run for group in comparison.groups for run in group.runs]
     cached = [flag for run in runs for flag in run.stages.values()]
     output.print(f"{len(cached)} stages of {len(runs)} runs, {sum(cached)} of them from the cache")
     output.print(f"written: {folder}/comparison.{{{','.join(written)}}}", markup=False)
@@ -103,7 +103,7 @@ def write_report(run_dir: Path, rows: list[dict[str, Any]], *, lines: list[str],
     parts = [
         f"# {run_dir.name}",
         f"Achieved costs, and budgets without a unit, are shares of the full model's {cost}.",
-        markdown_table(HEADINGS, [cells(row) for row in rows]),
+        markdown_table(HEADINGS, [format_cells(row) for row in rows]),
         "\n".join(f"- {line}" for line in lines),
         "![Loss against cost](pareto.png)",
         "![Chosen widths](routing.png)",
