@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from nestlm.report.comparison import Comparison, RunGroup, compare, format_difference, parse_number
+from nestlm.report.comparison import Comparison, RunGroup, compare, format_difference
 from nestlm.report.runs import RunResults, find_runs
-from nestlm.report.tables import markdown_table
+from nestlm.report.tables import markdown_table, parse_number
 
 AGAINST = "knapsack"  # the router whose losses are subtracted in the second table
 

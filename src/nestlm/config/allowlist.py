@@ -23,6 +23,7 @@ from typing import Any
 
 from nestlm.errors import ConfigError, NotAllowedError
 from nestlm.utils.messages import quote_value, suggest_name
+from nestlm.utils.quiet import TORCHAO_LOGGERS, quiet_loggers
 
 PLUGINS = "NESTLM_PLUGINS"  # packages, separated by commas
 NAME = re.compile(r"[A-Za-z_]\w{0,80}(\.[A-Za-z_]\w{0,80}){0,12}", flags=re.ASCII)
@@ -158,7 +159,8 @@ def import_object(path: str, *, where: str) -> Any:
     if not module_path:
         raise ConfigError(f"{where}._target_: got {path!r}, wanted a dotted name, such as package.module.Class")
     try:
-        module = importlib.import_module(module_path)
+        with quiet_loggers(*TORCHAO_LOGGERS):  # of `optim=adamw_8bit`
+            module = importlib.import_module(module_path)
     except ImportError as error:
         package_path, _, missing = module_path.rpartition(".")
         folders = getattr(sys.modules.get(package_path), "__path__", None)

@@ -28,11 +28,11 @@ from nestlm.generation.text import continuation
 from nestlm.nn.decoder import Decoder
 from nestlm.nn.policy import Policy
 from nestlm.utils.console import track
+from nestlm.utils.quiet import quiet_loggers
 
 # The paper's; all other tasks of its table have none.
 SHOTS = {"hellaswag": 10, "mmlu": 5}
 BOOTSTRAPS = 1000  # samples from which the error of a metric that is no mean is estimated
-logging.getLogger("lm_eval").setLevel(logging.WARNING)
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,8 @@ def load_tasks(names: Sequence[str], *, files: Path | None, shots: Mapping[str, 
         raise ConfigError(f"task_files: {files} is no folder; wanted one with tasks of the harness in YAML files")
     if files is not None:
         check_task_files(files)
-    manager = TaskManager(include_path=files, include_defaults=files is None)
+    with quiet_loggers("lm_eval", level=logging.WARNING):
+        manager = TaskManager(include_path=files, include_defaults=files is None)
     found = []
     for name in names:
         if name not in manager.task_index:
@@ -212,7 +213,7 @@ def run_tasks(model: HarnessModel, tasks: Sequence[Asked], *, limit: int | None)
     """
     found: dict[str, float] = {}
     for task in tasks:
-        with sandboxed_templates():
+        with sandboxed_templates(), quiet_loggers("lm_eval", level=logging.WARNING):
             results = simple_evaluate(
                 model,
                 tasks=task.loaded,

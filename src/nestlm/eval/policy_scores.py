@@ -23,6 +23,7 @@ from nestlm.nn.loss import ScoreReader
 from nestlm.nn.policy import WHOLE, Decision, Mixed, Policy
 from nestlm.router.calibration_data import CalibrationData
 from nestlm.spec import SearchSpace, Site
+from nestlm.train.trainer import quiet_lightning
 from nestlm.utils.devices import synchronize
 
 WARM_UP, REPEATS = 2, 7  # forward passes that are not counted, and that are
@@ -171,7 +172,8 @@ def evaluate(
 ) -> Scores:
     """Run one pass over a loader under the trainer's device and precision; with prices, the spending is counted."""
     module = PolicyEvaluation(decoder, policy, prices=prices)
-    trainer.validate(module, dataloaders=loader, verbose=False)
+    with quiet_lightning():
+        trainer.validate(module, dataloaders=loader, verbose=False)
     loss, accuracy = float(module.loss.compute()), float(module.accuracy.compute())
     return Scores(loss, accuracy, module.spending(), module.mean_widths())
 

@@ -22,6 +22,7 @@ from nestlm.errors import ExportError
 from nestlm.export import gguf_file, hf_folder, llama_cpp_process
 from nestlm.model.family import Family
 from nestlm.nn.decoder import Decoder
+from nestlm.utils.quiet import TORCHAO_LOGGERS, quiet_loggers
 
 REASON = 100  # characters of another library's message
 LIMITS = {"hf": 1e-4, "gguf": 1e-3}  # of logits in float32
@@ -120,7 +121,7 @@ def check_hf_folder(folder: Path, reference: ExportReference, *, runs_code: bool
     """
     import transformers
 
-    with quiet(transformers):
+    with quiet_transformers(transformers):
         opening = {"trust_remote_code": runs_code, "local_files_only": True}
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **opening).eval()
         whole = whole_model_in_transformers(reference, dtype=model.dtype)
@@ -308,14 +309,15 @@ def whole_model_in_transformers(reference: ExportReference, *, dtype: torch.dtyp
 
 
 @contextmanager
-def quiet(transformers: Any) -> Iterator[None]:
-    """Without its bars and its warnings: what matters is compared."""
+def quiet_transformers(transformers: Any) -> Iterator[None]:
+    """Keep progress bars and warnings of transformers, and of torchao, which it imports, off the terminal."""
     logging = transformers.utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with quiet_loggers(*TORCHAO_LOGGERS):
+            yield
     finally:
         logging.set_verbosity(level)
         if bars:

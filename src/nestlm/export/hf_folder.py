@@ -30,6 +30,7 @@ from nestlm.model.parent_files import (
 )
 from nestlm.nn.config import BlockConfig
 from nestlm.nn.decoder import Decoder
+from nestlm.utils.quiet import TORCHAO_LOGGERS, quiet_loggers
 from nestlm.utils.json_files import to_json
 
 SIZES = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")
@@ -111,9 +112,10 @@ def with_known_class(files: Mapping[str, bytes]) -> dict[str, bytes]:
 
 def is_known_class(name: Any) -> bool:
     """Whether a tokenizer's class is one of transformers' own, or none is named."""
-    from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+    with quiet_loggers(*TORCHAO_LOGGERS):  # transformers imports torchao
+        from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
-    return name is None or (isinstance(name, str) and tokenizer_class_from_name(name) is not None)
+        return name is None or (isinstance(name, str) and tokenizer_class_from_name(name) is not None)
 
 
 def modelling_file(decoder: Decoder, family: Family, routing: ExportedRouter | None) -> str | None:

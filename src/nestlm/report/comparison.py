@@ -13,6 +13,7 @@ import pandas as pd
 
 from nestlm.errors import ConfigError, DataError
 from nestlm.report.runs import RunResults
+from nestlm.report.tables import parse_number
 from nestlm.utils.nested_dict import flat_items
 
 
@@ -149,7 +150,7 @@ class Comparison:
 
 def format_difference(by_seed: pd.Series) -> str:
     """Format differences over seeds as their signed mean ± sample deviation."""
-    deviation = float(by_seed.std())
+    deviation: Any = by_seed.std()
     return f"{by_seed.mean():+.4f}" + ("" if math.isnan(deviation) else f" ± {deviation:.4f}")
 
 
@@ -286,11 +287,3 @@ def label_order(label: tuple[str, ...]) -> list[tuple[bool, float, str]]:
 def budget_order(budget: str) -> tuple[bool, float]:
     """Sort key for budgets: shares first, the largest first, as in a run's own table."""
     return (parse_number(budget) is None, -(parse_number(budget) or 0.0))
-
-
-def parse_number(text: str) -> float | None:
-    """Parse a number; None where the text is not one."""
-    try:
-        return float(text)
-    except ValueError:
-        return None

@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 
 from rich.table import Table
 
-from nestlm.report.comparison import parse_number
-from nestlm.report.tables import read_csv
+from nestlm.report.tables import parse_number, read_csv
 from nestlm.utils.nested_dict import flat_items
 
 # What can explain that numbers differ, as in provenance.json; hashes are shown by their beginnings.

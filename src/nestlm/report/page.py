@@ -42,7 +42,12 @@ def to_html(comparison: Comparison, *, title: str) -> str:
             )
         ],
         fronts={
-            cost: data_uri("svg+xml", lambda file, cost=cost: plots.fronts(file, comparison, cost=cost))
+            cost: data_uri(
+                "svg+xml",
+                lambda file, cost=cost: plots.fronts(
+                    file, comparison, cost=cost, ylabel=METRICS[comparison.metric].heading
+                ),
+            )
             for cost in costs
         },
         routings={

@@ -5,20 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from nestlm.report.comparison import METRICS, Comparison
+if TYPE_CHECKING:
+    from nestlm.report.comparison import Comparison
 
 Row = Mapping[str, Any]
 MARKERS = "osD^vP"
 MOST_NUMBERS = 400  # a heat map of more cells shows colours only
 
 
-def fronts(file: IO[bytes], comparison: Comparison, *, cost: str) -> None:
+def fronts(file: IO[bytes], comparison: Comparison, *, cost: str, ylabel: str) -> None:
     """Means against achieved cost as SVG, a line a row of the table, with bands of a standard deviation over seeds."""
     groups = [(row, group) for row, group in enumerate(comparison.groups) if group.cost == cost]
     figure = Figure(figsize=(9.0, 5.2), layout="constrained")
@@ -31,7 +32,7 @@ def fronts(file: IO[bytes], comparison: Comparison, *, cost: str) -> None:
         axes.plot(cost_N, mean_N, marker=marker, color=color, markersize=4, label=group.name)
         axes.fill_between(cost_N, mean_N - deviation_N, mean_N + deviation_N, color=color, alpha=0.15, linewidth=0)
     axes.set_xlabel(f"{cost}, share of the full model")
-    axes.set_ylabel(METRICS[comparison.metric].heading)
+    axes.set_ylabel(ylabel)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize=8)
     figure.savefig(file, format="svg")

@@ -7,9 +7,6 @@ from typing import Any
 
 from nestlm.cost.latency.table_file import FitErrors, fit_line
 from nestlm.report import plots
-from nestlm.report.comparison import Comparison
-from nestlm.report.formats import to_csv, to_latex, to_markdown
-from nestlm.report.page import to_html
 from nestlm.report.runs import RunResults
 from nestlm.report.tables import HEADINGS, format_cells, markdown_table, read_csv, terminal_table
 from nestlm.utils.console import output
@@ -33,25 +30,6 @@ def render(run_dir: Path) -> None:
     for line in lines:
         output.print(line)
     output.print(f"run folder: {run_dir}")
-
-
-def render_comparison(comparison: Comparison, *, folder: Path, title: str) -> None:
-    """Write comparison.md, .csv, .tex and .html, and print the table as Markdown."""
-    folder.mkdir(parents=True, exist_ok=True)
-    markdown = to_markdown(comparison)
-    written = {
-        "md": markdown,
-        "csv": to_csv(comparison),
-        "tex": to_latex(comparison),
-        "html": to_html(comparison, title=title),
-    }
-    for ending, text in written.items():
-        (folder / f"comparison.{ending}").write_text(text, encoding="utf-8")
-    print(markdown)
-    runs = [run for group in comparison.groups for run in group.runs]
-    cached = [flag for run in runs for flag in run.stages.values()]
-    output.print(f"{len(cached)} stages of {len(runs)} runs, {sum(cached)} of them from the cache")
-    output.print(f"written: {folder}/comparison.{{{','.join(written)}}}", markup=False)
 
 
 def summary_lines(metrics: dict[str, dict[str, Any]]) -> list[str]:

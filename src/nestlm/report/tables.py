@@ -59,6 +59,14 @@ def read_csv(path: Path) -> list[dict[str, Any]]:
     return [{str(key): cell for key, cell in row.items()} for row in rows]
 
 
+def parse_number(text: str) -> float | None:
+    """Parse a number; None where the text is not one."""
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
 def format_cells(row: Row) -> list[str]:
     """Format the shown columns of one result."""
     return [pattern.format(row[key]) for _, key, pattern in SHOWN]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import signal
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -22,12 +21,11 @@ from nestlm.errors import ConfigError, DivergenceError
 from nestlm.train.callbacks.stage_progress import StageProgress
 from nestlm.train.callbacks.timed_checkpoint import CheckpointFile, TimedCheckpoint, last_good_checkpoint
 from nestlm.train.lightning_module import NestedLM
+from nestlm.utils.quiet import ignored_warnings, quiet_loggers
 
 # Lightning announces devices and tips at each of our many trainers; its warnings stay.
-for package in ("lightning.pytorch", "lightning.fabric"):
-    logging.getLogger(package).setLevel(logging.WARNING)
-# Lightning's own use of a name that torch renamed.
-warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
+LIGHTNING_LOGGERS = ("lightning.pytorch", "lightning.fabric")
+RENAMED_BY_TORCH = r".*isinstance\(treespec, LeafSpec\).*"  # Lightning uses the old name
 
 LOG_EVERY_STEPS = 10
 
@@ -41,18 +39,19 @@ def make_trainer(
 ) -> L.Trainer:
     """The trainer of the config, told what this project decides itself."""
     strategy = getattr(factory, "keywords", {}).get("strategy")
-    trainer = factory(
-        **({"strategy": strategy()} if isinstance(strategy, partial) else {}),  # each trainer has its own
-        max_epochs=1,
-        callbacks=callbacks,
-        logger=logger,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        num_sanity_val_steps=0,
-        log_every_n_steps=log_every_n_steps,
-    )
+    with quiet_lightning():
+        trainer = factory(
+            **({"strategy": strategy()} if isinstance(strategy, partial) else {}),  # each trainer has its own
+            max_epochs=1,
+            callbacks=callbacks,
+            logger=logger,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            num_sanity_val_steps=0,
+            log_every_n_steps=log_every_n_steps,
+        )
     keep_sigterm_handler(trainer)
     return trainer
 
@@ -78,6 +77,13 @@ def same_handler(signum: signal.Signals) -> Iterator[None]:
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signum, handler)
+
+
+@contextmanager
+def quiet_lightning() -> Iterator[None]:
+    """Keep Lightning's announcements, and torch's warning about Lightning's code, off the terminal in a block."""
+    with quiet_loggers(*LIGHTNING_LOGGERS, level=logging.WARNING), ignored_warnings(RENAMED_BY_TORCH):
+        yield
 
 
 def trainer_device(factory: Callable[..., L.Trainer]) -> torch.device:
@@ -148,7 +154,7 @@ def fit(
         last_good_checkpoint(folder / "checkpoints", is_sharded=is_sharded(trainer))
     )
     try:
-        with same_handler(signal.SIGTERM):  # the checkpoints' own is for steps
+        with same_handler(signal.SIGTERM), quiet_lightning():  # the checkpoints' own handler is for steps
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     except DivergenceError as error:
         good = last_good_checkpoint(folder / "checkpoints", is_sharded=is_sharded(trainer))

@@ -37,8 +37,9 @@ def report(
     Example: nestlm report runs/default/surrogate-static-seed0-1a2b3c4d
     """
     from nestlm.report.comparison import compare
+    from nestlm.report.comparison_files import write_comparison
     from nestlm.report.record import PROVENANCE
-    from nestlm.report.render import render, render_comparison
+    from nestlm.report.render import render
     from nestlm.report.runs import find_runs
 
     if len(runs) == 1 and (runs[0] / PROVENANCE).is_file():
@@ -49,4 +50,4 @@ def report(
     folder = out or shared / "report"
     check_writable(folder, setting="--out")
     comparison = compare(find_runs(runs), keys=by or (), metric=metric, force=force)
-    render_comparison(comparison, folder=folder, title=shared.name)
+    write_comparison(comparison, folder=folder, title=shared.name)
