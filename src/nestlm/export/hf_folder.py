@@ -30,8 +30,8 @@ from nestlm.model.parent_files import (
 )
 from nestlm.nn.config import BlockConfig
 from nestlm.nn.decoder import Decoder
-from nestlm.utils.quiet import TORCHAO_LOGGERS, quiet_loggers
 from nestlm.utils.json_files import to_json
+from nestlm.utils.quiet import TORCHAO_LOGGERS, quiet_loggers
 
 SIZES = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")
 WIDTHS = ("num_layers", "num_heads", "num_kv_groups", "mlp_width")  # of a family, that an export may change

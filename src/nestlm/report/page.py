@@ -25,7 +25,10 @@ def to_html(comparison: Comparison, *, title: str) -> str:
     keys = [
         [*label, *means, len(group.seeds)]
         for label, means, group in zip(
-            labels, comparison.means.fillna("").to_numpy().tolist(), comparison.groups, strict=True
+            labels,
+            comparison.means.astype(object).where(comparison.means.notna(), "").to_numpy().tolist(),
+            comparison.groups,
+            strict=True,
         )
     ]
     return template.render(

@@ -50,7 +50,7 @@ def read_csv(path: Path) -> list[dict[str, Any]]:
     """
     import pandas as pd  # takes 0.4 s, which training and start-up need not pay
 
-    options = {"dtype_backend": "numpy_nullable", "float_precision": "round_trip", "index_col": False}
+    options = {"dtype_backend": "numpy_nullable", "index_col": False}
     try:
         frame = pd.read_csv(path, dtype={"budget": "string"}, keep_default_na=False, na_values=[""], **options)
     except ValueError as error:
