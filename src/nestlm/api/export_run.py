@@ -1,4 +1,4 @@
-"""From a run and an answer to a budget to an export: on which text it is checked, and what its card says."""
+"""Export a sub-network, or a routed model, of a finished run, checked on its validation text."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class LoadedRun:
 
     @property
     def family(self) -> Family:
-        """What the model was made from."""
+        """The model family and its sizes."""
         return self.stage.model
 
 
@@ -79,7 +79,7 @@ class Request:
     push_to: str | None
 
     def check(self, family: Family, *, run: Path) -> None:
-        """Raise ExportError, before anything is computed, for what can be known to fail."""
+        """Raise ExportError, before anything is computed, for an unknown format or dtype, or a bad target."""
         for name, value, known in (("format", self.form, FORMATS), ("dtype", self.precision, (None, *PRECISIONS))):
             if value not in known:
                 wanted = ", ".join(filter(None, known))
@@ -148,7 +148,11 @@ def chosen(run: LoadedRun, budget: Budget, routed: RoutedPolicy) -> exporter.Exp
 
 
 def kept_parent(run: LoadedRun) -> ParentFiles | None:
-    """What the run keeps of the weights that it was made from. Raises CheckpointError where that is lost."""
+    """Return the files that the run kept of the given weights; None where it trained its own.
+
+    Raises:
+        CheckpointError: the files are lost.
+    """
     if run.family.weights is None:
         return None
     folder = run.runtime.folder / "checkpoints" / PARENT
@@ -158,14 +162,14 @@ def kept_parent(run: LoadedRun) -> ParentFiles | None:
 
 
 def parent_name(family: Family, kept: ParentFiles | None) -> str:
-    """The name of what was nested: that on the hub, or a folder's without the path to it."""
+    """Return the name of the parent model: its repository on the hub, or the name of its folder."""
     if kept is None:
         return f"a {family.architecture} trained from scratch"
     return kept.repository or Path(str(family.weights)).name or "a local checkpoint"
 
 
 def losses(run: LoadedRun, *, budget: Budget, router: str) -> dict[str, float]:
-    """On the whole validation text, as the run measured them."""
+    """Return losses on the whole validation text, as the run measured them, by what was run."""
     rows = read_csv(run.runtime.folder / "results.csv")
     found = {
         "the parent, before it was nested": read_result(run.runtime.folder, PretrainStage).val_loss,
@@ -181,7 +185,7 @@ def losses(run: LoadedRun, *, budget: Budget, router: str) -> dict[str, float]:
 def costs(
     run: LoadedRun, routed: RoutedPolicy, *, achieved: float | None, text_BL: Tensor
 ) -> dict[str, tuple[str, float]]:
-    """What the choice costs, of each kind: amount and share of the whole model's.
+    """Return what a choice costs, by cost: the amount with its unit, and its share of the whole model's.
 
     Where tokens differ it is of the run's own kind: the mean that the run measured, or that of the given text.
     """

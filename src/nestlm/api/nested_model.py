@@ -79,7 +79,7 @@ class NestedModel:
 
     @classmethod
     def open(cls, folder: Path, settings: Settings, *, device: str | None) -> NestedModel:
-        """The model of a run.
+        """Open the nested model of a finished run.
 
         Args:
             folder: of the finished run.
@@ -95,17 +95,17 @@ class NestedModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the model computes."""
+        """Device on which the model computes."""
         return self.stage.device()
 
     @property
     def family(self) -> Family:
-        """What the model was made from."""
+        """The model family and its sizes."""
         return self.settings.model
 
     @property
     def axes(self) -> tuple[Axis, ...]:
-        """What is elastic."""
+        """The elasticity axes, in the order of the config."""
         return self.settings.axis_list
 
     @property
@@ -115,7 +115,7 @@ class NestedModel:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """As prompts and texts are encoded."""
+        """Tokenizer that encodes prompts and texts."""
         return tokenizers.make_text_encoder(tokenizers.load_tokenizer(self.tokenizer_folder / TOKENIZER))
 
     @cached_property
@@ -125,31 +125,31 @@ class NestedModel:
 
     @cached_property
     def metrics(self) -> dict[str, dict[str, Any]]:
-        """What the run's stages measured."""
+        """Content of metrics.json: what the run's stages measured, by stage."""
         return read_json(self.folder / "metrics.json", cure=CURE)
 
     @cached_property
     def provenance(self) -> dict[str, Any]:
-        """Where the run's numbers come from; `data_fingerprint` names its text."""
+        """Content of provenance.json; `data_fingerprint` identifies the text."""
         return read_provenance(self.folder)
 
     @property
     def budgets(self) -> tuple[Budget, ...]:
-        """Those that the run was asked for."""
+        """Budgets that the run was made for."""
         return self.settings.budgets
 
     @cached_property
     def prices(self) -> PriceList:
-        """What sub-networks cost, in all kinds that a budget may limit."""
+        """Prices of sub-networks, under every cost that a budget may limit."""
         return self.settings.prices()
 
     @cached_property
     def calibration(self) -> CalibrationData:
-        """The calibration text on which the run's router was tried."""
+        """Calibration text on which the run's router was prepared."""
         return self.stage.calibration_data(self.decoder, self.runtime, num_sequences=self.settings.router.num_sequences)
 
     def at(self, budget: Any, *, router: str | None = None) -> AtBudget:
-        """The sub-network, or the policy, for a budget.
+        """Find the sub-network, or the per-token policy, for a budget.
 
         One of the run's budgets is answered as the run did; to others its router finds an answer now.
 
@@ -203,7 +203,7 @@ class NestedModel:
         return [continuation(self.tokenizer, prompt, row) for prompt, row in zip(encoded, rows, strict=True)]
 
     def encode(self, prompt: str, *, special_tokens: bool = False) -> list[int]:
-        """Token ids of a prompt, the token that begins a document first.
+        """Encode a prompt as token ids, after the token that begins a document.
 
         Args:
             prompt: the text.
@@ -224,7 +224,7 @@ class NestedModel:
     def tokens(
         self, prompts: Sequence[Sequence[int]], found: Sequence[AtBudget], *, max_tokens: int, sampling: Sampling
     ) -> Iterator[list[int | None]]:
-        """The next token of each prompt under its answer, step by step; None for one that has ended."""
+        """Yield the next token of each prompt under its policy, step by step; None for a prompt that has ended."""
         if len(prompts) != len(found):
             raise ConfigError(f"budgets: got {len(found)} for {len(prompts)} prompts, wanted one a prompt")
         policy = batch_policy([each.routed for each in found], space=self.prices.space, device=self.device)
@@ -289,7 +289,7 @@ class NestedModel:
         return rows
 
     def row(self, found: AtBudget, text: HeldOut, run: RunTasks | None) -> dict[str, Any]:
-        """What a budget scores, under the names of results.csv."""
+        """Score a budget; returns a row with the columns of results.csv."""
         trainer = make_trainer(self.settings.trainer)
         scores = evaluate(self.decoder, found.policy, loader=text.loader, trainer=trainer, prices=found.prices)
         spent = scores.spending[self.prices.main.name].mean
@@ -305,7 +305,7 @@ class NestedModel:
         }
 
     def find(self, budget: Budget, *, policy: str) -> AtBudget:
-        """As `at`, which asks once for each budget."""
+        """Find the answer to a budget under a policy, from the run's own specs where they have it; see `at`."""
         label, router = self.router_of(policy)
         kept = self.folder / "specs" / f"{budget}.json"
         if router is self.router and kept.is_file():
@@ -316,7 +316,7 @@ class NestedModel:
         return AtBudget(budget, label, routed, achieved, router.prices)
 
     def router_of(self, policy: str) -> tuple[str, Router]:
-        """Label and router of a policy. Raises ConfigError where the run has none."""
+        """Return label and router of a policy. Raises ConfigError where the run has none."""
         own = self.settings.router
         if policy == own.policy:
             return own.label, self.router
@@ -332,7 +332,7 @@ class NestedModel:
         )
 
     def uniform(self, budget: Any) -> AtBudget:
-        """The best sub-network with the same widths in all layers. Raises BudgetError where none keeps the budget."""
+        """Find the best sub-network of equal widths in all layers. Raises BudgetError where none keeps the budget."""
         asked = budget if isinstance(budget, Budget) else Budget.parse(budget)
         spec = best_uniform(self.prices, asked, calibration=lambda: self.calibration)
         return AtBudget(asked, "uniform", RoutedPolicy(fixed(spec), spec), self.prices.main.share(spec), self.prices)
@@ -373,7 +373,7 @@ class NestedModel:
 
 
 def on_device(settings: Settings, device: str | None) -> Settings:
-    """The settings with a trainer of one device, also of a run of several. Raises ConfigError where it is not there."""
+    """Return settings whose trainer has one device. Raises ConfigError where this machine lacks it."""
     chosen: dict[str, Any] = {"devices": 1, "num_nodes": 1, "strategy": "auto"}
     if device is not None:
         kind, _, number = device.partition(":")

@@ -39,7 +39,7 @@ PLACES = ("data.path", "model.weights", "data.tokenizer")  # settings that name 
 
 
 def read(folder: Path) -> tuple[dict[str, Any], str | None]:
-    """The resolved config of a run, and its commit.
+    """Read the resolved config of a run, and its commit.
 
     Raises:
         DataError: the folder is no finished run, or its files are not those that the run wrote.
@@ -49,7 +49,7 @@ def read(folder: Path) -> tuple[dict[str, Any], str | None]:
 
 
 def elsewhere(config: dict[str, Any], overrides: Sequence[str], *, folder: Path) -> dict[str, Any]:
-    """A run's config with the places of its text and weights as they are now.
+    """Return a run's config with the present places of its text and weights.
 
     Args:
         config: as the run left it.
@@ -80,7 +80,7 @@ def elsewhere(config: dict[str, Any], overrides: Sequence[str], *, folder: Path)
 
 
 def with_kept_weights(config: dict[str, Any], family: Family, *, folder: Path, place: Path) -> dict[str, Any]:
-    """A run's config, which names a copy of the weights that the run kept where the original is gone.
+    """Return a run's config in which the run's own copy stands in for given weights that are gone.
 
     Args:
         config: with the places as they are now.
@@ -114,7 +114,7 @@ def is_there(weights: str) -> bool:
 
 @contextmanager
 def naming_places(folder: Path) -> Iterator[None]:
-    """Say how another place is named, where text or weights of a run are not where they were."""
+    """Add to errors about missing text or weights how their new places are named."""
     try:
         yield
     except (ConfigError, DataError, CheckpointError) as error:
@@ -150,7 +150,7 @@ def verify(folder: Path, settings: Settings, *, config: dict[str, Any], place: P
 
 
 def own_table(settings: Settings, folder: Path) -> Settings:
-    """The settings with the table that the run left, wherever time is counted: times differ whenever they are taken."""
+    """Return settings that price time from the table that the run left: times differ whenever they are measured."""
     if settings.latency is None:
         return settings
     return settings.with_latency(settings.latency.with_table(folder / LATENCY_TABLE, device=None))
@@ -158,7 +158,7 @@ def own_table(settings: Settings, folder: Path) -> Settings:
 
 @contextmanager
 def num_threads(count: int) -> Iterator[None]:
-    """Compute with a number of threads: sums are split among them, so that it decides the last bits."""
+    """Set torch's number of threads for the while: it decides the order of sums, and so their last bits."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -168,14 +168,14 @@ def num_threads(count: int) -> Iterator[None]:
 
 
 def missing_cores(threads: int) -> list[str]:
-    """A line where the machine has fewer cores than the run had threads."""
+    """Return a line to print where the machine has fewer cores than the run had threads; else nothing."""
     cores = os.cpu_count() or threads
     return [f"threads: {threads}, of which this machine runs {cores} at once"] if cores < threads else []
 
 
 @contextmanager
 def workplace(out: Path | None) -> Iterator[Path]:
-    """The folder of the second run; None forgets it. Raises ConfigError for one that holds a finished run."""
+    """Open the folder of the second run; None: a temporary one. Raises ConfigError where it holds a finished run."""
     if out is None:
         with TemporaryDirectory(prefix="nestlm-verify-") as place:
             yield Path(place)
@@ -187,7 +187,7 @@ def workplace(out: Path | None) -> Iterator[Path]:
 
 
 def judge(then: Path, now: Path, *, tolerance: float) -> bool:
-    """Whether two runs have the same results; prints one line, or what differs and why that may be."""
+    """Compare two runs, print one line or what differs and why, and return whether their results are the same."""
     specs = changed_specs(then, now)
     same_bytes = (then / "results.csv").read_bytes() == (now / "results.csv").read_bytes()
     if same_bytes and not specs:

@@ -144,7 +144,7 @@ class FakeStep:
 
     @cached_property
     def draws(self) -> list[tuple[Sample, ...]]:
-        """The samples of the steps to run: the widest with and without the whole model, where a sampler draws."""
+        """Samples of the steps to track: the widest with and the widest without the whole model."""
         stage = self.stage
         if self.sampler is None or not isinstance(stage, SpaceSettings):
             return [()]
@@ -211,7 +211,7 @@ class TypicalRouter(Router):
         self.router = router
 
     def draw(self, budget: Budget, *, generator: torch.Generator, row_shard: RowShard = ALL_ROWS) -> Policy:
-        """The same for every budget."""
+        """Choose the sub-network, which is the same for every budget."""
         del budget, generator, row_shard
         space = self.prices.space
         chosen = [nearest(widths, ROUTED_SHARE * widths[-1]) for widths in space.choices.values()]
@@ -222,19 +222,19 @@ class TypicalRouter(Router):
 
 
 def nearest(widths: Sequence[int], wanted: float) -> int:
-    """Index of the width next to what is wanted; of two, the wider one."""
+    """Return the index of the width nearest to a wanted one; of two as near, the wider."""
     return min(reversed(range(len(widths))), key=lambda index: abs(widths[index] - wanted))
 
 
 def level(drawn: Sample, space: SearchSpace) -> float:
-    """How wide a draw is, from the smallest sub-network, 0, to the whole model, 1."""
+    """Return how wide a sample is, from 0, the smallest sub-network, to 1, the whole model."""
     chosen = drawn.indices if isinstance(drawn, MixedSpecs) else torch.tensor(space.indices(drawn))[:, None]
     counts = torch.tensor([len(widths) for widths in space.choices.values()])
     return float((chosen.flatten(1).float().mean(1) / (counts - 1).clamp_min(1)).mean())
 
 
 def fake_update(module: NestedLM, tracker: MemoryTracker, *, on_cuda: bool) -> Optimizer:
-    """The update of the step before, whose states are there from then on."""
+    """Make the optimizer and track an update, which allocates its states; returns the optimizer."""
     (optimizer,), _ = module.configure_optimizers()
     for parameter in module.parameters():
         parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
@@ -253,7 +253,7 @@ def fake_update(module: NestedLM, tracker: MemoryTracker, *, on_cuda: bool) -> O
 
 
 def states(optimizer: Optimizer) -> list[Tensor]:
-    """What an optimizer keeps; of quantized states their parts."""
+    """List the state tensors of an optimizer; of quantized states the tensors that they are made of."""
     kept: list[Any] = [value for state in optimizer.state.values() for value in state.values()]
     parts: list[Tensor] = []
     for value in kept:
@@ -265,9 +265,9 @@ def states(optimizer: Optimizer) -> list[Tensor]:
 
 
 def mark_blocks(decoder: Decoder, tracker: MemoryTracker) -> None:
-    """Have moments of their own in a backward pass: the loss, the blocks from the last on, the first, the embedding.
+    """Begin a new moment of a backward pass at the last block, at the first block, and at the embedding.
 
-    A norm is what has its gradient last, of a block and of what is above.
+    The gradient of a block's first norm is the last that the block gets, so hooks on norms mark where a block ends.
     """
     blocks = list(decoder.blocks)
     above_first = blocks[1].attn_norm if len(blocks) > 1 else decoder.norm

@@ -1,4 +1,4 @@
-"""Run code on tensors without storage, and note what they would take."""
+"""Run code on tensors without storage, and track the memory that they would take."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ SMALL = 2**20  # elements; what is larger and made from nothing has no storage
 
 
 class MemoryTracker(TorchDispatchMode):
-    """Notes when memory of tensors comes and goes.
+    """Records every allocation and release of tensor storage, with the moment in which it happens.
 
-    Tensors without storage make tensors without storage. What is computed of others, such as draws of choices, has its
-    values, so that what depends on them is as in a real run. Where choices would depend on values that are not there,
-    they are `supposed`.
+    Operations on tensors without storage give tensors without storage. Other operations, such as draws of choices, run
+    with their values, so that what depends on them is as in a real run. Choices that would depend on values of tensors
+    without storage are made up (`supposed`).
 
     Attributes:
-        moment: of what comes and goes now.
+        moment: name of the part of a step that runs now.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.moment = ""
-        self._events: list[tuple[int, int, str]] = []  # number of the memory, bytes that came (went: below 0), moment
+        self._events: list[tuple[int, int, str]] = []  # number of a storage, bytes (released: below 0), moment
         self._owners: dict[int, str] = {}
         self._alive: dict[int, int] = {}  # numbers by the address of the storage's own object
         self._watched: list[Any] = []
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Note everything that happens in this thread, where backward passes run as well."""
+        """Record what this thread allocates; backward passes run in this thread, too."""
         with warnings.catch_warnings(), torch.autograd.set_multithreading_enabled(False), self.fake, self:
             # torch looks for gradients of tensors that it takes the storage from
             warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor that is not a leaf")
@@ -57,7 +57,7 @@ class MemoryTracker(TorchDispatchMode):
                 part.register_parameter(name, nn.Parameter(tensor))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
-        """Run one operation and note what it made."""
+        """Run one operation and record its results."""
         kwargs = kwargs or {}
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if any(is_traceable_wrapper_subclass(tensor) for tensor in tensors):
@@ -84,7 +84,7 @@ class MemoryTracker(TorchDispatchMode):
             return func(*args, **kwargs)
 
     def note(self, tensor: Tensor) -> int:
-        """Note the memory of a tensor where it is new; returns its number."""
+        """Record the storage of a tensor where it is new; returns the number of the storage."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         number = self._alive.get(key)
@@ -100,13 +100,13 @@ class MemoryTracker(TorchDispatchMode):
         self._events.append((number, -size, self.moment))
 
     def assign(self, owner: str, tensors: Iterable[Tensor | None]) -> None:
-        """Say whom tensors belong to, also for the time before."""
+        """Name the owner of tensors, also for allocations that are recorded already."""
         for tensor in tensors:
             if tensor is not None:
                 self._owners.setdefault(self.note(tensor), owner)
 
     def peaks(self, *, rest: str) -> dict[str, dict[str, float]]:
-        """Of each moment, what everybody held when all together held most; who is not known is `rest`."""
+        """Return the peak allocation of each moment, broken down by owner; tensors without owner count as `rest`."""
         held: dict[str, float] = defaultdict(float)
         most: dict[str, float] = defaultdict(float)
         parts: dict[str, dict[str, float]] = {}
@@ -120,19 +120,19 @@ class MemoryTracker(TorchDispatchMode):
 
 
 def elements(made: Any) -> int:
-    """Of all tensors of a result."""
+    """Count the elements of all tensors in the result of an operation."""
     return sum(leaf.numel() for leaf in tree_leaves(made) if isinstance(leaf, Tensor))
 
 
 def supposed(shape: torch.Size, *, choices: int) -> Tensor:
-    """Choices of rows: the last for every other one, and of the rest each as often as the others."""
+    """Make up the choices of rows: every other row takes the last choice, the others take all choices in turn."""
     with unset_fake_temporarily():
         number = torch.arange(shape.numel())
         return torch.where(number % 2 == 0, choices - 1, number // 2 % choices).view(shape)
 
 
 class FusedNorm(Function):
-    """What CUDA's kernel of the RMS norm keeps: its input and a number a row. CPUs compute it in many steps."""
+    """An RMS norm that keeps for its backward pass what CUDA's kernel keeps: its input and one number a row."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:

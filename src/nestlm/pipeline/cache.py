@@ -1,4 +1,4 @@
-"""The stage cache: a stage's result lies under the hash of everything that determines it."""
+"""The stage cache: a folder a stage, named by its cache key."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ MARKER = "stage.json"
 
 
 def file_identity(path: Path) -> str:
-    """Hash of a file's content."""
+    """Hash the content of a file."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def contents_identity(files: list[Path], *, known: Path) -> str:
-    """Hash of the contents of files, whatever their names, places and times.
+    """Hash the contents of files, whatever their names, places and times.
 
-    Gigabytes are hashed once: a file of our own remembers the hash of every path at one size, time and inode.
+    Gigabytes are hashed once: a JSON file keeps the hash of every path at one size, time and inode.
 
     Args:
-        files: in an order that matters.
-        known: the file that remembers, made where it is absent; a damaged one is begun anew.
+        files: files, in an order that counts.
+        known: the JSON file; it is written anew where it is absent or damaged.
     """
     try:
         content = json.loads(known.read_text(encoding="utf-8"))
@@ -52,9 +52,9 @@ def contents_identity(files: list[Path], *, known: Path) -> str:
 
 
 class StageFolder:
-    """Where a stage works and leaves its result; `stage.json` is written last and marks it finished.
+    """Folder of a stage. `stage.json` holds the result; it is written last, and marks the stage finished.
 
-    SHA256SUMS lists it, and the other files.
+    SHA256SUMS lists `stage.json` and the other files.
     """
 
     def __init__(self, root: Path, name: str, key: str) -> None:
@@ -63,13 +63,13 @@ class StageFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """One process at a time."""
+        """Hold the lock of the folder: one process works in it at a time."""
         self.path.mkdir(parents=True, exist_ok=True)
         with lock_folder(self.path, f"{self.name:>9}"):
             yield
 
     def result(self) -> dict[str, Any] | None:
-        """What a finished stage reported, or None. A damaged stage is named and cleared, so that it is done again."""
+        """Read the result of a finished stage; None where it is not finished, or is damaged, and is then cleared."""
         marker = self.path / MARKER
         if not marker.exists():
             return None
@@ -88,7 +88,7 @@ class StageFolder:
             return None
 
     def check(self) -> None:
-        """Compare all files but shards of tokens with their hashes: what is not read again goes into runs as it is.
+        """Compare all files but shards of tokens with their hashes, since runs link files that nothing reads again.
 
         Raises:
             ValueError: a file is absent, or not the one that the stage wrote.
@@ -104,7 +104,7 @@ class StageFolder:
                 raise ValueError(f"{self.path / name} is not the file that the stage wrote")
 
     def clear(self) -> None:
-        """Remove everything but the lock, the mark of a finished stage first."""
+        """Remove all files but the lock, `stage.json` first."""
         for path in sorted(self.path.iterdir(), key=lambda path: path.name != MARKER):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
@@ -112,7 +112,7 @@ class StageFolder:
                 path.unlink()
 
     def finish(self, result: dict[str, Any]) -> None:
-        """List the hashes of the stage's files, but of shards, whose manifest has them, and mark the stage finished."""
+        """Write the hashes of the stage's files, except shards, whose manifest has them; then write `stage.json`."""
         content = to_json({"key": self.key, "result": result})
         names = [
             name

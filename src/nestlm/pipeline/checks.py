@@ -15,7 +15,11 @@ from nestlm.pipeline.stages.elastic import ElasticStage
 
 
 def check(settings: Settings) -> None:
-    """Raise before anything is loaded when the parts do not fit each other."""
+    """Check the settings of a run before anything is loaded.
+
+    Raises:
+        NestlmError: settings that do not fit each other, or weights or a tokenizer that cannot be used.
+    """
     config = settings.model.decoder_config()
     settings.model.check_weights(dry_run=settings.dry_run)
     if settings.data.sequence_length > config.context_length:
@@ -56,7 +60,7 @@ def check(settings: Settings) -> None:
 
 
 def check_tokenizer(settings: Settings) -> None:
-    """Raise where the tokenizer that is named, or that of the weights, is not there, damaged, or not the model's."""
+    """Raise NestlmError where the tokenizer is missing or damaged, or has more tokens than the model."""
     file, size = settings.tokenizer_file, settings.model.decoder_config().vocab_size
     if file is None:
         return
@@ -77,7 +81,7 @@ def check_tokenizer(settings: Settings) -> None:
 
 
 def check_budgets(settings: Settings) -> None:
-    """Raise before anything is trained when a budget cannot be kept. Needs prices."""
+    """Raise NestlmError, before anything is trained, where a budget cannot be kept at the prices of the settings."""
     prices = settings.prices()
     router = settings.make_router()
     for budget in settings.budgets:

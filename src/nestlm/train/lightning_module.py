@@ -1,4 +1,4 @@
-"""The LightningModule of every training stage: it holds model, teacher and router, wires them and logs."""
+"""The LightningModule of every training stage: it runs the steps of a task, and logs."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ class NestedLM(L.LightningModule):
             module.requires_grad_(True)
 
     def configure_model(self) -> None:
-        """Nothing: models are placed before, so that ranking and search can use them, too."""
+        """Do nothing: stages place their models before, so that ranking and search can use them, too."""
 
     def on_fit_start(self) -> None:
-        """All ranks start with the same weights."""
+        """Broadcast the weights of rank 0: all ranks start with the same."""
         collectives.broadcast_module(self)
 
     def configure_optimizers(self) -> Any:
-        """Parameter groups of the trained parts. Only the model's matrices decay; norms, biases and routers don't."""
+        """Make optimizer and schedule. Only the model's matrices decay; norms, biases and routers do not."""
         groups = []
         for name, (module, lr) in self.trained.items():
             decayed = [parameter for parameter in module.parameters() if parameter.ndim > 1 and module is self.decoder]
@@ -65,7 +65,7 @@ class NestedLM(L.LightningModule):
         return [optimizer], [scheduler]
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """One optimizer step over all terms of the objective; each frees its graph before the next is built.
+        """Do one optimizer step over all terms of the objective; each frees its graph before the next is built.
 
         Raises:
             DivergenceError: the loss or its gradient is not finite; no weight has changed.
@@ -84,7 +84,7 @@ class NestedLM(L.LightningModule):
             ) from error
 
     def step(self, batch: Batch, number: int) -> Tensor:
-        """The step with that number."""
+        """Do the step with a number; returns the sum of the terms' losses on this rank."""
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
         assert isinstance(optimizer, LightningOptimizer), "configure_optimizers makes one"
         assert isinstance(scheduler, LambdaLR), "configure_optimizers makes one"
@@ -124,16 +124,16 @@ class NestedLM(L.LightningModule):
         )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave the frozen teacher out: the stage that made it has it."""
+        """Leave the frozen teacher out of the checkpoint: the stage that made it keeps it."""
         for name in [name for name in checkpoint["state_dict"] if name.startswith("teacher.")]:
             del checkpoint["state_dict"][name]
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch says that a device, or the machine, has no memory left."""
+    """Whether an error says that a device, or the machine, has no memory left."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def fingerprint(batch: Batch) -> str:
-    """A short hash of a batch's tokens, by which it can be found again."""
+    """Hash the tokens of a batch, so that the batch can be found again; 12 hex digits."""
     return hashlib.sha256(batch.tokens_BL.cpu().numpy().tobytes()).hexdigest()[:12]

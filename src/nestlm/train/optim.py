@@ -42,7 +42,7 @@ class OptimSettings:
             raise ConfigError(f"optim.clip_norm: got {self.clip_norm}, wanted a positive norm")
 
     def rate(self, step: int, *, num_steps: int) -> float:
-        """RowShard of the peak learning rate at a step: linear warm-up, then a cosine.
+        """Return the learning rate at a step as a share of its peak: linear warm-up, then a cosine.
 
         The number of steps is explicit: asking the trainer for it drops the saved state of the loader.
         """
@@ -85,7 +85,7 @@ class AdamWBf16States(Optimizer):
         return loss
 
     def update(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
-        """One weight, in float32."""
+        """Update one weight, in float32."""
         state = self.state[parameter]
         if not state:
             state["step"] = 0

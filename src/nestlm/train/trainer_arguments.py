@@ -1,4 +1,4 @@
-"""What a config may tell Lightning's Trainer."""
+"""The arguments of Lightning's Trainer that a config may set."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nestlm.errors import ConfigError
 
 
 class TrainerArguments(TypedDict, total=False):
-    """What a config may tell Lightning's Trainer; the stages decide the rest, and no file of its is written.
+    """Arguments of Lightning's Trainer that a config may set; stages set the others.
 
     Attributes:
         strategy: makes the strategy of several devices.
@@ -31,7 +31,7 @@ class TrainerArguments(TypedDict, total=False):
 
 
 def check_devices(trainer: Mapping[str, Any]) -> None:
-    """Raise ConfigError where a trainer's arguments name no devices."""
+    """Raise ConfigError where the devices in a trainer's arguments are none that Lightning takes."""
     devices = trainer.get("devices", "auto")
     indices = devices if isinstance(devices, list) else []
     known = {

@@ -1,4 +1,4 @@
-"""What sub-networks lose while elastic training goes on, for sweeps that stop runs early."""
+"""Log losses of sub-networks during elastic training, for sweeps that stop runs early."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Probe(L.Callback):
         Args:
             stage: name of the stage, for the logs.
             calibration: the model as the stage begins, and calibration text.
-            policies: of the sub-networks, by name.
-            every: steps between two looks.
+            policies: policies of the sub-networks, by name.
+            every: steps between two measurements.
         """
         self.stage, self.calibration, self.policies, self.every = stage, calibration, policies, every
         self.before = calibration.loss(full)
@@ -31,7 +31,7 @@ class Probe(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Look, when it is time."""
+        """Measure and log the losses every `every` steps."""
         if trainer.logger is None or (batch_idx + 1) % self.every:
             return
         losses = {name: self.calibration.loss(policy) for name, policy in self.policies.items()}

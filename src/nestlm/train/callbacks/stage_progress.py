@@ -22,7 +22,7 @@ class StageProgress(L.Callback):
         self.task: TaskID | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Open the bar; a resumed stage starts where it stood."""
+        """Open the bar at the step from which the stage goes on."""
         self.first_step, self.started, self.refreshed = trainer.global_step, time.monotonic(), 0.0
         if trainer.is_global_zero:
             self.bar = progress_bar("loss {task.fields[loss]:.3f}", "{task.fields[rate]:,.0f} tokens/s")
@@ -34,7 +34,7 @@ class StageProgress(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Move the bar."""
+        """Advance the bar, at most every `REFRESH_SECONDS`."""
         now = time.monotonic()
         if self.bar is None or self.task is None or self.bar.disable or now - self.refreshed < self.REFRESH_SECONDS:
             return
@@ -51,6 +51,6 @@ class StageProgress(L.Callback):
         self.close()
 
     def close(self) -> None:
-        """Stop drawing."""
+        """Stop drawing the bar."""
         if self.bar is not None:
             self.bar.stop()

@@ -1,4 +1,4 @@
-"""Checkpoints by the clock, so that a killed run loses seconds, however long a step takes."""
+"""Write training checkpoints by the clock, so that a killed run loses seconds, however long a step takes."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ GO_ON, SAVE, STOP = range(3)
 
 
 class CheckpointFile(TorchCheckpointIO):
-    """Lightning's, but a folder that holds one file; to and from the CPU by name.
+    """Lightning's checkpoint IO for a folder that holds one file, which is loaded to the CPU.
 
-    A function, Lightning's default, cannot map tensors that are made of others.
+    Lightning maps devices by a function, which fails on tensors that are made of other tensors.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Write the file where it will lie: Lightning's own way leads over the temporary folder."""
+        """Write the file in its final folder: Lightning would write it to the temporary folder first."""
         del storage_options
         Path(path).mkdir(parents=True, exist_ok=True)
         has_checksums = get_crc32_options()
@@ -50,7 +50,7 @@ class CheckpointFile(TorchCheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """What was saved: tensors and plain values only. Optimizers move their states themselves."""
+        """Load a checkpoint of tensors and plain values. Optimizers move their states to the device themselves."""
         del map_location, weights_only
         return torch.load(Path(path, STATE), map_location="cpu", weights_only=True)
 
@@ -70,20 +70,20 @@ class TimedCheckpoint(L.Callback):
         self.background = ThreadPoolExecutor(1)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the clock, and listen; `fit` puts the handler back that was there before."""
+        """Start the clock, and handle SIGTERM; `fit` puts the former handler back."""
         self.saved_at = time.monotonic()
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self.end)
 
     def end(self, signum: int, frame: Any) -> None:
-        """After this step."""
+        """Remember that the process is told to end; it ends after this step."""
         del signum, frame
         self.is_told_to_end = True
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save when it is time; rank 0's clock decides for all, and any rank can be told to end.
+        """Save when `seconds` have passed on rank 0, or any rank is told to end.
 
         Raises:
             Preempted: after the last checkpoint.
@@ -104,7 +104,7 @@ class TimedCheckpoint(L.Callback):
             )
 
     def save(self, trainer: L.Trainer, *, step: int) -> None:
-        """Write a checkpoint, of a sharded model in the background, and hash its files there."""
+        """Write a checkpoint; shards are written, and files hashed, in the background."""
         self.finish()
         self.partial = self.folder / f".step={step:08d}.partial"
         if trainer.is_global_zero:
@@ -116,7 +116,7 @@ class TimedCheckpoint(L.Callback):
         self.saved_at = time.monotonic()
 
     def finish(self) -> None:
-        """Give the checkpoint that was being written its name, once it is whole and has its hashes."""
+        """Wait for the checkpoint in the background, give it its final name, and remove all but the newest two."""
         if self.saving is not None:
             self.saving.result()
         if self.partial is not None and collectives.rank() == 0:
@@ -128,7 +128,7 @@ class TimedCheckpoint(L.Callback):
         self.partial = self.saving = None
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Wait for what is being written."""
+        """Wait for the checkpoint in the background."""
         self.finish()
 
 
@@ -141,7 +141,7 @@ def complete(checkpoint: Path, writing: Future[Any] | None) -> None:
 
 
 def last_good_checkpoint(folder: Path, *, is_sharded: bool) -> Path | None:
-    """The newest checkpoint whose files are as they were written; a damaged one is named and the one before is used.
+    """Find the newest checkpoint with intact files; a damaged one is reported, removed, and the one before is tried.
 
     Args:
         folder: of the stage's checkpoints.
