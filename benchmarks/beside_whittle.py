@@ -26,7 +26,7 @@ from whittle.sampling.random_sampler import RandomSampler
 from whittle.training_strategies import SandwichStrategy, StandardStrategy
 
 from nestlm.elastic.sampler.sandwich import Sandwich
-from nestlm.nn.loss import LossReader
+from nestlm.nn.loss import LossFn
 from nestlm.nn.policy import Policy, fixed, full
 from nestlm.train.objective.distillation import CrossEntropy
 from nestlm.train.objective.elastic import ElasticObjective
@@ -94,7 +94,7 @@ def passes(shape: Shape) -> dict[str, Way]:
     batch, block, decoder = shape.batch, shape.config.blocks[0], shape.decoder()
 
     def ours(policy: Policy) -> Callable[[], Tensor]:
-        return lambda: decoder(batch.tokens_BL, policy, read=LossReader(batch.targets_BL)).read.loss
+        return lambda: decoder(batch.tokens_BL, policy, output_fn=LossFn(batch.targets_BL)).output.loss
 
     def theirs(model: nn.Module) -> Callable[[], Tensor]:
         return lambda: text_loss(model(batch.tokens_BL), batch.targets_BL)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nestlm.nn.config import BlockConfig, DecoderConfig
-from nestlm.nn.loss import LossReader
+from nestlm.nn.loss import LossFn
 from nestlm.utils.checksums import SHA256, XXH128, HashAlgorithm, hash_file
 from nestlm.utils.devices import device_name
 from shapes import Shape, forward_backward
@@ -49,7 +49,7 @@ def main() -> None:
 
     def loss() -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
-            return decoder(batch.tokens_BL, read=LossReader(batch.targets_BL)).read.loss
+            return decoder(batch.tokens_BL, output_fn=LossFn(batch.targets_BL)).output.loss
 
     step = forward_backward(decoder, loss)
     with tempfile.TemporaryDirectory() as folder:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import Row, main
-from nestlm.nn.loss import HeadInputs, LossReader
+from nestlm.nn.loss import HeadInputs, LossFn
 from shapes import Shape
 from turns import Spread, Way, flops, peak, ratio, take_turns
 
@@ -40,11 +40,11 @@ def rows(shape: Shape, *, repeats: int) -> Iterator[Row]:
         return way
 
     ways = {
-        "distillation": passes(lambda: LossReader(targets_BL, teacher)(hidden_BLD, head_VD).loss),
+        "distillation": passes(lambda: LossFn(targets_BL, teacher)(hidden_BLD, head_VD).loss),
         "cross-entropy": passes(
             lambda: F.cross_entropy(F.linear(hidden_BLD, head_VD).flatten(0, 1).float(), targets_BL.flatten())
         ),
-        "ours": passes(lambda: LossReader(targets_BL)(hidden_BLD, head_VD).loss),
+        "ours": passes(lambda: LossFn(targets_BL)(hidden_BLD, head_VD).loss),
     }
     seconds = take_turns(ways, repeats=repeats)
     share = flops(ways["distillation"]) / flops(ways["cross-entropy"])

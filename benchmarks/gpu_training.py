@@ -23,7 +23,7 @@ from lightning.fabric.utilities.throughput import get_available_flops
 
 from nestlm.config.compose import build, compose
 from nestlm.data.batch import Batch
-from nestlm.distributed.strategy import placement_of
+from nestlm.distributed.strategy import placement_for
 from nestlm.estimate.dry_run import training_stages
 from nestlm.nn.decoder import Decoder
 from nestlm.pipeline.settings import Settings
@@ -105,7 +105,7 @@ def measure(overrides: list[str], stage: str) -> tuple[Settings, float, float]:
     settings = build(compose(overrides))
     steps = Steps()
     trainer = make_trainer(settings.trainer, callbacks=[steps])
-    placement = placement_of(trainer)
+    placement = placement_for(trainer)
     decoder = Decoder.on_meta(
         settings.model.decoder_config(), activation_checkpointing=settings.activation_checkpointing
     )

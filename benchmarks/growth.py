@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 
 from nestlm.config.compose import build, compose
 from nestlm.elastic.sampler.sandwich import Sandwich
-from nestlm.nn.loss import LossReader
+from nestlm.nn.loss import LossFn
 from nestlm.router.static.knapsack import KnapsackRouter
 from nestlm.spec import Budget
 from nestlm.train.objective.distillation import CrossEntropy
@@ -69,7 +69,7 @@ def losses_of(vocab_size: int) -> Way:
     shape = small()
     shape = replace(shape, config=replace(shape.config, vocab_size=vocab_size))
     decoder, batch = shape.decoder(), shape.batch
-    return lambda: decoder(batch.tokens_BL, read=LossReader(batch.targets_BL)).read.loss.backward()
+    return lambda: decoder(batch.tokens_BL, output_fn=LossFn(batch.targets_BL)).output.loss.backward()
 
 
 def draw(axes: Axes, numbers: Sequence[float], spreads: Sequence[Spread], *, label: str) -> None:

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from nestlm.config import compose
 from nestlm.data.batch import Batch
 from nestlm.distributed import collectives
-from nestlm.distributed.device_layout import Layout, Precision
+from nestlm.distributed.device_layout import ComputePrecision, DeviceLayout
 from nestlm.distributed.launch import launch
 from nestlm.estimate.dry_run import training_stages
 from nestlm.estimate.memory import predict
@@ -103,7 +103,7 @@ def both(
     """
     command = [*SHORT, *overrides]
     settings = compose.build(compose.compose(command))
-    precision, layout = Precision.of(settings.trainer), Layout.of(settings.trainer)
+    precision, layout = ComputePrecision.from_trainer(settings.trainer), DeviceLayout.from_trainer(settings.trainer)
     assert precision is not None, "it is one of torch's"
     (found,) = [each for each in training_stages(settings) if each.name == stage]
     checkpointing = settings.activation_checkpointing

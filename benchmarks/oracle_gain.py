@@ -26,7 +26,7 @@ from nestlm.data.datamodule import PackedTokens
 from nestlm.data.preparation import prepare_source
 from nestlm.data.prepared_data import PreparedData
 from nestlm.nn.decoder import Decoder
-from nestlm.nn.loss import HeadInputs, LossReader
+from nestlm.nn.loss import HeadInputs, LossFn
 from nestlm.nn.policy import fixed, full, mixed
 from nestlm.pipeline.settings import Settings
 from nestlm.report.tables import markdown_table
@@ -60,12 +60,12 @@ def costs_of_choices(calibration: CalibrationData, table: CostTable) -> list[Ten
     """Return for each batch the KL of each token to the full model under each single choice: (sites, choices, B, L)."""
     space, found = table.space, []
     for batch in calibration.batches:
-        read = LossReader(batch.targets_BL, teacher=calibration.run(batch, full, HeadInputs.read).read)
+        output_fn = LossFn(batch.targets_BL, teacher=calibration.run(batch, full, HeadInputs.detached).output)
         kl = torch.zeros(len(space.sites), space.max_choices, *batch.tokens_BL.shape)
         for row, (site, widths) in enumerate(space.choices.items()):
             for index in range(len(widths) - 1):
                 single = space.spec(dict.fromkeys(space.sites, -1) | {site: index})
-                kl[row, index] = calibration.run(batch, fixed(single), read).read.distance_BL
+                kl[row, index] = calibration.run(batch, fixed(single), output_fn).output.kl_BL
         found.append(kl)
     return found
 

@@ -10,7 +10,7 @@ import argparse
 import torch
 from torch import Tensor
 
-from nestlm.nn.loss import LossReader
+from nestlm.nn.loss import LossFn
 from nestlm.utils.devices import device_name
 from shapes import Shape, forward_backward, llama
 from turns import Way, ratio, take_turns
@@ -22,7 +22,7 @@ def passes(shape: Shape, *, bf16: bool) -> Way:
 
     def loss() -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            return decoder(batch.tokens_BL, read=LossReader(batch.targets_BL)).read.loss
+            return decoder(batch.tokens_BL, output_fn=LossFn(batch.targets_BL)).output.loss
 
     return forward_backward(decoder, loss)
 

@@ -25,11 +25,11 @@ from torch.nn.utils import clip_grad_norm_
 
 from nestlm.config.compose import build, compose
 from nestlm.distributed import collectives
-from nestlm.distributed.fsdp import Placement, fill
+from nestlm.distributed.fsdp import ModelPlacement, copy_full_tensor
 from nestlm.distributed.launch import launch
-from nestlm.distributed.strategy import mesh_of
+from nestlm.distributed.strategy import make_mesh
 from nestlm.nn.decoder import Decoder
-from nestlm.nn.loss import LossReader
+from nestlm.nn.loss import LossFn
 
 PAGE = Path("docs/results/ranks.md")
 RANKS, ROWS, LENGTH, WARM_UP = 2, 4, 128, 2
@@ -63,10 +63,10 @@ class Way:
     def step(self, rows_BL: Tensor) -> None:
         """Do one training step on this rank's rows of the batch."""
         torch.set_num_threads(self.threads)
-        own_BL = self.share.own(rows_BL)
+        own_BL = self.share.local_rows(rows_BL)
         started = time.perf_counter()
         self.optimizer.zero_grad()
-        loss = self.model(own_BL[:, :-1], read=LossReader(own_BL[:, 1:])).read.loss
+        loss = self.model(own_BL[:, :-1], output_fn=LossFn(own_BL[:, 1:])).output.loss
         loss.backward()
         clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
@@ -81,12 +81,12 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def placed(reference: Decoder, placement: Placement) -> Decoder:
+def placed(reference: Decoder, placement: ModelPlacement) -> Decoder:
     """Return a decoder with the same weights, distributed as a trainer would."""
     decoder = Decoder.on_meta(reference.config)
     placement.place(decoder, blocks=decoder.blocks)
     for mine, theirs in zip(decoder.parameters(), reference.parameters(), strict=True):
-        fill(mine, theirs)
+        copy_full_tensor(mine, theirs)
     return decoder
 
 
@@ -100,8 +100,8 @@ def measure(steps: int) -> list[tuple[str, list[float], list[float]]]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if is_gpu else "gloo")
     share = collectives.RowShard(rank, RANKS)
     half = max(1, (os.cpu_count() or 1) // RANKS)
-    copies = Placement(device, mesh_of(device.type, RANKS, 1))
-    shards = Placement(device, mesh_of(device.type, 1, RANKS)["shards"])
+    copies = ModelPlacement(device, make_mesh(device.type, RANKS, 1))
+    shards = ModelPlacement(device, make_mesh(device.type, 1, RANKS)["shards"])
     alone = Way("one process", lambda model: model.to(device), share=collectives.RowShard(), threads=half * RANKS)
     together = [
         Way("two, torch's DDP", lambda model: DistributedDataParallel(model.to(device)), share=share, threads=half),

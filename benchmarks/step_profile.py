@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from nestlm.nn.loss import LossReader
+from nestlm.nn.loss import LossFn
 from nestlm.nn.policy import Policy, fixed, full
 from nestlm.utils.devices import device_name
 from shapes import Shape, forward_backward, llama
@@ -43,7 +43,7 @@ def shares(shape: Shape, policy: Policy) -> tuple[Counter[str], float]:
     """Return shares of the time by part, and the milliseconds of a pass."""
     decoder, batch = shape.decoder(), shape.batch
     way = forward_backward(
-        decoder, lambda: decoder(batch.tokens_BL, policy, read=LossReader(batch.targets_BL)).read.loss
+        decoder, lambda: decoder(batch.tokens_BL, policy, output_fn=LossFn(batch.targets_BL)).output.loss
     )
     way()
     with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiler:

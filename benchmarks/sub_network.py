@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from bench import Row, main
-from nestlm.nn.loss import LossReader
+from nestlm.nn.loss import LossFn
 from nestlm.nn.policy import Policy, fixed, full
 from shapes import Shape, forward_backward
 from turns import Way, flops, ratio, take_turns
@@ -20,7 +20,7 @@ def rows(shape: Shape, *, repeats: int) -> Iterator[Row]:
 
     def passes(policy: Policy) -> Way:
         def loss() -> object:
-            return decoder(batch.tokens_BL, policy, read=LossReader(batch.targets_BL)).read.loss
+            return decoder(batch.tokens_BL, policy, output_fn=LossFn(batch.targets_BL)).output.loss
 
         return forward_backward(decoder, loss)
 

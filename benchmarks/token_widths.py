@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bench import Row, main
 from nestlm.cost.static import Flops
-from nestlm.nn.policy import Decision, Policy, constant, full, mixed
+from nestlm.nn.policy import Decision, Policy, Width, constant, full, mixed
 from nestlm.spec import Site
 from shapes import Shape, no_grad
 from turns import ratio, take_turns
@@ -65,7 +65,7 @@ def masked(drawn: dict[Site, Tensor], shape: Shape) -> Policy:
     for site, widths in shape.space.choices.items():
         units = torch.arange(widths[-1], device=shape.device)
         own_BL = torch.tensor(widths)[drawn[site]].to(shape.device)
-        decisions[site] = Decision(widths[-1], (units < own_BL[..., None]).to(shape.dtype))
+        decisions[site] = Decision(Width(widths[-1]), (units < own_BL[..., None]).to(shape.dtype))
     return constant(decisions)
 
 

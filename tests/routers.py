@@ -15,7 +15,6 @@ from nestlm.cost.table import CostTable, PriceList
 from nestlm.data.batch import Batch
 from nestlm.elastic.axes.base import search_space
 from nestlm.nn.decoder import DecoderOutput
-from nestlm.nn.policy import Mixed
 from nestlm.router.base import Router
 from nestlm.router.dynamic.base import Granularity
 from nestlm.train.stage_settings import RouterSettings
@@ -96,4 +95,4 @@ def batches(seed: int, *, count: int = 2, rows: int = 4) -> list[Batch]:
 def choices(output: DecoderOutput) -> dict[str, torch.Tensor]:
     """Return the choice indices of tokens at sites where they may differ, by the name of the site."""
     widths = {str(site): decision.width for site, decision in output.decisions.items()}
-    return {site: width.index for site, width in widths.items() if isinstance(width, Mixed)}
+    return {site: width.index for site, width in widths.items() if width.index is not None}

@@ -14,7 +14,7 @@ from nestlm.elastic.ranking.base import order
 from nestlm.elastic.sampler.base import independent
 from nestlm.elastic.surgery import extract, sort_units
 from nestlm.nn.decoder import Decoder
-from nestlm.nn.policy import Decision, Policy, constant, fixed, full
+from nestlm.nn.policy import Decision, Policy, Width, constant, fixed, full
 from nestlm.spec import SearchSpace, Site, SubnetSpec
 from plugins import build, classes, compose, options, targets
 
@@ -26,7 +26,7 @@ def masked(space: SearchSpace, spec: SubnetSpec) -> Policy:
 
     def mask(site: Site) -> Decision:
         whole = space.choices[site][-1]
-        return Decision(whole, (torch.arange(whole) < spec[site]).float())
+        return Decision(Width(whole), (torch.arange(whole) < spec[site]).float())
 
     return constant({site: mask(site) for site in space.sites})
 

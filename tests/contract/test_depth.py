@@ -22,7 +22,7 @@ from nestlm.errors import ConfigError
 from nestlm.eval.policy_scores import mean_width, spent_shares
 from nestlm.nn.decoder import Decoder
 from nestlm.nn.kv_cache import KVCache
-from nestlm.nn.policy import Decision, Mixed, Policy, constant, fixed, mixed
+from nestlm.nn.policy import Decision, Policy, Width, constant, fixed, mixed
 from nestlm.router.calibration_data import CalibrationData
 from nestlm.router.dynamic.plan import FixedPointPrices, Plan, fix_sites
 from nestlm.router.static.search import random_spec
@@ -215,7 +215,7 @@ def test_what_tokens_spend_is_never_priced_too_low(deciding):
     for seed in range(6):
         alike = independent(SPACE, Random(seed))
         decisions = {
-            site: Decision(Mixed(SPACE.choices[site], index) if site.axis in deciding else alike[site])
+            site: Decision(Width.per_row(SPACE.choices[site], index) if site.axis in deciding else Width(alike[site]))
             for site, index in zip(SPACE.sites, drawn_tokens(seed), strict=True)
         }
         share = float(spent_shares(decoder(tokens_BL, constant(decisions)).decisions, table, batch_size=1))
@@ -245,12 +245,12 @@ def test_sub_networks_and_sequences_are_priced_exactly():
 
 
 def test_widths_of_tokens_that_skip_count_as_none():
-    block = Decision(Mixed((0, 1), torch.tensor([[0, 1, 1, 0]])))
-    assert mean_width(Decision(8).inside(block, whole=8), whole=8) == 4.0
-    chosen = Decision(Mixed((2, 8), torch.tensor([[1, 1, 0, 0]])))
-    assert mean_width(chosen.inside(block, whole=8), whole=8) == (8 + 2) / 4
-    assert chosen.inside(Decision(0), whole=8) == Decision(0)
-    assert chosen.inside(Decision(1), whole=8) is chosen
+    block = Decision(Width.per_row((0, 1), torch.tensor([[0, 1, 1, 0]])))
+    assert mean_width(Decision(Width(8)).restrict_to(block, num_units=8), whole=8) == 4.0
+    chosen = Decision(Width.per_row((2, 8), torch.tensor([[1, 1, 0, 0]])))
+    assert mean_width(chosen.restrict_to(block, num_units=8), whole=8) == (8 + 2) / 4
+    assert chosen.restrict_to(Decision(Width(0)), num_units=8) == Decision(Width(0))
+    assert chosen.restrict_to(Decision(Width(1)), num_units=8) is chosen
 
 
 # routers

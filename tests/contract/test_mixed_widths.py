@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from nestlm.elastic.sampler.base import independent
 from nestlm.nn.decoder import Decoder
 from nestlm.nn.kv_cache import KVCache
-from nestlm.nn.policy import Decision, Mixed, Policy, constant, fixed, full, mixed
+from nestlm.nn.policy import Decision, Policy, Width, constant, fixed, full, mixed
 from nestlm.spec import SearchSpace
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
@@ -39,7 +39,7 @@ def masked_tokens(space: SearchSpace, indices_SBL: torch.Tensor) -> Policy:
 
     def mask(widths: tuple[int, ...], index_BL: torch.Tensor) -> Decision:
         chosen = torch.tensor(widths)[index_BL]
-        return Decision(None, (torch.arange(widths[-1]) < chosen[..., None]).float())
+        return Decision(gate=(torch.arange(widths[-1]) < chosen[..., None]).float())
 
     rows = zip(space.choices.items(), indices_SBL, strict=True)
     return constant({site: mask(widths, index) for (site, widths), index in rows})
@@ -74,7 +74,7 @@ def test_each_sequence_equals_its_own_run(decoder, space, tokens_BL, documents_B
 @pytest.mark.parametrize("documents_BL", [None, DOCUMENTS_BL], ids=["plain", "documents"])
 @pytest.mark.parametrize("reached", ["some", "none", "all"])
 def test_each_token_equals_its_masked_self(decoder, space, tokens_BL, documents_BL, reached):
-    """Also where a row reaches no wider band, so that its seats stay empty, or where one reaches all of them."""
+    """Also where a row reaches no wider band, so that its slots stay empty, or where one reaches all of them."""
     indices_SBL = draw_indices(space, (BATCH, LENGTH), seed=len(reached))
     if reached == "none":
         indices_SBL[:, 1] = 0
@@ -108,7 +108,7 @@ def test_gates_of_bands(decoder, space, tokens_BL, per_token):
         decisions = {}
         for site, widths, index, keep in zip(space.sites, space.choices.values(), indices, kept, strict=True):
             gate = (torch.arange(len(widths)) <= keep[..., None]).float()
-            decisions[site] = Decision(Mixed(widths, index), gate)
+            decisions[site] = Decision(Width.per_row(widths, index), gate)
         return constant(decisions)
 
     plain = decoder(tokens_BL, mixed(space, drawn)).logits_BLV
@@ -237,11 +237,13 @@ def test_width_zero_skips_a_site(decoder, space, tokens_BL):
         outputs = {"mlp_width": block.mlp.down, "attn_heads": block.attn.o}
         if site.axis in outputs and outputs[site.axis].bias is not None:
             outputs[site.axis].bias.zero_()
-        silent = silenced(tokens_BL, constant({site: Decision(None, torch.zeros(1, 1, whole))})).logits_BLV
-        skipped = decoder(tokens_BL, constant({site: Decision(0)})).logits_BLV
+        silent = silenced(tokens_BL, constant({site: Decision(gate=torch.zeros(1, 1, whole))})).logits_BLV
+        skipped = decoder(tokens_BL, constant({site: Decision(Width(0))})).logits_BLV
         torch.testing.assert_close(skipped, silent, **TOLERANCE)
         index_B = torch.tensor([0, 1, 1, 0, 1])
         wanted = torch.where(index_B[:, None, None] == 0, silent, base)
         for length in (tokens_BL.shape[1], 1):  # one token a sequence is served in another way
-            some = decoder(tokens_BL[:, :length], constant({site: Decision(Mixed((0, whole), index_B))})).logits_BLV
+            some = decoder(
+                tokens_BL[:, :length], constant({site: Decision(Width.per_row((0, whole), index_B))})
+            ).logits_BLV
             torch.testing.assert_close(some, wanted[:, :length], **TOLERANCE)

@@ -150,7 +150,7 @@ def test_where_no_site_decides_the_answer_is_a_sub_network(variant, calibration,
     assert answer.plan is None
     assert 0.85 < STATIC.main.share(answer.spec) <= 0.9
     output = calibration.decoder(calibration.batches[0].tokens_BL, answer.policy)
-    assert {site: decision.width for site, decision in output.decisions.items() if site in SPACE.choices} == dict(
+    assert {site: decision.width.units for site, decision in output.decisions.items() if site in SPACE.choices} == dict(
         answer.spec.items()
     )
 

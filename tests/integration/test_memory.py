@@ -15,13 +15,13 @@ import memory as benchmark
 from models import DECODERS
 from nestlm.config.compose import build, compose
 from nestlm.config.error_messages import explain
-from nestlm.distributed.device_layout import Layout, Precision
+from nestlm.distributed.device_layout import ComputePrecision, DeviceLayout
 from nestlm.errors import ConfigError
 from nestlm.estimate.dry_run import training_stages
 from nestlm.estimate.fake_step import GRADIENTS, PARTS, REST, STATES, TEACHER, WEIGHTS, FakeStep
 from nestlm.estimate.memory import lengthen, predict
 from nestlm.nn.decoder import Decoder
-from nestlm.nn.linear import hold_linear
+from nestlm.nn.linear import cast_linear_weights
 from nestlm.pipeline import run as pipeline
 from nestlm.pipeline.stages.elastic import ElasticStage
 from nestlm.train.callbacks.timed_checkpoint import STATE
@@ -44,13 +44,13 @@ def made(*overrides: str):
 
 
 def predicted(stage: str, settings):
-    precision = Precision.of(settings.trainer)
+    precision = ComputePrecision.from_trainer(settings.trainer)
     assert precision is not None
     (found,) = [each for each in training_stages(settings) if each.name == stage]
     return predict(
         found,
         activation_checkpointing=settings.activation_checkpointing,
-        layout=Layout.of(settings.trainer),
+        layout=DeviceLayout.from_trainer(settings.trainer),
         precision=precision,
     )
 
@@ -76,7 +76,7 @@ def test_a_rank_that_holds_a_shard_takes_what_was_predicted(tmp_path, monkeypatc
 @pytest.mark.parametrize("overrides", [(), ("activation_checkpointing=true", "sampler=sandwich")])
 def test_two_blocks_tell_of_five(overrides):
     settings = made("model.num_layers=5", *overrides)
-    precision = Precision(torch.float32, mixed=False)
+    precision = ComputePrecision(torch.float32, mixed=False)
     fake_step = FakeStep(ElasticStage.of(settings), 2, precision, settings.activation_checkpointing)
     long = lengthen(fake_step.moments(1), fake_step.moments(2), num_blocks=5)
     whole = fake_step.moments(5)
@@ -114,15 +114,17 @@ def test_a_model_of_7b_is_predicted_without_its_memory():
     ],
 )
 def test_the_trainer_tells_how_a_stage_is_laid_out(overrides, ranks, shards):
-    layout = Layout.of(made(*overrides).trainer)
+    layout = DeviceLayout.from_trainer(made(*overrides).trainer)
     assert (layout.ranks, layout.shards) == (ranks, shards)
     assert layout.on_cuda == ("trainer=gpu" in overrides)
 
 
 @pytest.mark.parametrize(("name", "mixed"), [("bf16-mixed", True), ("bf16", True), ("bf16-true", False)])
 def test_precisions_by_their_names(name, mixed):
-    assert Precision.of(made(f"trainer.precision={name}").trainer) == Precision(torch.bfloat16, mixed)
-    assert Precision.of(partial(Trainer, precision="transformer-engine")) is None
+    assert ComputePrecision.from_trainer(made(f"trainer.precision={name}").trainer) == ComputePrecision(
+        torch.bfloat16, mixed
+    )
+    assert ComputePrecision.from_trainer(partial(Trainer, precision="transformer-engine")) is None
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # of norms of queries and keys
@@ -133,7 +135,7 @@ def test_a_teacher_held_in_bfloat16_says_the_same(name):
     tokens_BL = torch.arange(40).view(2, 20)
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
         before = decoder(tokens_BL).logits_BLV
-        hold_linear(decoder, torch.bfloat16)
+        cast_linear_weights(decoder, torch.bfloat16)
         assert torch.equal(decoder(tokens_BL).logits_BLV, before)
     assert decoder.blocks[0].mlp.up.weight.dtype == torch.bfloat16
     assert decoder.embed.weight.dtype == torch.float32

@@ -9,16 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from nestlm.distributed.gpu_lock import own_gpu, visible_gpus
+from nestlm.distributed.gpu_lock import lock_gpu, visible_gpus
 
 # Holds a GPU of the named ones several times over; prints what it sees at the start and at the end of each job.
 WORKER = """
 import os, sys, time
 from pathlib import Path
-from nestlm.distributed.gpu_lock import own_gpu, visible_gpus
+from nestlm.distributed.gpu_lock import lock_gpu, visible_gpus
 os.environ["CUDA_VISIBLE_DEVICES"] = sys.argv[2]
 for job in range(int(sys.argv[3])):
-    with own_gpu(visible_gpus(), folder=Path(sys.argv[1])):
+    with lock_gpu(visible_gpus(), folder=Path(sys.argv[1])):
         print("start", os.environ["CUDA_VISIBLE_DEVICES"], time.monotonic_ns(), flush=True)
         time.sleep(float(sys.argv[4]))
         print("end", os.environ["CUDA_VISIBLE_DEVICES"], time.monotonic_ns(), flush=True)
@@ -82,9 +82,9 @@ def test_a_killed_holder_does_not_block(tmp_path):
 def test_the_outer_list_is_obeyed(listed, names, monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
     assert visible_gpus() == names
-    with own_gpu(names, folder=tmp_path / "locks"):
+    with lock_gpu(names, folder=tmp_path / "locks"):
         assert os.environ["CUDA_VISIBLE_DEVICES"] == (names[0] if names else listed)
-    with own_gpu(names[::-1], folder=tmp_path / "locks"):
+    with lock_gpu(names[::-1], folder=tmp_path / "locks"):
         assert os.environ["CUDA_VISIBLE_DEVICES"] == (names[-1] if names else listed)
 
 

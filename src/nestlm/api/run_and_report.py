@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 
 from nestlm.distributed import collectives
-from nestlm.distributed.strategy import placement_of
+from nestlm.distributed.strategy import placement_for
 from nestlm.estimate.dry_run import describe
 from nestlm.pipeline.checks import check
 from nestlm.pipeline.run import FinishedStages, run_stages
@@ -75,7 +75,7 @@ def fill_run_folder(settings: Settings, *, config: dict[str, Any], shown: bool =
         shown: whether to draw pictures, write the page, print the table, and publish the folder to wandb.
     """
     check_trainer(settings.trainer)
-    placement_of(make_trainer(settings.trainer))  # ranks meet
+    placement_for(make_trainer(settings.trainer))  # ranks meet
     is_first = collectives.rank() == 0
     console.quiet = output.quiet = not is_first
     run_dir = run_folder(settings, config=config)

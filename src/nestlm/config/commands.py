@@ -23,7 +23,7 @@ from nestlm.config.compose import build, compose, settings_of, to_plain, with_si
 from nestlm.config.error_messages import explain, plain_errors, user_error
 from nestlm.config.groups import CONF
 from nestlm.config.sweep import JobFailed, failures, in_sweep, job_failed, link_run, shares_machine
-from nestlm.distributed.gpu_lock import own_gpu, visible_gpus
+from nestlm.distributed.gpu_lock import lock_gpu, visible_gpus
 from nestlm.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, Preempted
 
 if TYPE_CHECKING:  # heavy to import
@@ -94,7 +94,7 @@ def run_config(config: DictConfig) -> FinishedRun | None:
     plain = with_sizes(to_plain(config))
     trainer = plain.get("trainer")
     on_gpu = isinstance(trainer, dict) and trainer.get("accelerator") in ("gpu", "cuda", "auto")
-    with own_gpu(visible_gpus() if on_gpu and shares_machine() else []):
+    with lock_gpu(visible_gpus() if on_gpu and shares_machine() else []):
         from nestlm.train.trainer import ranks_to_start
 
         settings = build(plain, plugins=plugins_of(plain))

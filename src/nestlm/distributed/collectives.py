@@ -23,7 +23,7 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def with_rank(message: str) -> str:
+def prefix_rank(message: str) -> str:
     """A message that says on which rank it came up, where there are several."""
     return f"rank {rank()}: {message}" if num_ranks() > 1 else message
 
@@ -96,15 +96,15 @@ class RowShard(NamedTuple):
     rank: int = 0
     num_ranks: int = 1
 
-    def total(self, rows: int) -> int:
+    def global_rows(self, rows: int) -> int:
         """Rows of the step, of all ranks together, when this one holds so many."""
         return rows * self.num_ranks
 
-    def own(self, values: Tensor, *, dim: int = 0) -> Tensor:
+    def local_rows(self, values: Tensor, *, dim: int = 0) -> Tensor:
         """This rank's part of what was made for all rows of the step."""
         return values[(slice(None),) * dim + (slice(self.rank, None, self.num_ranks),)]
 
-    def gather(self, values: Tensor) -> Tensor:
+    def all_gather(self, values: Tensor) -> Tensor:
         """All ranks' rows (rows, ...) in the order of the step, without gradient."""
         if self.num_ranks == 1:
             return values.detach()
@@ -112,7 +112,7 @@ class RowShard(NamedTuple):
         dist.all_gather(parts, values.detach().contiguous())
         return torch.stack(parts, dim=1).flatten(0, 1)
 
-    def mean(self, values: Tensor) -> Tensor:
+    def all_reduce_mean(self, values: Tensor) -> Tensor:
         """Mean over the ranks that share the step.
 
         Its gradient is that of this rank's values alone, so that the mean of gradients over ranks is the mean's.

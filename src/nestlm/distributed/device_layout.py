@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from nestlm.distributed.strategy import Sharded
+from nestlm.distributed.strategy import ShardedStrategy
 
 DTYPES = {"64": torch.float64, "32": torch.float32, "16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
-class Precision:
+class ComputePrecision:
     """What a trainer computes in.
 
     Attributes:
@@ -28,7 +28,7 @@ class Precision:
     mixed: bool
 
     @classmethod
-    def of(cls, trainer: Callable[..., Any]) -> Precision | None:
+    def from_trainer(cls, trainer: Callable[..., Any]) -> ComputePrecision | None:
         """None of what is not torch's own. Lightning takes a bare 16 or bf16 for mixed precision."""
         name, _, kind = str(arguments(trainer).get("precision") or "32-true").partition("-")
         if name not in DTYPES:
@@ -37,7 +37,7 @@ class Precision:
 
 
 @dataclass(frozen=True)
-class Layout:
+class DeviceLayout:
     """Devices of a stage.
 
     Attributes:
@@ -51,14 +51,14 @@ class Layout:
     shards: int | None = None
 
     @classmethod
-    def of(cls, trainer: Callable[..., Any]) -> Layout:
+    def from_trainer(cls, trainer: Callable[..., Any]) -> DeviceLayout:
         """What the arguments say; `auto` is what this machine has."""
         known = arguments(trainer)
         kind = known.get("accelerator", "auto")
         on_cuda = kind in ("gpu", "cuda") or (kind == "auto" and torch.cuda.is_available())
         ranks = number(known.get("devices", "auto"), on_cuda=on_cuda) * int(known.get("num_nodes", 1))
         strategy = known.get("strategy")
-        if not isinstance(strategy, partial) or strategy.func is not Sharded:
+        if not isinstance(strategy, partial) or strategy.func is not ShardedStrategy:
             return cls(on_cuda, ranks)
         shards = strategy.keywords["shards"]
         return cls(on_cuda, ranks, ranks if shards is None else shards)

@@ -20,7 +20,7 @@ warnings.filterwarnings("ignore", message=r".*returned a view tensor.*")
 
 
 @dataclass(frozen=True)
-class Placement:
+class ModelPlacement:
     """Where models are held.
 
     Attributes:
@@ -45,7 +45,7 @@ class Placement:
 
 
 @torch.no_grad()
-def fill(parameter: Tensor, value: Tensor) -> None:
+def copy_full_tensor(parameter: Tensor, value: Tensor) -> None:
     """Copy a whole tensor into a parameter; into a sharded one only this rank's part."""
     if isinstance(parameter, DTensor):
         part = distribute_tensor(
@@ -56,18 +56,18 @@ def fill(parameter: Tensor, value: Tensor) -> None:
         parameter.copy_(value)
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """All of a tensor; of a sharded one, gathered: all ranks have to ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def whole_state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def full_state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Names and whole tensors of a module's state, one at a time; all ranks have to ask."""
     for name, tensor in module.state_dict().items():
-        yield name, whole(tensor)
+        yield name, full_tensor(tensor)
 
 
-def read_state(module: nn.Module, path: Path) -> None:
+def load_full_state(module: nn.Module, path: Path) -> None:
     """Fill a module from a safetensors file of its own state, one tensor at a time.
 
     Raises:
@@ -79,13 +79,13 @@ def read_state(module: nn.Module, path: Path) -> None:
         if names != set(state):
             raise ValueError(f"{path} is of another model: {sorted(names ^ set(state))[0]} is in one of both only")
         for name in state:
-            fill(state[name], tensors.get_tensor(name))
+            copy_full_tensor(state[name], tensors.get_tensor(name))
 
 
 @contextmanager
-def gradients_held(model: nn.Module, *, held: bool) -> Iterator[None]:
-    """Where held, a backward pass keeps its gradients on the rank, and the next one that does not reduces them all."""
-    if isinstance(model, FSDPModule) and held:
+def gradient_sync_paused(model: nn.Module, *, paused: bool) -> Iterator[None]:
+    """While paused, backward passes keep gradients on the rank; the next one that is not reduces them all."""
+    if isinstance(model, FSDPModule) and paused:
         model.set_requires_gradient_sync(False)
         yield
         model.set_requires_gradient_sync(True)

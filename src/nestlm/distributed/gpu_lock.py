@@ -28,7 +28,7 @@ def visible_gpus() -> list[str]:
 
 
 @contextmanager
-def own_gpu(names: Sequence[str], *, folder: Path | None = None) -> Iterator[None]:
+def lock_gpu(names: Sequence[str], *, folder: Path | None = None) -> Iterator[None]:
     """Hold a GPU that no other process holds, as the only one that this process sees; wait while none is free.
 
     CUDA_VISIBLE_DEVICES stays set: CUDA, once initialised, keeps its device, so that the next job of the same process

@@ -15,13 +15,13 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.optim import Optimizer
 
 from nestlm.distributed import sharded_checkpoint as sharded
-from nestlm.distributed.fsdp import Placement
+from nestlm.distributed.fsdp import ModelPlacement
 from nestlm.errors import ConfigError
 
 COMPUTE = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
-class Sharded(ModelParallelStrategy):
+class ShardedStrategy(ModelParallelStrategy):
     """Copies of a model, each in shards.
 
     The process group outlives the trainers of a run's stages. Models are placed before a trainer sees them, so that
@@ -54,7 +54,7 @@ class Sharded(ModelParallelStrategy):
             raise ConfigError(
                 f"trainer.strategy.shards: got {shards}, wanted a divisor of the {self.world_size} ranks, or null"
             )
-        return mesh_of(self.root_device.type, self.world_size // shards, shards)
+        return make_mesh(self.root_device.type, self.world_size // shards, shards)
 
     def setup_environment(self) -> None:
         """Lightning's hook: the same mesh for every trainer of the process."""
@@ -85,25 +85,25 @@ class Sharded(ModelParallelStrategy):
 
 
 @lru_cache
-def mesh_of(device_type: str, copies: int, shards: int) -> DeviceMesh:
+def make_mesh(device_type: str, copies: int, shards: int) -> DeviceMesh:
     """The one mesh of this process and shape."""
     return init_device_mesh(device_type, (copies, shards), mesh_dim_names=("copies", "shards"))
 
 
-def placement_of(trainer: L.Trainer) -> Placement:
+def placement_for(trainer: L.Trainer) -> ModelPlacement:
     """Where a trainer's models are held; ranks meet here."""
     strategy = trainer.strategy
-    if not isinstance(strategy, Sharded):
-        return Placement(strategy.root_device)
+    if not isinstance(strategy, ShardedStrategy):
+        return ModelPlacement(strategy.root_device)
     mesh = strategy.start()
     if mesh.size(0) == 1:  # nothing to reduce between copies
         mesh = mesh["shards"]
-    return Placement(strategy.root_device, mesh, COMPUTE.get(str(trainer.precision)))
+    return ModelPlacement(strategy.root_device, mesh, COMPUTE.get(str(trainer.precision)))
 
 
-def starts_ranks(trainer: L.Trainer) -> int:
+def count_ranks_to_start(trainer: L.Trainer) -> int:
     """How many ranks this process has to start on its machine; 0 where it is one itself, or works alone."""
-    environment = trainer.strategy.cluster_environment if isinstance(trainer.strategy, Sharded) else None
+    environment = trainer.strategy.cluster_environment if isinstance(trainer.strategy, ShardedStrategy) else None
     if environment is None or environment.creates_processes_externally or trainer.world_size == 1:
         return 0
     return trainer.num_devices

@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from nestlm.distributed.fsdp import fill, whole
+from nestlm.distributed.fsdp import copy_full_tensor, full_tensor
 from nestlm.elastic.axes.base import Axis
 from nestlm.nn.config import NO_BLOCK, BlockConfig, DecoderConfig
 from nestlm.nn.decoder import Block, Decoder
@@ -79,8 +79,8 @@ def sort_units(decoder: Decoder, orders: Mapping[Site, Tensor], *, axes: tuple[A
         if not torch.equal(order.sort().values, torch.arange(len(order))):
             raise ValueError(f"{site}: got an order that is no permutation of its {len(order)} units")
         rows = (order[:, None] * part.rows + torch.arange(part.rows)).flatten()
-        weight = whole(parameters[name])
-        fill(parameters[name], weight.index_select(part.dim, rows.to(weight.device)))
+        weight = full_tensor(parameters[name])
+        copy_full_tensor(parameters[name], weight.index_select(part.dim, rows.to(weight.device)))
 
 
 def resized_blocks(config: DecoderConfig, spec: SubnetSpec, *, axes: tuple[Axis, ...]) -> list[BlockConfig]:

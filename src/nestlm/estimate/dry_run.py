@@ -9,7 +9,7 @@ from rich.table import Table
 
 from nestlm.cost.latency.latency import Latency
 from nestlm.cost.static import Flops
-from nestlm.distributed.device_layout import Layout, Precision
+from nestlm.distributed.device_layout import ComputePrecision, DeviceLayout
 from nestlm.elastic.axes.base import WidthAxis
 from nestlm.estimate.fake_step import PARTS
 from nestlm.estimate.memory import predict
@@ -52,7 +52,7 @@ def describe(settings: Settings) -> None:
 
 def describe_memory(settings: Settings) -> None:
     """Print the predicted peak memory of each training stage, and whether this machine's device has it."""
-    layout, precision = Layout.of(settings.trainer), Precision.of(settings.trainer)
+    layout, precision = DeviceLayout.from_trainer(settings.trainer), ComputePrecision.from_trainer(settings.trainer)
     if precision is None:
         output.print("memory          (not known for this trainer.precision)")
         return

@@ -16,12 +16,12 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from nestlm.cost.static import Flops
 from nestlm.data.batch import Batch
 from nestlm.distributed.collectives import ALL_ROWS, RowShard
-from nestlm.distributed.device_layout import Precision
+from nestlm.distributed.device_layout import ComputePrecision
 from nestlm.elastic.axes.mlp_width import MLPWidth
 from nestlm.elastic.sampler.base import MixedSpecs, Sample, Sampler
 from nestlm.estimate.memory_tracker import MemoryTracker, with_cuda_kernels
 from nestlm.nn.decoder import Decoder
-from nestlm.nn.linear import hold_linear
+from nestlm.nn.linear import cast_linear_weights
 from nestlm.nn.policy import Policy, fixed
 from nestlm.pipeline.settings import PriceSettings, SpaceSettings
 from nestlm.pipeline.stages.training import TrainingStage
@@ -61,7 +61,7 @@ class FakeStep:
 
     stage: TrainingStage[Any]
     rows: int
-    precision: Precision
+    precision: ComputePrecision
     activation_checkpointing: bool = False
     on_cuda: bool = False
     gathered: bool = False
@@ -123,7 +123,7 @@ class FakeStep:
         if self.gathered or not self.precision.mixed:
             decoder.to(self.precision.dtype)
         elif teaches:
-            hold_linear(decoder, self.precision.dtype)
+            cast_linear_weights(decoder, self.precision.dtype)
         if self.on_cuda:
             with_cuda_kernels(decoder)
         tracker.without_storage(decoder)

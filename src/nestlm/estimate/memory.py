@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nestlm.distributed.device_layout import Layout, Precision
+from nestlm.distributed.device_layout import ComputePrecision, DeviceLayout
 from nestlm.estimate.fake_step import (
     GRADIENTS,
     HELD,
@@ -32,7 +32,7 @@ PREFETCHED_BLOCKS = 1  # in backward passes, the next block as well
 
 
 def predict(
-    stage: TrainingStage[Any], *, activation_checkpointing: bool, layout: Layout, precision: Precision
+    stage: TrainingStage[Any], *, activation_checkpointing: bool, layout: DeviceLayout, precision: ComputePrecision
 ) -> Parts:
     """Predict the peak memory of a device while a stage trains.
 
@@ -82,7 +82,7 @@ def shard(
     config: DecoderConfig,
     *,
     shards: int,
-    precision: Precision,
+    precision: ComputePrecision,
 ) -> dict[str, Parts]:
     """Convert moments to those of a rank that holds one of several shards of weights, gradients and states (FSDP2).
 

@@ -23,7 +23,7 @@ from nestlm.cost.table import Rows
 from nestlm.nn.config import DecoderConfig
 from nestlm.nn.decoder import Decoder
 from nestlm.nn.kv_cache import KVCache
-from nestlm.nn.policy import WHOLE, Decision, Mixed, Policy, Stream, constant
+from nestlm.nn.policy import FULL, Decision, Policy, Stream, Width, constant
 from nestlm.router.dynamic.base import features
 from nestlm.router.dynamic.pacing import DEMAND_LEVELS, Pace, PacedSite
 from nestlm.router.dynamic.token_bucket import TokenBucket
@@ -181,7 +181,7 @@ class Mix:
         decisions = {}
         for (site, widths), index, decides in zip(space.choices.items(), self.indices, self.decides, strict=True):
             drawn = torch.from_numpy(index).view(shape).to(device)
-            decisions[site] = Decision(Mixed(widths, drawn) if decides else widths[int(index[0])])
+            decisions[site] = Decision(Width.per_row(widths, drawn) if decides else Width(widths[int(index[0])]))
         return constant(decisions)
 
     def reach(self, space: SearchSpace) -> Array:
@@ -290,7 +290,7 @@ def spec_policy(space: SearchSpace, indices: Indices) -> Policy:
     """The policy of a spec, with sites that are skipped."""
     return constant(
         {
-            site: Decision(0 if index == SKIPPED else widths[index])
+            site: Decision(Width(0 if index == SKIPPED else widths[index]))
             for (site, widths), index in zip(space.choices.items(), indices.tolist(), strict=True)
         }
     )
@@ -313,7 +313,7 @@ def routed(policy: Policy, *, space: SearchSpace, bench: Bench, hidden_width: in
     def decide(site: Site, hidden_BLD: Tensor, stream: Stream) -> Decision:
         row = rows.get(site)
         if row is None:
-            return WHOLE
+            return FULL
         paced[row].decide(networks.at(row, features(hidden_BLD)), real_BL=None, kept=None)
         return policy(site, hidden_BLD, stream)
 

@@ -19,8 +19,8 @@ from nestlm.cost.table import CostTable, PriceList, TokenTable
 from nestlm.data.batch import Batch
 from nestlm.distributed import collectives
 from nestlm.nn.decoder import Decoder
-from nestlm.nn.loss import ScoreReader
-from nestlm.nn.policy import WHOLE, Decision, Mixed, Policy
+from nestlm.nn.loss import ScoreFn
+from nestlm.nn.policy import FULL, Decision, Policy
 from nestlm.router.calibration_data import CalibrationData
 from nestlm.spec import SearchSpace, Site
 from nestlm.train.trainer import quiet_lightning
@@ -90,12 +90,12 @@ class PolicyEvaluation(L.LightningModule):
         """Update the counts; every token weighs the same."""
         del batch_idx
         output = self.decoder(
-            batch.tokens_BL, self.policy, documents_BL=batch.documents_BL, read=ScoreReader(batch.targets_BL)
+            batch.tokens_BL, self.policy, documents_BL=batch.documents_BL, output_fn=ScoreFn(batch.targets_BL)
         )
         if not batch.is_counted:
             return
         tokens = batch.targets_BL.numel()
-        losses_BL, hits_BL = output.read
+        losses_BL, hits_BL = output.output
         self.loss.update(losses_BL.mean(), weight=tokens)
         self.accuracy.update(hits_BL.double().mean(), weight=tokens)
         if self.prices is None:
@@ -106,8 +106,8 @@ class PolicyEvaluation(L.LightningModule):
             self.spent[name].append(spent_shares(output.decisions, table, batch_size=sequences).cpu())
         for site, widths in self.prices.space.choices.items():
             depth = self.prices.space.enclosing.get(site)
-            block = WHOLE if depth is None else output.decisions[depth]
-            ran = output.decisions[site].inside(block, whole=widths[-1])
+            block = FULL if depth is None else output.decisions[depth]
+            ran = output.decisions[site].restrict_to(block, num_units=widths[-1])
             self.widths[site] += sequences * mean_width(ran, whole=widths[-1])
 
     def spending(self) -> dict[str, Spending]:
@@ -134,9 +134,7 @@ class PolicyEvaluation(L.LightningModule):
 def mean_width(decision: Decision, *, whole: int) -> float:
     """Units that ran at a site, as a mean over the tokens of a batch."""
     width = decision.width
-    if isinstance(width, Mixed):
-        return float(torch.tensor(width.widths, dtype=torch.float64, device=width.index.device)[width.index].mean())
-    return float(whole if width is None else width)
+    return float(width.count(whole) if width.index is None else width.units_by_row.double().mean())
 
 
 def spent_shares(decisions: Mapping[Site, Decision], table: CostTable, *, batch_size: int) -> Tensor:
@@ -149,22 +147,24 @@ def spent_shares(decisions: Mapping[Site, Decision], table: CostTable, *, batch_
     for row, (site, widths) in enumerate(table.space.choices.items()):
         prices = table.shares[row]
         width = decisions[site].width
-        if isinstance(table, TokenTable) and table.fixed is not None and not isinstance(width, Mixed):
+        if isinstance(table, TokenTable) and table.fixed is not None and width.index is None:
             prices = (torch.tensor(table.fixed[row], dtype=torch.float64) - table.shared[row]) / table.whole
-        if isinstance(width, Mixed):
+        if width.index is not None:
             prices = prices.to(width.index.device)
             paid = prices[width.index * runs_block(site, decisions, table.space)]
             total = total.to(paid.device) + (paid.mean(1) if paid.ndim == 2 else paid)
         else:
-            total = total + prices[widths.index(widths[-1] if width is None else width)]
+            total = total + prices[widths.index(width.count(widths[-1]))]
     return total
 
 
 def runs_block(site: Site, decisions: Mapping[Site, Decision], space: SearchSpace) -> Tensor | int:
     """1 where the block of a site runs, 0 where it is skipped: for all tokens, or as the index of a mixture."""
     depth = space.enclosing.get(site)
-    width = None if depth is None else decisions[depth].width
-    return width.index if isinstance(width, Mixed) else int(width != 0)
+    if depth is None:
+        return 1
+    width = decisions[depth].width
+    return int(not width.is_zero) if width.index is None else width.index
 
 
 def evaluate(

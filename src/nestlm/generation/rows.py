@@ -7,7 +7,7 @@ from collections.abc import Iterator, MutableMapping, Sequence
 import torch
 from torch import Tensor
 
-from nestlm.nn.policy import WHOLE, Decision, Mixed, Policy, Stream, mixed
+from nestlm.nn.policy import FULL, Decision, Policy, Stream, Width, mixed
 from nestlm.router.base import RoutedPolicy
 from nestlm.spec import SearchSpace, Site
 
@@ -34,22 +34,22 @@ def batch_policy(rows: Sequence[RoutedPolicy], *, space: SearchSpace, device: to
     def policy(site: Site, hidden_BLD: Tensor, stream: Stream) -> Decision:
         widths = space.choices.get(site)
         if widths is None:
-            return WHOLE
+            return FULL
         index_BL = torch.empty(hidden_BLD.shape[:2], dtype=torch.long, device=hidden_BLD.device)
         for owner, (numbers, part) in enumerate(parts):
             real_BL = None if stream.real_BL is None else stream.real_BL[numbers]
             width = part(site, hidden_BLD[numbers], Stream(real_BL, OwnedMemory(stream.memory, owner))).width
             index_BL[numbers] = choice_indices(width, widths)
-        return Decision(Mixed(widths, index_BL))
+        return Decision(Width.per_row(widths, index_BL))
 
     return policy
 
 
-def choice_indices(width: int | Mixed | None, widths: tuple[int, ...]) -> Tensor:
+def choice_indices(width: Width, widths: tuple[int, ...]) -> Tensor:
     """Turn the width of a decision into indices of the site's choices, broadcastable to (B, L)."""
-    if isinstance(width, Mixed):
+    if width.index is not None:
         return width.index if width.index.ndim == 2 else width.index[:, None]
-    return torch.tensor(len(widths) - 1 if width is None else widths.index(width))
+    return torch.tensor(widths.index(width.count(widths[-1])))
 
 
 class OwnedMemory(MutableMapping[Site, Tensor]):

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from nestlm.distributed.fsdp import fill
+from nestlm.distributed.fsdp import copy_full_tensor
 from nestlm.errors import CheckpointError
 from nestlm.model.config_json import quote
 from nestlm.utils.checksums import CHECKSUMS, hash_file
@@ -256,7 +256,7 @@ def open_shard(shard: Path) -> Iterator[Any]:
 @torch.no_grad()
 def fill_checked(parameter: Tensor, value: Tensor, *, name: str) -> None:
     """Copy a value into a parameter. Raises CheckpointError, with the tensor's name, for infinite or NaN entries."""
-    fill(parameter, value)
+    copy_full_tensor(parameter, value)
     # the sum is not finite if an entry is not, and needs no memory; it can overflow, hence the second test
     if not value.sum().isfinite() and not value.isfinite().all():
         raise CheckpointError(f"model.weights: {name} holds numbers that are not finite; fetch it again")

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nestlm.distributed import collectives
-from nestlm.distributed.fsdp import read_state
+from nestlm.distributed.fsdp import load_full_state
 from nestlm.errors import CheckpointError, ResourceError
 from nestlm.utils.checksums import CHECKSUMS, matches_checksum, write_with_checksum
 from nestlm.utils.resources import resource_errors
@@ -32,7 +32,7 @@ def load_weights(module: nn.Module, path: Path) -> None:
         check_weights(path)
     try:
         with resource_errors(path):
-            read_state(module, path)
+            load_full_state(module, path)
     except ResourceError:
         raise
     except (SafetensorError, ValueError, RuntimeError) as error:

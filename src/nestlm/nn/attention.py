@@ -12,8 +12,8 @@ from nestlm.nn.config import BlockConfig, DecoderConfig
 from nestlm.nn.kv_cache import LayerCache
 from nestlm.nn.linear import PrefixLinear, joined_products, prefix_products
 from nestlm.nn.norm import RMSNorm
-from nestlm.nn.policy import Decision, Mixed
-from nestlm.nn.ragged.dispatch import RowGroups
+from nestlm.nn.policy import Decision, Width
+from nestlm.nn.ragged.dispatch import RowGroups, widest_masked, zero_skipped
 from nestlm.nn.ragged.ragged_attention import attend_scattered
 from nestlm.nn.rope import rotate
 
@@ -39,27 +39,27 @@ class GroupedQueryAttention(nn.Module):
     ) -> Tensor:
         """(B, L, D) to (B, L, D)."""
         width = decision.width
-        if isinstance(width, Mixed):
+        if width.index is not None:
             if hidden_BLD.shape[1] == 1 and decision.gate is None:
                 return self.forward_next(hidden_BLD, width, sight=sight, cache=cache)
             run = self.forward_tokens if width.index.ndim == 2 else self.forward_sequences
             return run(hidden_BLD, width, decision.gate, sight=sight, cache=cache)
-        groups = self.num_groups if width is None else width
+        groups = width.count(self.num_groups)
         ((q_BHLE, k_BGLE, v_BGLE),) = self.project([hidden_BLD], [groups], [groups], sight=sight)
         if cache is not None:
             k_BGLE, v_BGLE = cache.extend(k_BGLE, v_BGLE, groups=slice(groups))
         found_BHLE = attend(q_BHLE, k_BGLE, v_BGLE, sight=sight)
         return self.o(self.merge(found_BHLE, decision.gate))
 
-    def forward_next(self, hidden_B1D: Tensor, width: Mixed, *, sight: Sight, cache: LayerCache | None) -> Tensor:
+    def forward_next(self, hidden_B1D: Tensor, width: Width, *, sight: Sight, cache: LayerCache | None) -> Tensor:
         """One token a sequence, each with KV groups or query heads of its own.
 
         Where widths are of tokens, later ones may look at wider keys and values than this one has queries.
         """
-        decision = width.gated()
-        queries = decision.width
-        assert isinstance(queries, int), "one width for all"
-        keys = width.widths[-1] if width.index.ndim == 2 else queries
+        assert width.index is not None
+        decision = widest_masked(width)
+        queries = decision.width.count(self.num_groups)
+        keys = width.choices[-1] if width.index.ndim == 2 else queries
         if keys == 0:
             return torch.zeros_like(hidden_B1D)
         ((q_BH1E, k_BGLE, v_BGLE),) = self.project([hidden_B1D], [queries], [keys], sight=sight)
@@ -68,10 +68,10 @@ class GroupedQueryAttention(nn.Module):
         if queries == 0:
             return torch.zeros_like(hidden_B1D)
         found_BH1E = attend(q_BH1E, k_BGLE[:, :queries], v_BGLE[:, :queries], sight=sight)
-        return width.close(self.o(self.merge(found_BH1E, decision.gate)))
+        return zero_skipped(self.o(self.merge(found_BH1E, decision.gate)), width)
 
     def forward_sequences(
-        self, hidden_BLD: Tensor, width: Mixed, gate: Tensor | None, *, sight: Sight, cache: LayerCache | None
+        self, hidden_BLD: Tensor, width: Width, gate: Tensor | None, *, sight: Sight, cache: LayerCache | None
     ) -> Tensor:
         """Each sequence with KV groups of its own."""
         groups = RowGroups.of(width)
@@ -92,17 +92,17 @@ class GroupedQueryAttention(nn.Module):
         return groups.unsort(joined_products(heads, self.o))
 
     def forward_tokens(
-        self, hidden_BLD: Tensor, width: Mixed, gate: Tensor | None, *, sight: Sight, cache: LayerCache | None
+        self, hidden_BLD: Tensor, width: Width, gate: Tensor | None, *, sight: Sight, cache: LayerCache | None
     ) -> Tensor:
         """Each token with query heads of its own. All have the keys and values of the widest choice, since later tokens
         may look at them.
         """  # noqa: D205
         length, rows = hidden_BLD.shape[1], hidden_BLD.flatten(0, 1)
-        kept = [[width.widths[-1] * self.head_dim]] * 2
+        kept = [[width.choices[-1] * self.head_dim]] * 2
         ((k_BLE,), (v_BLE,)) = prefix_products([hidden_BLD], [self.k, self.v], outputs=kept)
         k_BGLE, v_BGLE = turn(self.heads(k_BLE), self.k_norm, sight.rotary), self.heads(v_BLE)
         if cache is not None:
-            k_BGLE, v_BGLE = cache.extend(k_BGLE, v_BGLE, groups=slice(width.widths[-1]))
+            k_BGLE, v_BGLE = cache.extend(k_BGLE, v_BGLE, groups=slice(width.choices[-1]))
         groups = RowGroups.of(width)
         if not groups.widths:
             return torch.zeros_like(hidden_BLD)

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nestlm.distributed.fsdp import fill
 from nestlm.errors import ConfigError
 from nestlm.nn.attention import GroupedQueryAttention
 from nestlm.nn.attention_context import Sight, scores_mask
@@ -19,32 +18,32 @@ from nestlm.nn.kv_cache import KVCache, LayerCache
 from nestlm.nn.linear import product_dtype
 from nestlm.nn.mlp import MLP
 from nestlm.nn.norm import LayerNorm1P, make_norm
-from nestlm.nn.policy import Decision, Mixed, Policy, Stream, full
+from nestlm.nn.policy import Decision, Policy, Stream, full
 from nestlm.spec import ATTN_HEADS, DEPTH, MLP_WIDTH, Site
 
 SERVES_LATER_TOKENS = ("attn.k", "attn.v")  # modules of a block whose outputs later tokens read
 
 # Makes something of the residual stream after the final norm, (B, L, D), and of the head's weight, (V, D). It is called
 # within the forward pass, since weights in shards are whole only there.
-Reader = Callable[[Tensor, Tensor], Any]
+OutputFn = Callable[[Tensor, Tensor], Any]
 
 
 class DecoderOutput(NamedTuple):  # not a dataclass: FSDP looks for tensors in tuples
     """What was read, and what the policy decided on the way (a dynamic router's decisions are only known afterwards).
 
     Attributes:
-        read: what the reader made.
+        output: what `output_fn` returned.
         decisions: by site.
     """
 
-    read: Any
+    output: Any
     decisions: dict[Site, Decision]
 
     @property
     def logits_BLV(self) -> Tensor:  # noqa: N802
         """What is read unless something else is asked for."""
-        assert isinstance(self.read, Tensor), "no other reader was given"
-        return self.read
+        assert isinstance(self.output, Tensor), "no other reader was given"
+        return self.output
 
 
 class Block(nn.Module):
@@ -75,14 +74,14 @@ class Block(nn.Module):
         new_BLD = hidden_BLD
         depth = policy(self.depth_site, hidden_BLD, stream)
         heads = policy(self.heads_site, hidden_BLD, stream)
-        ran = heads.inside(depth, whole=self.num_groups)
-        if self.num_groups and ran.width != 0:
+        ran = heads.restrict_to(depth, num_units=self.num_groups)
+        if self.num_groups and not ran.width.is_zero:
             new_BLD = new_BLD + self.attn(self.attn_norm(new_BLD), ran, sight=sight, cache=cache)
         neurons = policy(self.mlp_site, new_BLD, stream)
-        ran = neurons.inside(depth, whole=self.mlp_width)
-        if self.mlp_width and ran.width != 0:
+        ran = neurons.restrict_to(depth, num_units=self.mlp_width)
+        if self.mlp_width and not ran.width.is_zero:
             new_BLD = new_BLD + self.mlp(self.mlp_norm(new_BLD), ran)
-        if depth.gate is not None and depth.width != 0:
+        if depth.gate is not None and not depth.width.is_zero:
             new_BLD = hidden_BLD + block_gate(depth) * (new_BLD - hidden_BLD)
         return new_BLD, {self.depth_site: depth, self.heads_site: heads, self.mlp_site: neurons}
 
@@ -91,7 +90,7 @@ def block_gate(depth: Decision) -> Tensor:
     """The factor of what a block adds to the residual stream, broadcastable to (B, L, D)."""
     assert depth.gate is not None, "there is a gate"
     factor = depth.gate[..., -1:]
-    return factor[:, None] if isinstance(depth.width, Mixed) and factor.ndim == 2 else factor
+    return factor[:, None] if depth.width.index is not None and factor.ndim == 2 else factor
 
 
 class Decoder(nn.Module):
@@ -127,7 +126,7 @@ class Decoder(nn.Module):
         documents_BL: Tensor | None = None,
         cache: KVCache | None = None,
         last: int | None = None,
-        read: Reader = F.linear,
+        output_fn: OutputFn = F.linear,
     ) -> DecoderOutput:
         """What a reader makes of every position, or of the last ones: logits of the next token.
 
@@ -138,7 +137,7 @@ class Decoder(nn.Module):
                 attend to each other, and negative numbers are padding. None: each row is one document.
             cache: of the tokens before these, which are then added to it. Without gradients only.
             last: the reader gets this many positions at the end of the rows only; None: all.
-            read: what is made of the residual stream at the end.
+            output_fn: what is made of the residual stream at the end.
 
         Raises:
             ConfigError: the rows are longer than the model's context, or than the cache.
@@ -164,7 +163,9 @@ class Decoder(nn.Module):
         if cache is not None:
             cache.num_tokens += length
         head_VD = self.embed.weight if self.head is None else self.head.weight
-        return DecoderOutput(read(self.norm(hidden_BLD if last is None else hidden_BLD[:, -last:]), head_VD), decisions)
+        return DecoderOutput(
+            output_fn(self.norm(hidden_BLD if last is None else hidden_BLD[:, -last:]), head_VD), decisions
+        )
 
     def sight(self, hidden_BLD: Tensor, *, documents_BL: Tensor | None, cache: KVCache | None) -> Sight:
         """What tokens may look at: the first of their rows, or those that come after a cache's."""
@@ -183,7 +184,8 @@ class Decoder(nn.Module):
             visible = visible.tril(start)[None, None]
         return Sight(rotary, scores_mask(visible, dtype=dtype), causal=True, dtype=dtype)
 
-    def init_weights(self, *, seed: int) -> None:
+    @torch.no_grad()
+    def init_weights(self, *, seed: int, assign: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> None:
         """Fill the weights: normal with variance 2/(5D) (Nguyen and Salazar, arXiv 1910.05895).
 
         Projections into the residual stream are scaled down by sqrt(2N) (GPT-2); norms start at 1, biases at 0.
@@ -199,7 +201,7 @@ class Decoder(nn.Module):
                 nn.init.zeros_(parameter)
             elif "norm" not in name:
                 scale = residual_std if name.endswith(("attn.o.weight", "mlp.down.weight")) else std
-                fill(parameter, torch.randn(parameter.shape, generator=generator) * scale)
+                assign(parameter, torch.randn(parameter.shape, generator=generator) * scale)
 
 
 def document_mask(documents_BL: Tensor, *, num_queries: int) -> Tensor:

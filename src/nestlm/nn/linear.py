@@ -190,7 +190,7 @@ def product_dtype(tensor: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if narrowed else tensor.dtype
 
 
-def hold_linear(module: nn.Module, dtype: torch.dtype) -> None:
+def cast_linear_weights(module: nn.Module, dtype: torch.dtype) -> None:
     """Hold the linear maps of a frozen module in the dtype that autocast would cast them to at every call.
 
     Embeddings and norms stay as they are, so the module computes the same numbers.

@@ -35,7 +35,7 @@ class HeadInputs:
     head_VD: Tensor
 
     @classmethod
-    def read(cls, hidden_BLD: Tensor, head_VD: Tensor) -> HeadInputs:
+    def detached(cls, hidden_BLD: Tensor, head_VD: Tensor) -> HeadInputs:
         """A decoder's reader."""
         return cls(hidden_BLD.detach(), head_VD.detach())
 
@@ -45,19 +45,19 @@ class TokenLosses(NamedTuple):
 
     Attributes:
         loss: mean over tokens of what is trained on, a scalar with its gradient.
-        text_BL: negative log-likelihood of each target, without gradient.
-        distance_BL: KL(teacher || model) of each token, without gradient; None without a teacher.
-        beliefs: what the losses were made of, for others to learn from.
+        nll_BL: negative log-likelihood of each target, without gradient.
+        kl_BL: KL(teacher || model) of each token, without gradient; None without a teacher.
+        head_inputs: what the losses were made of, for others to learn from.
     """
 
     loss: Tensor
-    text_BL: Tensor
-    distance_BL: Tensor | None
-    beliefs: HeadInputs
+    nll_BL: Tensor
+    kl_BL: Tensor | None
+    head_inputs: HeadInputs
 
 
 @dataclass(frozen=True)
-class LossReader:
+class LossFn:
     """Reads losses off a decoder: `(1 - ce_share)` of the KL to a teacher, `ce_share` of cross-entropy on the text.
 
     Attributes:
@@ -90,12 +90,12 @@ class LossReader:
         loss, text_n, distance_n = HeadLoss.apply(
             hidden_BLD.flatten(0, 1), head_VD, self.targets_BL.flatten(), taught, share, torch.is_grad_enabled()
         )
-        distance_BL = None if taught is None else distance_n.view(shape)
-        return TokenLosses(loss, text_n.view(shape), distance_BL, HeadInputs.read(hidden_BLD, head_VD))
+        kl_BL = None if taught is None else distance_n.view(shape)
+        return TokenLosses(loss, text_n.view(shape), kl_BL, HeadInputs.detached(hidden_BLD, head_VD))
 
 
 @dataclass(frozen=True)
-class ScoreReader:
+class ScoreFn:
     """Reads off a decoder, without gradient, what each token loses and whether it was the likeliest: (B, L) both.
 
     Attributes:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from nestlm.nn.config import DecoderConfig
 from nestlm.nn.linear import PrefixLinear, joined_products, prefix_products
-from nestlm.nn.policy import Decision, Mixed
-from nestlm.nn.ragged.dispatch import RowGroups
+from nestlm.nn.policy import Decision, Width
+from nestlm.nn.ragged.dispatch import RowGroups, widest_masked, zero_skipped
 
 
 def relu2(x: Tensor) -> Tensor:
@@ -45,21 +45,22 @@ class MLP(nn.Module):
     def forward(self, hidden_BLD: Tensor, decision: Decision) -> Tensor:
         """(B, L, D) to (B, L, D)."""
         width = decision.width
-        if isinstance(width, Mixed):
+        if width.index is not None:
             if hidden_BLD.shape[1] == 1 and decision.gate is None:
-                return width.close(self.forward(hidden_BLD, width.gated()))
+                return zero_skipped(self.forward(hidden_BLD, widest_masked(width)), width)
             return self.forward_mixed(hidden_BLD, width, decision.gate)
-        if width == 0:
+        if width.is_zero:
             return torch.zeros_like(hidden_BLD)
-        outputs = None if width is None else [[width]] * len(self.inward)
+        outputs = None if width.units is None else [[width.units]] * len(self.inward)
         projected = prefix_products([hidden_BLD], self.inward, outputs=outputs)
         neurons_BLF = self.neurons(*(made for (made,) in projected))
         if decision.gate is not None:
             neurons_BLF = neurons_BLF * decision.gate
         return self.down(neurons_BLF)
 
-    def forward_mixed(self, hidden_BLD: Tensor, width: Mixed, gate: Tensor | None) -> Tensor:
+    def forward_mixed(self, hidden_BLD: Tensor, width: Width, gate: Tensor | None) -> Tensor:
         """Rows of different widths: sequences where the index is (B,), else tokens."""
+        assert width.index is not None
         rows = hidden_BLD.flatten(0, 1) if width.index.ndim == 2 else hidden_BLD
         groups = RowGroups.of(width)
         if not groups.widths:

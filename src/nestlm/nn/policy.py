@@ -1,4 +1,7 @@
-"""A policy says how wide each site runs. It travels as an argument; no module remembers it."""
+"""Policies: functions that decide, at every site of a decoder, how many units run.
+
+A policy travels as an argument of the forward pass. No module remembers an active sub-network.
+"""
 
 from __future__ import annotations
 
@@ -13,132 +16,137 @@ from nestlm.spec import SearchSpace, Site, SubnetSpec
 
 
 @dataclass(frozen=True)
-class Mixed:
-    """A width of its own for each sequence or each token of a batch.
+class Width:
+    """Number of units that a site runs, always a prefix of its units: one number for all rows, or one for each row.
+
+    `Width(8)` runs 8 units, `Width(0)` skips the site, `Width()` runs all units. `Width.per_row(choices, index)` is
+    *ragged*: each row of the batch has a width of its own.
 
     Attributes:
-        widths: the site's choices, ascending.
-        index: which of them: (B,) for whole sequences, (B, L) for tokens; integers.
+        units: units that run in all rows; None where all units run, or where the width is ragged.
+        choices: widths that a ragged site chooses from, ascending; empty otherwise.
+        index: index into `choices`, integers: (B,) with a choice for each sequence, (B, L) with one for each token.
+            None where all rows have one width.
     """
 
-    widths: tuple[int, ...]
-    index: Tensor
+    units: int | None = None
+    choices: tuple[int, ...] = ()
+    index: Tensor | None = None
 
-    def gated(self) -> Decision:
-        """The same for one token a sequence: all run at the widest of their widths, gates close what is beyond a row's.
+    @classmethod
+    def per_row(cls, choices: tuple[int, ...], index: Tensor) -> Width:
+        """Make a ragged width from the choices of a site, ascending, and an index into them, (B,) or (B, L)."""
+        return cls(choices=choices, index=index)
 
-        The widest row's weights are read whatever the others ask for, and a product a width costs more than it saves.
-        """
-        widths_B = self.widths_of_rows
-        widest, least = int(widths_B.max()), int(widths_B.min())
-        if widest == least:
-            return Decision(widest)
-        units = torch.arange(widest, device=widths_B.device)
-        return Decision(widest, (units < widths_B[:, None])[:, None])
+    @property
+    def is_zero(self) -> bool:
+        """Whether no row runs the site. A ragged width counts as not zero, whatever its rows chose."""
+        return self.units == 0
 
-    def close(self, added_B1D: Tensor) -> Tensor:
-        """What a site adds to one token a sequence: nothing, not even a bias, where a row's width is 0."""
-        return added_B1D * (self.widths_of_rows > 0)[:, None, None] if self.widths[0] == 0 else added_B1D
+    def count(self, num_units: int) -> int:
+        """Return the units that run in all rows, at a site of `num_units` units. Ragged widths have no such number."""
+        assert self.index is None, "one width for all rows"
+        return num_units if self.units is None else self.units
 
     @cached_property
-    def widths_of_rows(self) -> Tensor:
-        """The width of each sequence or token, (n,)."""
-        return torch.tensor(self.widths, device=self.index.device)[self.index.flatten()]
-
-
-def by_unit(bands: Tensor, widths: tuple[int, ...]) -> Tensor:
-    """From a number for each band between two choices, (..., K), to one for each unit, (..., widest)."""
-    sizes = torch.tensor(widths).diff(prepend=torch.tensor([0])).to(bands.device)
-    return bands.repeat_interleave(sizes, dim=-1, output_size=widths[-1])
+    def units_by_row(self) -> Tensor:
+        """Units that each row of a ragged width runs, in the shape of `index`."""
+        assert self.index is not None, "a width for each row"
+        return torch.tensor(self.choices, device=self.index.device)[self.index]
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What a policy answers at a site.
+    """What a policy decides at a site.
 
     Attributes:
-        width: units that run, as a prefix, for all tokens or for each; 0 skips the site, None runs it whole. A block is
-            the one unit of its depth.
-        gate: factor of each unit that runs, (width,) or broadcastable to (B, L, width); with a `Mixed` width the
-            factor of each band of units between two neighbouring choices, `index.shape + (K,)`. Its value is 1 where it
-            only carries gradients to a router, and 0 or 1 where a test masks units; None multiplies nothing.
-        probabilities: the distribution over the choices that a width was drawn from, (..., K), so that an objective can
-            price it; None where nothing was drawn.
+        width: units that run. The depth site of a block has one unit, the block.
+        gate: factor of each unit that runs, (width,) or broadcastable to (B, L, width). With a ragged width, factor of
+            each band of units between two neighbouring choices, `index.shape + (K,)`. Its value is 1 where it only
+            carries gradients to a router, and 0 or 1 where a test masks units. None multiplies nothing.
+        probabilities: distribution over the choices that the width was drawn from, (..., K), for objectives that price
+            it. None where nothing was drawn.
     """
 
-    width: int | Mixed | None = None
+    width: Width = Width()
     gate: Tensor | None = None
     probabilities: Tensor | None = None
 
-    def inside(self, block: Decision, *, whole: int) -> Decision:
-        """The same decision in a block that is skipped, or by some of the rows: these run the site at width 0.
+    def restrict_to(self, block: Decision, *, num_units: int) -> Decision:
+        """Return this decision with width 0 for the rows that skip the block.
 
         Args:
-            block: whether the block runs.
-            whole: all units of the site.
+            block: the decision at the depth site of the block.
+            num_units: all units of this site.
         """
-        if block.width == 0 or self.width == 0:
-            return Decision(0)
-        if not isinstance(block.width, Mixed):
+        if block.width.is_zero or self.width.is_zero:
+            return Decision(Width(0))
+        if block.width.index is None:
             return self
-        runs = torch.tensor(block.width.widths, device=block.width.index.device)[block.width.index] > 0
-        if not isinstance(self.width, Mixed):
+        runs = block.width.units_by_row > 0
+        if self.width.index is None:
             assert self.gate is None, "units have no gates where only some rows run a block"
-            return Decision(Mixed((0, whole if self.width is None else self.width), runs.long()))
+            return Decision(Width.per_row((0, self.width.count(num_units)), runs.long()))
         index = torch.where(runs, self.width.index + 1, 0)
         gate = None if self.gate is None else torch.cat((torch.ones_like(self.gate[..., :1]), self.gate), dim=-1)
-        return Decision(Mixed((0, *self.width.widths), index), gate)
+        return Decision(Width.per_row((0, *self.width.choices), index), gate)
+
+
+def expand_bands(bands: Tensor, choices: tuple[int, ...]) -> Tensor:
+    """Repeat the numbers of bands of units between neighbouring choices, (..., K), for each unit, (..., widest)."""
+    sizes = torch.tensor(choices).diff(prepend=torch.tensor([0])).to(bands.device)
+    return bands.repeat_interleave(sizes, dim=-1, output_size=choices[-1])
 
 
 @dataclass(frozen=True)
 class Stream:
-    """What a policy may know of the sequences beside their hidden states.
+    """What a policy may know about the sequences besides their hidden states.
 
     Attributes:
-        real_BL: False where a token is padding; None where none is.
-        memory: what a policy carries from token to token of the same sequences, by site. It lives in the KV cache;
-            without one, a call starts with an empty memory.
+        real_BL: False where a token is padding; None where no token is.
+        memory: state that a policy carries from token to token of the same sequences, by site. It lives in the KV
+            cache; a call without a cache starts with an empty memory.
     """
 
     real_BL: Tensor | None = None
     memory: MutableMapping[Site, Tensor] = field(default_factory=dict, hash=False)
 
 
-# A function of (site, hidden_BLD, stream): with activation checkpointing it is asked twice and must answer the same, so
-# where gradients are taken each block is handed an empty memory and what is written to it is dropped.
+# A function of (site, hidden_BLD, stream). Activation checkpointing calls it twice, and both calls must answer alike.
+# So where gradients are taken, each block gets an empty memory, and what is written to it is dropped.
 Policy = Callable[[Site, Tensor, Stream], Decision]
 
-WHOLE = Decision()
+FULL = Decision()
 
 
 def full(site: Site, hidden_BLD: Tensor, stream: Stream) -> Decision:
-    """The policy of the whole model."""
+    """Run all units: the policy of the full model."""
     del site, hidden_BLD, stream
-    return WHOLE
+    return FULL
 
 
 def constant(decisions: dict[Site, Decision]) -> Policy:
-    """The policy whose answers are known before it is asked; sites without one run whole."""
+    """Make a policy from decisions that are known beforehand. Sites without one run all units."""
 
     def policy(site: Site, hidden_BLD: Tensor, stream: Stream) -> Decision:
         del hidden_BLD, stream
-        return decisions.get(site, WHOLE)
+        return decisions.get(site, FULL)
 
     return policy
 
 
 def fixed(spec: SubnetSpec) -> Policy:
-    """The policy that runs one sub-network for every token."""
-    return constant({site: Decision(width) for site, width in spec.items()})
+    """Make the policy that runs one sub-network for every token."""
+    return constant({site: Decision(Width(units)) for site, units in spec.items()})
 
 
 def mixed(space: SearchSpace, indices: Tensor) -> Policy:
-    """The policy that runs a batch in which each sequence, or each token, has a spec of its own.
+    """Make the policy that runs a batch in which each sequence, or each token, has a sub-network of its own.
 
     Args:
-        space: the choices.
-        indices: choice index at every site, in the order of the space: (sites, B) for sequences, (sites, B, L) for
-            tokens.
+        space: the choices of every site.
+        indices: index of the choice at every site, in the order of the space: (sites, B) with a choice for each
+            sequence, (sites, B, L) with one for each token.
     """
     rows = zip(space.choices.items(), indices, strict=True)
-    return constant({site: Decision(Mixed(widths, index)) for (site, widths), index in rows})
+    return constant({site: Decision(Width.per_row(choices, index)) for (site, choices), index in rows})

@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 
 from nestlm.distributed import collectives
-from nestlm.distributed.fsdp import whole_state
+from nestlm.distributed.fsdp import full_state
 from nestlm.model.weights_io import save_weights
 from nestlm.pipeline.settings import Settings
 
@@ -54,7 +54,7 @@ class StageRuntime:
     def save_module(self, module: nn.Module, name: str) -> None:
         """Write the weights of a module to a file of the stage's folder; rank 0 gathers the shards of all ranks."""
         state = {}
-        for key, value in whole_state(module):
+        for key, value in full_state(module):
             if collectives.rank() == 0:
                 state[key] = value.contiguous().cpu()
         self.save_tensors(state, name)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from nestlm.data.batch import Batch
 from nestlm.distributed import collectives
-from nestlm.nn.decoder import Decoder, DecoderOutput, Reader
-from nestlm.nn.loss import LossReader
+from nestlm.nn.decoder import Decoder, DecoderOutput, OutputFn
+from nestlm.nn.loss import LossFn
 from nestlm.nn.policy import Policy, fixed, full
 from nestlm.spec import SearchSpace
 
@@ -39,10 +39,10 @@ class CalibrationData:
         return next(self.decoder.parameters()).device
 
     @torch.no_grad()
-    def run(self, batch: Batch, policy: Policy, read: Reader = F.linear) -> DecoderOutput:
+    def run(self, batch: Batch, policy: Policy, output_fn: OutputFn = F.linear) -> DecoderOutput:
         """Run the model on a batch under a policy, without gradients."""
         with self.precision():
-            return self.decoder(batch.tokens_BL, policy, documents_BL=batch.documents_BL, read=read)
+            return self.decoder(batch.tokens_BL, policy, documents_BL=batch.documents_BL, output_fn=output_fn)
 
     def outputs(self, policy: Policy) -> Iterator[tuple[Batch, DecoderOutput]]:
         """Run the model on each batch under a policy."""
@@ -64,6 +64,6 @@ class CalibrationData:
         """Return the mean negative log-likelihood in nats per token; all ranks return what rank 0 measured."""
         total, tokens = 0.0, 0
         for batch in self.batches:
-            total += float(self.run(batch, policy, LossReader(batch.targets_BL)).read.text_BL.sum())
+            total += float(self.run(batch, policy, LossFn(batch.targets_BL)).output.nll_BL.sum())
             tokens += batch.targets_BL.numel()
         return collectives.broadcast_from_rank_zero(total / tokens)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nestlm.distributed.collectives import ALL_ROWS, RowShard
-from nestlm.nn.policy import Decision, Mixed, Policy, by_unit, constant
+from nestlm.nn.policy import Decision, Policy, Width, constant, expand_bands
 from nestlm.spec import SearchSpace, Site
 
 LEAST_LOG = -1e4  # 0 times it is 0
@@ -22,8 +22,8 @@ def gumbel_noise(shape: torch.Size, *, generator: torch.Generator, row_shard: Ro
         generator: for the noise of the rows of all ranks.
         row_shard: this rank's rows.
     """
-    everywhere = (row_shard.total(shape[0]), *shape[1:])
-    uniform = row_shard.own(torch.rand(everywhere, generator=generator)).clamp_min(1e-20)
+    everywhere = (row_shard.global_rows(shape[0]), *shape[1:])
+    uniform = row_shard.local_rows(torch.rand(everywhere, generator=generator)).clamp_min(1e-20)
     return -(-uniform.log()).log()
 
 
@@ -64,13 +64,13 @@ def gated_policy(space: SearchSpace, probabilities: Tensor, choices: Tensor) -> 
     decisions: dict[Site, Decision] = {}
     for row, (site, index) in enumerate(zip(space.sites, choices.tolist(), strict=True)):
         widths = space.choices[site][: index + 1]
-        decisions[site] = Decision(widths[-1], by_unit(gates[row, : index + 1], widths), probabilities[row])
+        decisions[site] = Decision(Width(widths[-1]), expand_bands(gates[row, : index + 1], widths), probabilities[row])
     return constant(decisions)
 
 
 def gated_tokens(widths: tuple[int, ...], probabilities_BLK: Tensor, index_BL: Tensor) -> Decision:
     """Return the decision that runs drawn choices (B, L) of one site, with straight-through gates."""
-    return Decision(Mixed(widths, index_BL), straight_through(probabilities_BLK), probabilities_BLK)
+    return Decision(Width.per_row(widths, index_BL), straight_through(probabilities_BLK), probabilities_BLK)
 
 
 def soft_mask(widths: tuple[int, ...], logits: Tensor, *, noise: Tensor, temperature: float, gain: float) -> Decision:
@@ -86,7 +86,7 @@ def soft_mask(widths: tuple[int, ...], logits: Tensor, *, noise: Tensor, tempera
         gain: factor of the logits.
     """
     drawn = ((gain * logits + noise) / temperature).softmax(-1)
-    return Decision(None, by_unit(tail_probabilities(drawn), widths), (gain * logits).softmax(-1))
+    return Decision(gate=expand_bands(tail_probabilities(drawn), widths), probabilities=(gain * logits).softmax(-1))
 
 
 def mean_probabilities(space: SearchSpace, decisions: Mapping[Site, Decision]) -> Tensor | None:

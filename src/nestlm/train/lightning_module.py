@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from nestlm.data.batch import Batch
 from nestlm.distributed import collectives
-from nestlm.distributed.fsdp import gradients_held, whole
+from nestlm.distributed.fsdp import full_tensor, gradient_sync_paused
 from nestlm.errors import DeviceMemoryError, DivergenceError
 from nestlm.train.objective.base import StageModels
 from nestlm.train.optim import OptimSettings
@@ -77,7 +77,7 @@ class NestedLM(L.LightningModule):
             if not is_out_of_memory(error):
                 raise
             raise DeviceMemoryError(
-                collectives.with_rank(
+                collectives.prefix_rank(
                     f"{self.stage}: out of memory at step {batch_idx} ({str(error).splitlines()[0]}); lower "
                     "data.batch_size, set activation_checkpointing=true, or take more ranks (trainer=fsdp)"
                 )
@@ -93,7 +93,7 @@ class NestedLM(L.LightningModule):
         total = torch.zeros((), device=self.device)
         logs: dict[str, list[Tensor | float]] = defaultdict(list)
         for term in self.objective.terms(models, batch, step=number):
-            with gradients_held(self.decoder, held=not term.is_last):
+            with gradient_sync_paused(self.decoder, paused=not term.is_last):
                 self.manual_backward(term.loss)
             total += term.loss.detach()
             for name, value in term.logs.items():
@@ -101,7 +101,7 @@ class NestedLM(L.LightningModule):
         norms: list[Tensor] = []
         for module, _ in self.trained.values():  # each by itself: a router's errors must not slow the model
             collectives.average_gradients(module.parameters())
-            norms.append(whole(clip_grad_norm_(module.parameters(), self.optim.clip_norm)))
+            norms.append(full_tensor(clip_grad_norm_(module.parameters(), self.optim.clip_norm)))
         logged = {f"{self.stage}/{name}": sum(values) / len(values) for name, values in logs.items()}
         means = dict(collectives.all_reduce_means({"": total, **logged}, device=self.device))
         if not all(math.isfinite(float(value)) for value in (means.pop(""), *norms)):  # on all ranks, or on none

@@ -16,7 +16,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import Logger
 
 from nestlm.distributed import collectives
-from nestlm.distributed.strategy import Sharded, starts_ranks
+from nestlm.distributed.strategy import ShardedStrategy, count_ranks_to_start
 from nestlm.errors import ConfigError, DivergenceError
 from nestlm.train.callbacks.stage_progress import StageProgress
 from nestlm.train.callbacks.timed_checkpoint import CheckpointFile, TimedCheckpoint, last_good_checkpoint
@@ -102,12 +102,12 @@ def check_trainer(factory: Callable[..., L.Trainer]) -> None:
 def ranks_to_start(factory: Callable[..., L.Trainer]) -> int:
     """Count the ranks that a config asks for on this machine and nobody has started yet; 0: this process will do."""
     check_trainer(factory)
-    return starts_ranks(make_trainer(factory))
+    return count_ranks_to_start(make_trainer(factory))
 
 
 def is_sharded(trainer: L.Trainer) -> bool:
     """Whether checkpoints are folders of shards; otherwise each is one file."""
-    return isinstance(trainer.strategy, Sharded)
+    return isinstance(trainer.strategy, ShardedStrategy)
 
 
 def fit(

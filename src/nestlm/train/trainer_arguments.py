@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
-from nestlm.distributed.strategy import Sharded
+from nestlm.distributed.strategy import ShardedStrategy
 from nestlm.errors import ConfigError
 
 
@@ -20,7 +20,7 @@ class TrainerArguments(TypedDict, total=False):
     """
 
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"]
-    strategy: Callable[..., Sharded]
+    strategy: Callable[..., ShardedStrategy]
     devices: int | str | Sequence[int]
     num_nodes: int
     precision: Literal["32-true", "bf16-mixed", "bf16", "16-mixed", "16", "bf16-true"]

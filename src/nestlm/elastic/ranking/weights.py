@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nestlm.data.batch import Batch
-from nestlm.distributed.fsdp import whole
+from nestlm.distributed.fsdp import full_tensor
 from nestlm.elastic.axes.base import Axis
 from nestlm.elastic.surgery import slices_by_site
 from nestlm.nn.decoder import Decoder
@@ -30,7 +30,7 @@ class Magnitude:
         squares = {site: torch.zeros(units) for site, units in unit_counts(decoder, axes=axes).items()}
         parameters = dict(decoder.named_parameters())
         for site, part, name in slices_by_site(axes, decoder.config):
-            rows = whole(parameters[name].detach()).float().cpu().movedim(part.dim, 0)
+            rows = full_tensor(parameters[name].detach()).float().cpu().movedim(part.dim, 0)
             per_unit = rows.pow(2).reshape(len(rows), -1).sum(1).unflatten(0, (-1, part.rows)).sum(1)
             squares[site] += per_unit
         return {site: total.sqrt() for site, total in squares.items()}

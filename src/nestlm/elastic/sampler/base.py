@@ -25,9 +25,9 @@ class MixedSpecs:
 
     indices: Tensor
 
-    def own(self, row_shard: RowShard) -> MixedSpecs:
+    def local_rows(self, row_shard: RowShard) -> MixedSpecs:
         """Keep a rank's rows of what was drawn for all rows of a step."""
-        return MixedSpecs(row_shard.own(self.indices, dim=1))
+        return MixedSpecs(row_shard.local_rows(self.indices, dim=1))
 
 
 Sample = SubnetSpec | MixedSpecs

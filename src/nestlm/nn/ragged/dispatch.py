@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from nestlm.nn.policy import Mixed, by_unit
+from nestlm.nn.policy import Decision, Width, expand_bands
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,10 @@ class RowGroups:
     num_rows: int
 
     @classmethod
-    def of(cls, width: Mixed) -> RowGroups:
+    def of(cls, width: Width) -> RowGroups:
         """Group the sequences, or the tokens, of a batch."""
-        index_n, choices = width.index.flatten(), width.widths
+        assert width.index is not None
+        index_n, choices = width.index.flatten(), width.choices
         all_counts = torch.bincount(index_n, minlength=len(choices)).tolist()
         groups = [(units, count) for units, count in zip(choices, all_counts, strict=True) if units and count][::-1]
         widths, counts = tuple(units for units, _ in groups), tuple(count for _, count in groups)
@@ -63,8 +64,24 @@ class RowGroups:
         found = []
         for part, units in zip(self.gather(gate.flatten(0, gate.ndim - 2)), self.widths, strict=True):
             choices = self.choices[: self.choices.index(units) + 1]
-            found.append(by_unit(part[:, : len(choices)], choices))
+            found.append(expand_bands(part[:, : len(choices)], choices))
         return found
+
+
+def widest_masked(width: Width) -> Decision:
+    """Run all rows at the widest of their widths; gates close what is beyond a row's."""
+    assert width.index is not None, "a width for each row"
+    units_B = width.units_by_row.flatten()
+    widest, least = int(units_B.max()), int(units_B.min())
+    if widest == least:
+        return Decision(Width(widest))
+    units = torch.arange(widest, device=units_B.device)
+    return Decision(Width(widest), (units < units_B[:, None])[:, None])
+
+
+def zero_skipped(added_B1D: Tensor, width: Width) -> Tensor:
+    """Zero the output, its bias included, of rows whose width is 0."""
+    return added_B1D * (width.units_by_row.flatten() > 0)[:, None, None] if width.choices[0] == 0 else added_B1D
 
 
 class Sort(Function):

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from nestlm.nn.attention_context import Sight, attend
-from nestlm.nn.policy import Mixed
+from nestlm.nn.policy import Width
 from nestlm.nn.ragged.dispatch import RowGroups, Sort, put_rows
 
 Places = Sequence[tuple[slice, slice]]  # rows and heads
@@ -39,9 +39,9 @@ class Band:
     seats: int
 
 
-def bands_of(width: Mixed, groups: RowGroups) -> list[Band]:
+def bands_of(width: Width, groups: RowGroups) -> list[Band]:
     """One from each width to the next; those that all tokens of some sequence reach are one, and all positions look."""
-    widths_BL = width.widths_of_rows.view_as(width.index)
+    widths_BL = width.units_by_row
     ends, numbers = groups.widths[::-1], list(accumulate(groups.counts))[::-1]
     most = torch.stack([(widths_BL >= end).sum(1).max() for end in ends]).tolist()
     bands: list[Band] = []
@@ -54,7 +54,7 @@ def bands_of(width: Mixed, groups: RowGroups) -> list[Band]:
 
 
 def attend_scattered(
-    q_BHLE: Tensor, k_BGLE: Tensor, v_BGLE: Tensor, *, width: Mixed, groups: RowGroups, sight: Sight
+    q_BHLE: Tensor, k_BGLE: Tensor, v_BGLE: Tensor, *, width: Width, groups: RowGroups, sight: Sight
 ) -> list[Tensor]:
     """What the queries of each group of tokens find: (count, heads, E) a group.
 
@@ -117,7 +117,7 @@ def put_together(parts: Sequence[Tensor], places: Places, whole: Tensor) -> Tens
     return whole
 
 
-def attend_band(q_mHE: Tensor, k_BGLE: Tensor, v_BGLE: Tensor, band: Band, *, width: Mixed, sight: Sight) -> Tensor:
+def attend_band(q_mHE: Tensor, k_BGLE: Tensor, v_BGLE: Tensor, band: Band, *, width: Width, sight: Sight) -> Tensor:
     """What a band's heads find for its tokens: (all tokens, H, E) to (n, H, E).
 
     Args:
@@ -128,11 +128,12 @@ def attend_band(q_mHE: Tensor, k_BGLE: Tensor, v_BGLE: Tensor, band: Band, *, wi
         width: of every token, (B, L).
         sight: what a token may look at.
     """
+    assert width.index is not None
     (batch, length), seats = width.index.shape, band.seats
     if seats == length:
         rows_mHE, seat, seen = q_mHE, band.tokens, sight
     else:
-        reached_BL = width.widths_of_rows.view_as(width.index) >= band.end
+        reached_BL = width.units_by_row >= band.end
         seat = band.tokens // length * seats + (reached_BL.cumsum(1) - 1).flatten()[band.tokens]
         sitting = seat.new_zeros(batch * seats).index_copy(0, seat, band.tokens)  # any token where a seat is empty
         rows_mHE = TakeSeats.apply(q_mHE, sitting, seat, band.tokens)

@@ -17,8 +17,8 @@ from nestlm.cost.table import PriceList
 from nestlm.data.datamodule import DataSettings, PackedTokens
 from nestlm.data.prepared_data import PreparedData
 from nestlm.distributed import collectives
-from nestlm.distributed.fsdp import Placement
-from nestlm.distributed.strategy import placement_of
+from nestlm.distributed.fsdp import ModelPlacement
+from nestlm.distributed.strategy import placement_for
 from nestlm.eval.policy_scores import Scores, evaluate
 from nestlm.model.family import Family
 from nestlm.model.weights_io import load_weights
@@ -145,9 +145,9 @@ class ModelStage(Stage[Result]):
         """Return the device on which the configured trainer computes."""
         return trainer_device(self.trainer)
 
-    def placement(self) -> Placement:
+    def placement(self) -> ModelPlacement:
         """Return where models are held: on one device, or in shards on several; ranks meet here."""
-        return placement_of(make_trainer(self.trainer))
+        return placement_for(make_trainer(self.trainer))
 
     def new_decoder(self, runtime: StageRuntime) -> Decoder:
         """Build the model in the trainer's memory, with weights that are not filled yet."""

@@ -9,6 +9,7 @@ from torch import nn
 from typing_extensions import override
 
 from nestlm.distributed import collectives
+from nestlm.distributed.fsdp import copy_full_tensor
 from nestlm.model.checkpoint import shard_files
 from nestlm.nn.policy import full
 from nestlm.pipeline.cache import contents_identity
@@ -49,7 +50,7 @@ class PretrainStage(TrainingStage[PretrainResult]):
         if self.model.weights is not None:
             self.model.load_weights(decoder)
         else:
-            decoder.init_weights(seed=self.seed)
+            decoder.init_weights(seed=self.seed, assign=copy_full_tensor)
         return StageModels(decoder)
 
     @override

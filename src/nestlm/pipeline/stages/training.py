@@ -10,9 +10,9 @@ import lightning as L
 import torch
 
 from nestlm.cost.static import Flops
-from nestlm.distributed.device_layout import Precision
+from nestlm.distributed.device_layout import ComputePrecision
 from nestlm.nn.decoder import Decoder
-from nestlm.nn.linear import hold_linear
+from nestlm.nn.linear import cast_linear_weights
 from nestlm.pipeline.runtime import StageRuntime
 from nestlm.pipeline.stages.base import NOT_A_METRIC, ModelStage, Result, StageResult
 from nestlm.router.base import Router
@@ -94,9 +94,9 @@ class TrainingStage(ModelStage[Result]):
         """
         if not self.needs_teacher:
             return None
-        decoder, precision = self.decoder_on_meta(runtime), Precision.of(self.trainer)
+        decoder, precision = self.decoder_on_meta(runtime), ComputePrecision.from_trainer(self.trainer)
         if precision is not None and precision.mixed and self.placement().mesh is None:
-            hold_linear(decoder, precision.dtype)
+            cast_linear_weights(decoder, precision.dtype)
         return self.fill(self.place(decoder), runtime, "pretrain")
 
     def train(

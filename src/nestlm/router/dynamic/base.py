@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from nestlm.cost.knapsack import cheapest_within, use_up
 from nestlm.cost.table import Bound, CostTable, PriceList, TokenTable
-from nestlm.nn.policy import WHOLE, Decision, Mixed, Policy, Stream, fixed, full
+from nestlm.nn.policy import FULL, Decision, Policy, Stream, Width, fixed, full
 from nestlm.router.base import RoutedPolicy, Router
 from nestlm.router.calibration_data import CalibrationData
 from nestlm.router.dynamic.plan import FixedPointPrices, Plan, solve_plan
@@ -251,16 +251,16 @@ class DynamicRouter(Router):
         def policy(site: Site, hidden_BLD: Tensor, stream: Stream) -> Decision:
             row = self.rows.get(site)
             if row is None:
-                return WHOLE
+                return FULL
             widths, index = self.prices.space.choices[site], plan.fixed.get(row)
             if index is not None and observe is None:
-                return Decision(widths[index])
+                return Decision(Width(widths[index]))
             scores_BLK = plan.remove_implicit_cost(row, scorer(row, features(hidden_BLD)))
             if observe is not None:
                 observe(row, scores_BLK)
             if index is not None:
-                return Decision(widths[index])
-            return Decision(Mixed(widths, self.decide(row, scores_BLK, plan, stream)))
+                return Decision(Width(widths[index]))
+            return Decision(Width.per_row(widths, self.decide(row, scores_BLK, plan, stream)))
 
         return policy
 

@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from nestlm.cost.table import PriceList
 from nestlm.distributed.collectives import ALL_ROWS, RowShard
-from nestlm.nn.policy import WHOLE, Decision, Policy, Stream
+from nestlm.nn.policy import FULL, Decision, Policy, Stream
 from nestlm.router.dynamic.base import DynamicRouter, Granularity, Scorer, features, with_router
 from nestlm.router.dynamic.plan import Plan
 from nestlm.router.networks import BUDGET_FEATURES, SiteNetworks, SiteWeights, embed_share
@@ -118,7 +118,7 @@ class DynamicLogitsRouter(DynamicRouter):
         def policy(site: Site, hidden_BLD: Tensor, stream: Stream) -> Decision:
             del stream
             row = self.rows.get(site)
-            return WHOLE if row is None else decide(row, self.token_logits(row, features(hidden_BLD), shares_B))
+            return FULL if row is None else decide(row, self.token_logits(row, features(hidden_BLD), shares_B))
 
         return policy
 

@@ -18,7 +18,7 @@ from torch.serialization import get_crc32_options, set_crc32_options
 
 from nestlm.distributed import collectives
 from nestlm.distributed import sharded_checkpoint as sharded
-from nestlm.distributed.strategy import Sharded
+from nestlm.distributed.strategy import ShardedStrategy
 from nestlm.errors import CheckpointError, Preempted
 from nestlm.utils.checksums import XXH128, check_checksums, hash_files, list_files, write_checksums
 from nestlm.utils.console import console
@@ -111,7 +111,7 @@ class TimedCheckpoint(L.Callback):
             shutil.rmtree(self.partial, ignore_errors=True)  # of a killed run
         collectives.barrier()
         trainer.save_checkpoint(self.partial)
-        writing = trainer.strategy.saving if isinstance(trainer.strategy, Sharded) else None
+        writing = trainer.strategy.saving if isinstance(trainer.strategy, ShardedStrategy) else None
         self.saving = self.background.submit(complete, self.partial, writing)
         self.saved_at = time.monotonic()
 

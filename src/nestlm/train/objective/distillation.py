@@ -13,8 +13,8 @@ from typing_extensions import override
 
 from nestlm.data.batch import Batch
 from nestlm.errors import ConfigError
-from nestlm.nn.decoder import Decoder, DecoderOutput, Reader
-from nestlm.nn.loss import LossReader, TokenLosses
+from nestlm.nn.decoder import Decoder, DecoderOutput, OutputFn
+from nestlm.nn.loss import LossFn, TokenLosses
 from nestlm.nn.policy import Policy, full
 from nestlm.train.objective.base import PolicyLoss, StageModels
 
@@ -51,9 +51,9 @@ class DistillationLoss(ABC):
         """
 
 
-def run_policy(decoder: Decoder, batch: Batch, policy: Policy, read: Reader) -> DecoderOutput:
-    """Run a decoder on a batch under a policy; `read` makes losses of the last hidden states and the head."""
-    return decoder(batch.tokens_BL, policy, documents_BL=batch.documents_BL, read=read)
+def run_policy(decoder: Decoder, batch: Batch, policy: Policy, output_fn: OutputFn) -> DecoderOutput:
+    """Run a decoder on a batch under a policy; `output_fn` makes losses of the last hidden states and the head."""
+    return decoder(batch.tokens_BL, policy, documents_BL=batch.documents_BL, output_fn=output_fn)
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,9 @@ class CrossEntropy(DistillationLoss):
     ) -> Iterator[PolicyLoss]:
         reference_BL: Tensor | None = None
         for policy, whole in policies:
-            losses, decisions = run_policy(models.decoder, batch, policy, LossReader(batch.targets_BL))
+            losses, decisions = run_policy(models.decoder, batch, policy, LossFn(batch.targets_BL))
             if whole:
-                reference_BL = losses.text_BL
+                reference_BL = losses.nll_BL
             yield PolicyLoss(losses, decisions, reference_BL)
 
 
@@ -92,13 +92,13 @@ class FrozenTeacher(DistillationLoss):
     ) -> Iterator[PolicyLoss]:
         assert models.teacher is not None, "kd_frozen needs the model before conversion"
         with torch.no_grad():
-            reference, _ = run_policy(models.teacher, batch, full, LossReader(batch.targets_BL))
-        reference_BL = reference.text_BL
-        read = LossReader(batch.targets_BL, reference.beliefs, self.ce_share)
+            reference, _ = run_policy(models.teacher, batch, full, LossFn(batch.targets_BL))
+        reference_BL = reference.nll_BL
+        output_fn = LossFn(batch.targets_BL, reference.head_inputs, self.ce_share)
         for policy, whole in policies:
-            losses, decisions = run_policy(models.decoder, batch, policy, read)
+            losses, decisions = run_policy(models.decoder, batch, policy, output_fn)
             if whole:
-                reference_BL = losses.text_BL
+                reference_BL = losses.nll_BL
             yield PolicyLoss(losses, decisions, reference_BL)
 
 
@@ -127,16 +127,16 @@ class InPlace(DistillationLoss):
         for policy, whole in policies:
             if not whole and reference is None:  # the step does not train the full path, so it runs for this alone
                 with torch.no_grad():
-                    reference, _ = run_policy(models.decoder, batch, full, LossReader(batch.targets_BL))
+                    reference, _ = run_policy(models.decoder, batch, full, LossFn(batch.targets_BL))
             if whole:
-                losses, decisions = run_policy(models.decoder, batch, policy, LossReader(batch.targets_BL))
+                losses, decisions = run_policy(models.decoder, batch, policy, LossFn(batch.targets_BL))
                 reference = losses
-                yield PolicyLoss(losses, decisions, losses.text_BL)
+                yield PolicyLoss(losses, decisions, losses.nll_BL)
             else:
                 assert reference is not None, "made above"
-                read = LossReader(batch.targets_BL, reference.beliefs, self.ce_share)
-                losses, decisions = run_policy(models.decoder, batch, policy, read)
-                yield PolicyLoss(losses, decisions, reference.text_BL)
+                output_fn = LossFn(batch.targets_BL, reference.head_inputs, self.ce_share)
+                losses, decisions = run_policy(models.decoder, batch, policy, output_fn)
+                yield PolicyLoss(losses, decisions, reference.nll_BL)
 
 
 def check_share(ce_share: float) -> None:

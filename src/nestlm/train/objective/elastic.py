@@ -58,9 +58,9 @@ class ElasticObjective(Objective):
     @override
     def terms(self, models: StageModels, batch: Batch, *, step: int) -> Iterator[Term]:
         num_rows, length = batch.tokens_BL.shape
-        shape = (batch.row_shard.total(num_rows), length)
+        shape = (batch.row_shard.global_rows(num_rows), length)
         everywhere = self.sampler.draw(self.space, seed=self.seed, step=step, batch=shape)
-        drawn = [each.own(batch.row_shard) if isinstance(each, MixedSpecs) else each for each in everywhere]
+        drawn = [each.local_rows(batch.row_shard) if isinstance(each, MixedSpecs) else each for each in everywhere]
         whole = [not isinstance(spec, MixedSpecs) and spec == self.space.full() for spec in drawn]
         seen: dict[Site, Tensor] = {}
         policies = [policy_of(spec, self.space, device=batch.tokens_BL.device) for spec in drawn]
@@ -76,28 +76,31 @@ class ElasticObjective(Objective):
             if not is_whole and policy_loss.reference_BL is not None:
                 self.record_pairs(everywhere[number - 1], policy_loss, row_shard=batch.row_shard)
             name = "loss_full" if is_whole else "loss_subnet"
-            loss, distance_BL = policy_loss.losses.loss, policy_loss.losses.distance_BL
+            loss, kl_BL = policy_loss.losses.loss, policy_loss.losses.kl_BL
             yield Term(loss / len(drawn), {name: loss.detach()}, is_last=number == len(drawn))
-            if self.values is not None and draws_per_token(spec) and distance_BL is not None:
-                yield self.values.term(seen, indices_SBL=spec.indices, distance_BL=distance_BL)
+            if self.values is not None and draws_per_token(spec) and kl_BL is not None:
+                yield self.values.term(seen, indices_SBL=spec.indices, kl_BL=kl_BL)
             seen.clear()
 
     @torch.no_grad()
     def record_pairs(self, drawn: Sample, policy_loss: PolicyLoss, *, row_shard: RowShard) -> None:
         """Put the losses of sub-networks that were drawn for the rows of all ranks in place of the oldest pairs."""
         assert policy_loss.reference_BL is not None, "there is something to compare with"
-        losses, references = policy_loss.losses.text_BL, policy_loss.reference_BL
+        losses, references = policy_loss.losses.nll_BL, policy_loss.reference_BL
         if isinstance(drawn, MixedSpecs):
             if draws_per_token(drawn):
                 return
             choices, losses, references = (
                 drawn.indices.T,
-                row_shard.gather(losses.mean(1)),
-                row_shard.gather(references.mean(1)),
+                row_shard.all_gather(losses.mean(1)),
+                row_shard.all_gather(references.mean(1)),
             )
         else:
             choices = torch.tensor([self.space.indices(drawn)])
-            losses, references = row_shard.mean(losses.mean())[None], row_shard.mean(references.mean())[None]
+            losses, references = (
+                row_shard.all_reduce_mean(losses.mean())[None],
+                row_shard.all_reduce_mean(references.mean())[None],
+            )
         slots = (torch.arange(len(losses)) + self.count.cpu()) % PAIRS
         slots = slots.to(self.count.device)
         self.choices[slots] = choices.to(self.choices.device)

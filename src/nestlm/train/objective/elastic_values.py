@@ -70,17 +70,17 @@ class ElasticValues(nn.Module):
 
         return watching
 
-    def term(self, seen: dict[Site, Tensor], *, indices_SBL: Tensor, distance_BL: Tensor) -> Term:
+    def term(self, seen: dict[Site, Tensor], *, indices_SBL: Tensor, kl_BL: Tensor) -> Term:
         """Return the squared error of predicting the tokens' KL from their hidden states and choices.
 
         Args:
             seen: hidden states by site, (B, L, D).
             indices_SBL: choice indices, (sites, B, L).
-            distance_BL: KL of each token from the teacher, in nats.
+            kl_BL: KL of each token from the teacher, in nats.
         """
         self.steps += 1
-        indices_SBL = indices_SBL.to(distance_BL.device)
-        base_BL = dynamic_BL = static_BL = torch.zeros_like(distance_BL)
+        indices_SBL = indices_SBL.to(kl_BL.device)
+        base_BL = dynamic_BL = static_BL = torch.zeros_like(kl_BL)
         for site, row in self.rows.items():
             inputs_BLD, index_BL1 = features(seen[site]), indices_SBL[row, :, :, None]
             if row == self.last:
@@ -89,8 +89,8 @@ class ElasticValues(nn.Module):
             static_K = added_losses(self.static.at(row, inputs_BLD.new_ones(1)))
             dynamic_BL = dynamic_BL + dynamic_BLK.gather(-1, index_BL1).squeeze(-1)
             static_BL = static_BL + static_K[index_BL1.squeeze(-1)]
-        dynamic_error = (base_BL + dynamic_BL - distance_BL).square().mean()
-        static_error = (base_BL.detach() + static_BL - distance_BL).square().mean()
+        dynamic_error = (base_BL + dynamic_BL - kl_BL).square().mean()
+        static_error = (base_BL.detach() + static_BL - kl_BL).square().mean()
         return Term(dynamic_error + static_error, {"value_error": dynamic_error.detach()})
 
 

@@ -61,7 +61,7 @@ class JointObjective(Objective):
             probabilities = mean_probabilities(table.space, policy_loss.decisions)
             if probabilities is not None:
                 # over the sequences of all ranks, where they differ
-                expected = batch.row_shard.mean(table.expected_share(probabilities).mean())
+                expected = batch.row_shard.all_reduce_mean(table.expected_share(probabilities).mean())
                 distance = budget_loss(expected, torch.full_like(expected, target), dead_zone=self.dead_zone)
                 logs["budget_distance"] = distance.detach()
                 loss = loss + self.cost_weight * distance

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing_extensions import override
 
 from nestlm.data.batch import Batch
-from nestlm.nn.loss import LossReader
+from nestlm.nn.loss import LossFn
 from nestlm.train.objective.base import Objective, StageModels, Term
 
 
@@ -16,6 +16,6 @@ class PretrainObjective(Objective):
 
     @override
     def terms(self, models: StageModels, batch: Batch, *, step: int) -> Iterator[Term]:
-        read = LossReader(batch.targets_BL)
-        loss = models.decoder(batch.tokens_BL, documents_BL=batch.documents_BL, read=read).read.loss
+        output_fn = LossFn(batch.targets_BL)
+        loss = models.decoder(batch.tokens_BL, documents_BL=batch.documents_BL, output_fn=output_fn).output.loss
         yield Term(loss, {"loss": loss.detach()})

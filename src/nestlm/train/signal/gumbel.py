@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from nestlm.data.batch import Batch
 from nestlm.errors import ConfigError
-from nestlm.nn.loss import HeadInputs, LossReader
+from nestlm.nn.loss import HeadInputs, LossFn
 from nestlm.router.base import Router
 from nestlm.router.protocols import RelaxedPolicies, check_router, narrow
 from nestlm.router.relaxed import budget_loss, mean_probabilities
@@ -65,13 +65,15 @@ class GumbelSignal(Signal):
         done = min(1.0, step / max(1, self.anneal_steps))
         temperature, gain = (start * (end / start) ** done for start, end in (self.temperature, self.gain))
         with torch.no_grad():
-            whole = models.decoder(batch.tokens_BL, documents_BL=batch.documents_BL, read=HeadInputs.read).read
+            whole = models.decoder(
+                batch.tokens_BL, documents_BL=batch.documents_BL, output_fn=HeadInputs.detached
+            ).output
         floor = router.floor
-        rows = batch.row_shard.total(len(batch.tokens_BL))
+        rows = batch.row_shard.global_rows(len(batch.tokens_BL))
         uniform_B = torch.rand(rows, generator=torch_generator(self.seed, "gumbel budgets", step))
         if not router.per_token:  # one budget for all sequences
             uniform_B = uniform_B[:1].expand(rows)
-        uniform_B = batch.row_shard.own(uniform_B)
+        uniform_B = batch.row_shard.local_rows(uniform_B)
         shares_B = (floor + (1.0 - floor) * uniform_B).to(batch.tokens_BL.device)
         policy = router.relaxed(
             shares_B,
@@ -80,11 +82,11 @@ class GumbelSignal(Signal):
             gain=gain,
             row_shard=batch.row_shard,
         )
-        read = LossReader(batch.targets_BL, teacher=whole)
-        output = models.decoder(batch.tokens_BL, policy, documents_BL=batch.documents_BL, read=read)
+        output_fn = LossFn(batch.targets_BL, teacher=whole)
+        output = models.decoder(batch.tokens_BL, policy, documents_BL=batch.documents_BL, output_fn=output_fn)
         probabilities = mean_probabilities(table.space, output.decisions)
         assert probabilities is not None, "a relaxed draw has probabilities"
-        kl = output.read.loss
+        kl = output.output.loss
         expected = table.expected_share(probabilities)
         distance = budget_loss(
             expected, shares_B.expand_as(expected) if expected.ndim else shares_B[0], dead_zone=self.dead_zone

@@ -17,8 +17,8 @@ from typing_extensions import override
 
 from nestlm.data.batch import Batch
 from nestlm.errors import ConfigError
-from nestlm.nn.loss import HeadInputs, LossReader
-from nestlm.nn.policy import WHOLE, Decision, Mixed, Policy, Stream
+from nestlm.nn.loss import HeadInputs, LossFn
+from nestlm.nn.policy import FULL, Decision, Policy, Stream, Width
 from nestlm.router.base import Router
 from nestlm.router.dynamic.base import features
 from nestlm.router.networks import SiteNetworks, added_losses
@@ -115,7 +115,7 @@ class DynamicSurrogateSignal(Signal):
         loss = (predicted_BL - target_BL).square().mean()
         with torch.no_grad():
             missed_B, targets_B = (
-                batch.row_shard.gather(part.mean(1)) for part in (predicted_BL - target_BL, target_BL)
+                batch.row_shard.all_gather(part.mean(1)) for part in (predicted_BL - target_BL, target_BL)
             )
             off = missed_B.square().mean() / targets_B.var(correction=0).clamp_min(1e-12)
             first = not torch.isfinite(self.error)
@@ -135,10 +135,14 @@ class DynamicSurrogateSignal(Signal):
         """Run the model under drawn choices; return the loss, or the KL from the whole model, of each token, (B, L)."""
         whole = None
         if self.target == "gap":
-            whole = models.decoder(batch.tokens_BL, documents_BL=batch.documents_BL, read=HeadInputs.read).read
-        read = LossReader(batch.targets_BL, teacher=whole)
-        losses = models.decoder(batch.tokens_BL, drawn.policy(), documents_BL=batch.documents_BL, read=read).read
-        return losses.text_BL if whole is None else losses.distance_BL
+            whole = models.decoder(
+                batch.tokens_BL, documents_BL=batch.documents_BL, output_fn=HeadInputs.detached
+            ).output
+        output_fn = LossFn(batch.targets_BL, teacher=whole)
+        losses = models.decoder(
+            batch.tokens_BL, drawn.policy(), documents_BL=batch.documents_BL, output_fn=output_fn
+        ).output
+        return losses.nll_BL if whole is None else losses.kl_BL
 
     @override
     def summary(self, models: StageModels, held_out: list[Batch]) -> dict[str, float | None]:
@@ -185,15 +189,15 @@ class TokenPredictions:
         table, tokens_BL = router.prices.main, batch.tokens_BL
         generator = torch_generator(signal.seed, "surrogate", key)
         floor = router.floor
-        rows, length = batch.row_shard.total(len(tokens_BL)), tokens_BL.shape[1]
+        rows, length = batch.row_shard.global_rows(len(tokens_BL)), tokens_BL.shape[1]
         shares_B = floor + (1.0 - floor) * torch.rand(rows, generator=generator)
         share = signal.random_share if random_share is None else random_share
         at_random_B = torch.rand(rows, generator=generator) < share
         indices = random_choices(table.space, (rows, length), per_token=True, skew=SKEW, generator=generator)
         self.shares_B, self.at_random_B = (
-            batch.row_shard.own(part).to(tokens_BL.device) for part in (shares_B, at_random_B)
+            batch.row_shard.local_rows(part).to(tokens_BL.device) for part in (shares_B, at_random_B)
         )
-        self.random = batch.row_shard.own(indices, dim=1).to(tokens_BL.device)
+        self.random = batch.row_shard.local_rows(indices, dim=1).to(tokens_BL.device)
         self.generator, self.rows = generator, batch.row_shard
         zeros = self.shares_B.new_zeros(())
         self.predicted_BL, self.promised, self.entropy, self.expected_B = zeros, zeros, zeros, zeros
@@ -204,7 +208,7 @@ class TokenPredictions:
         def policy(site: Site, hidden_BLD: Tensor, stream: Stream) -> Decision:
             del stream
             row = self.router.rows.get(site)
-            return WHOLE if row is None else self.observe(row, features(hidden_BLD.detach()))
+            return FULL if row is None else self.observe(row, features(hidden_BLD.detach()))
 
         return policy
 
@@ -222,4 +226,4 @@ class TokenPredictions:
             self.promised = self.promised + (probabilities_BLK * effects_BLK.detach()).sum(-1).mean()
             self.entropy = self.entropy + entropy(logits_BLK).mean()
             self.expected_B = self.expected_B + (probabilities_BLK * prices_K).sum(-1).mean(1)
-        return Decision(Mixed(space.choices[space.sites[row]], index_BL))
+        return Decision(Width.per_row(space.choices[space.sites[row]], index_BL))

@@ -20,7 +20,7 @@ from typing_extensions import override
 from nestlm.data.batch import Batch
 from nestlm.errors import ConfigError
 from nestlm.nn.decoder import Decoder
-from nestlm.nn.loss import LossReader
+from nestlm.nn.loss import LossFn
 from nestlm.nn.policy import fixed
 from nestlm.router.base import Router
 from nestlm.router.networks import added_losses
@@ -163,7 +163,7 @@ class StaticSurrogateSignal(Signal):
     def terms(self, models: StageModels, batch: Batch, *, step: int) -> Iterator[Term]:
         router = narrow(models.router, BudgetLogits)
         inputs, targets = self.observe(models.decoder, batch, choices=self.draw_choices(router, step=step))
-        targets = batch.row_shard.mean(targets)
+        targets = batch.row_shard.all_reduce_mean(targets)
         with torch.no_grad():
             fresh_error = (self.surrogate(inputs) - targets).square().mean()
         self.add_pairs(inputs, targets)
@@ -251,14 +251,14 @@ class StaticSurrogateSignal(Signal):
             One-hot choices (specs, sites, max choices), and losses or gaps in nats, (specs,).
         """
         space = self.table.space
-        seen = {"documents_BL": batch.documents_BL, "read": LossReader(batch.targets_BL)}
+        seen = {"documents_BL": batch.documents_BL, "output_fn": LossFn(batch.targets_BL)}
         losses = []
         for row in choices.tolist():
             policy = fixed(space.spec(dict(zip(space.sites, row, strict=True))))
-            losses.append(decoder(batch.tokens_BL, policy, **seen).read.loss)
+            losses.append(decoder(batch.tokens_BL, policy, **seen).output.loss)
         targets = torch.stack(losses)
         if self.target == "gap":
-            targets = targets - decoder(batch.tokens_BL, **seen).read.loss
+            targets = targets - decoder(batch.tokens_BL, **seen).output.loss
         return one_hot(choices, space.max_choices), targets
 
     @torch.no_grad()

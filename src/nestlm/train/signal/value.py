@@ -16,8 +16,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from nestlm.data.batch import Batch
-from nestlm.nn.loss import HeadInputs, LossReader
-from nestlm.nn.policy import WHOLE, Decision, Mixed, Policy, Stream
+from nestlm.nn.loss import HeadInputs, LossFn
+from nestlm.nn.policy import FULL, Decision, Policy, Stream, Width
 from nestlm.router.base import Router
 from nestlm.router.dynamic.base import features
 from nestlm.router.protocols import ChoiceValues, check_router, narrow
@@ -69,8 +69,8 @@ class ValueSignal(Signal):
     def terms(self, models: StageModels, batch: Batch, *, step: int) -> Iterator[Term]:
         predicted, target = self.observe(models, batch, key=step)
         loss = (predicted - target).square().mean()
-        spread = batch.row_shard.gather(target).var(correction=0).clamp_min(1e-12)
-        yield Term(loss, {"value_error": batch.row_shard.mean(loss.detach()) / spread, "kl": target.mean()})
+        spread = batch.row_shard.all_gather(target).var(correction=0).clamp_min(1e-12)
+        yield Term(loss, {"value_error": batch.row_shard.all_reduce_mean(loss.detach()) / spread, "kl": target.mean()})
 
     def observe(self, models: StageModels, batch: Batch, *, key: int | str) -> tuple[Tensor, Tensor]:
         """Return predicted and measured KL from the whole model under drawn choices, in nats.
@@ -85,7 +85,7 @@ class ValueSignal(Signal):
         """
         router = narrow(models.router, ChoiceValues)
         tokens_BL, generator = batch.tokens_BL, torch_generator(self.seed, "value", key)
-        rows = batch.row_shard.total(len(tokens_BL))
+        rows = batch.row_shard.global_rows(len(tokens_BL))
         shape = (rows, tokens_BL.shape[1])
         indices = random_choices(self.space, shape, per_token=router.per_token, skew=self.skew, generator=generator)
         # a price of cost for sequences that choose, 0 for those that draw, and the few draws of those that choose
@@ -94,16 +94,16 @@ class ValueSignal(Signal):
         price_B[torch.rand(rows, generator=generator) < self.random_share] = 0.0
         strays = torch.rand(indices.shape, generator=generator) < STRAY_SHARE
         parts_of_step = (
-            batch.row_shard.own(indices, dim=1),
-            batch.row_shard.own(strays, dim=1),
-            batch.row_shard.own(price_B),
+            batch.row_shard.local_rows(indices, dim=1),
+            batch.row_shard.local_rows(strays, dim=1),
+            batch.row_shard.local_rows(price_B),
         )
         drawn = DrawnChoices(*(part.to(tokens_BL.device) for part in parts_of_step))
         values: list[Tensor] = []
         with torch.no_grad():
-            whole = models.decoder(tokens_BL, documents_BL=batch.documents_BL, read=HeadInputs.read).read
-            policy, read = observing_policy(router, drawn, values), LossReader(batch.targets_BL, teacher=whole)
-            kl_BL = models.decoder(tokens_BL, policy, documents_BL=batch.documents_BL, read=read).read.distance_BL
+            whole = models.decoder(tokens_BL, documents_BL=batch.documents_BL, output_fn=HeadInputs.detached).output
+            policy, output_fn = observing_policy(router, drawn, values), LossFn(batch.targets_BL, teacher=whole)
+            kl_BL = models.decoder(tokens_BL, policy, documents_BL=batch.documents_BL, output_fn=output_fn).output.kl_BL
         total = torch.stack(values).sum(0)
         return (total, kl_BL) if router.per_token else (total[:, 0], kl_BL.mean(1))
 
@@ -172,13 +172,13 @@ def observing_policy(router: ChoiceValues, drawn: DrawnChoices, values: list[Ten
         del stream
         row = rows.get(site)
         if row is None:
-            return WHOLE
+            return FULL
         widths = router.prices.space.choices[site]
         with torch.enable_grad():
             value_BLK = router.values(row, features(hidden_BLD.detach()))
             index = drawn.at_site(row, value_BLK, shares[row, : len(widths)])
             index_BL = index if index.ndim == 2 else index[:, None]
             values.append(value_BLK.expand(*index_BL.shape, -1).gather(-1, index_BL[..., None]).squeeze(-1))
-        return Decision(Mixed(widths, index))
+        return Decision(Width.per_row(widths, index))
 
     return policy
