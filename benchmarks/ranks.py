@@ -72,7 +72,7 @@ class Way:
         self.optimizer.step()
         synchronize(rows_BL.device)
         self.seconds.append(time.perf_counter() - started)
-        self.losses.append(float(self.share.mean(loss.detach())))
+        self.losses.append(float(self.share.all_reduce_mean(loss.detach())))
 
 
 def synchronize(device: torch.device) -> None:
