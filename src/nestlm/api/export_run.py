@@ -64,7 +64,7 @@ class LoadedRun:
 
 @dataclass(frozen=True)
 class Request:
-    """Where an export goes, and in which form.
+    """Target folder and format of an export.
 
     Attributes:
         out: a folder that does not exist yet, or is empty; it appears whole or not at all.

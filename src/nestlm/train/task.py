@@ -11,7 +11,7 @@ from nestlm.train.objective.base import Objective, StageModels
 
 @dataclass(frozen=True)
 class Task:
-    """What a stage trains.
+    """Models, objective and trained parts of a training stage.
 
     Attributes:
         models: the model, and its teacher and router where the objective needs them.

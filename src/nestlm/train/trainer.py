@@ -37,7 +37,7 @@ def make_trainer(
     logger: Logger | bool = False,
     log_every_n_steps: int = LOG_EVERY_STEPS,
 ) -> L.Trainer:
-    """The trainer of the config, told what this project decides itself."""
+    """Make the trainer of the config, with the arguments that this project sets itself."""
     strategy = getattr(factory, "keywords", {}).get("strategy")
     with quiet_lightning():
         trainer = factory(
@@ -57,7 +57,7 @@ def make_trainer(
 
 
 def keep_sigterm_handler(trainer: L.Trainer) -> None:
-    """Have Lightning leave SIGTERM alone: its handler ends no process, and has ranks talk wherever they are."""
+    """Keep Lightning from handling SIGTERM: its handler ends no process, and starts collectives at any point."""
     connector = trainer._signal_connector  # there is no public way
     register = connector.register_signal_handlers
 
@@ -87,7 +87,7 @@ def quiet_lightning() -> Iterator[None]:
 
 
 def trainer_device(factory: Callable[..., L.Trainer]) -> torch.device:
-    """Where the config's trainer computes."""
+    """Return the device on which the config's trainer computes."""
     return make_trainer(factory).strategy.root_device
 
 

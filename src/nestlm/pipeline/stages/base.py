@@ -39,7 +39,7 @@ NOT_A_METRIC = {"metric": False}  # metadata of a result's field that is kept ou
 
 @dataclass(frozen=True, kw_only=True)
 class StageResult:
-    """What a stage reports: plain values, which stage.json holds as JSON."""
+    """The result of a stage: plain values, which stage.json holds as JSON."""
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Self:

@@ -18,7 +18,7 @@ from nestlm.pipeline.stages.base import Stage, StageResult
 
 @dataclass(frozen=True, kw_only=True)
 class DataResult(StageResult):
-    """The prepared text.
+    """Result of the data stage: identity and size of the prepared text.
 
     Attributes:
         fingerprint: hash of all texts.

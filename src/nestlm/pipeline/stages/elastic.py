@@ -27,7 +27,7 @@ PROBED_SEQUENCES = 16  # of calibration text
 
 @dataclass(frozen=True, kw_only=True)
 class ElasticResult(TrainingResult):
-    """Validation losses after elastic training.
+    """Result of the elastic stage: steps and tokens, and validation losses after training.
 
     Attributes:
         full: loss of the whole model.

@@ -25,7 +25,7 @@ TIMED_ROWS = 4  # rows of a batch on which policies are timed
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a router chose for a budget, and what that measured.
+    """The choice of a router for a budget, with its loss, cost and time.
 
     Attributes:
         router: label of the router.
@@ -80,7 +80,7 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateResult(StageResult):
-    """The outcomes of all routers and budgets.
+    """Result of the evaluate stage: the outcomes of all routers and budgets.
 
     Attributes:
         outcomes: one a router and budget, the uniform router's first.
@@ -102,7 +102,7 @@ class EvaluateResult(StageResult):
 
 @dataclass(frozen=True)
 class BudgetAnswer:
-    """What a router found for a budget, and the name under which its score is filed."""
+    """The policy that a router found for a budget, and the name of the file of its score."""
 
     router: str
     budget: Budget

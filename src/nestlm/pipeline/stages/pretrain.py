@@ -27,7 +27,7 @@ HASHES = "weights.json"  # file of the cache that keeps the hashes of given weig
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainResult(Readings, TrainingResult):
-    """How the teacher was trained, and its loss on the validation text."""
+    """Result of the pretrain stage: steps and tokens, and the teacher's loss on the validation text."""
 
 
 @dataclass(frozen=True, kw_only=True)

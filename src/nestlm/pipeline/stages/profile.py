@@ -22,7 +22,7 @@ from nestlm.utils.json_files import write_json
 
 @dataclass(frozen=True, kw_only=True)
 class ProfileResult(StageResult):
-    """Where the latency table comes from.
+    """Result of the profile stage: the origin of the latency table.
 
     Attributes:
         unit: what a price of the table is the time of.

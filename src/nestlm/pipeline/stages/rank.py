@@ -22,7 +22,7 @@ from nestlm.utils.console import track
 
 @dataclass(frozen=True, kw_only=True)
 class RankResult(StageResult):
-    """What sorting gained.
+    """Result of the rank stage: losses before and after units are sorted.
 
     Attributes:
         sequences: calibration sequences that were read.

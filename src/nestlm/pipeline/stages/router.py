@@ -23,7 +23,7 @@ from nestlm.train.task import Task
 
 @dataclass(frozen=True, kw_only=True)
 class RouterResult(TrainingResult):
-    """How the router was trained.
+    """Result of the router stage: steps and tokens, and the measurements of the signal.
 
     Attributes:
         signal: what the router's signal measured on calibration text once training had ended, by name.

@@ -26,7 +26,7 @@ from nestlm.train.trainer import fit
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingResult(StageResult):
-    """What every training stage reports, and a stage without results of its own.
+    """Result of a training stage: steps and tokens. Subclasses add what a stage measures.
 
     Attributes:
         steps: optimizer steps.
