@@ -132,23 +132,41 @@ def export_model(
                 gguf_file.write_gguf(small, nested.family, path, precision=precision, **told)
             check = check_gguf_file(path, question, small=small)
         else:
-            brought = brings_tokenizer(nested)
             with naming_write_errors(out):
-                told = {"parent": nested.parent, "routing": routing, "dtype": dtype, "tokenizer": brought}
-                hf_folder.write_hf_folder(small, nested.family, folder, **told)
-                if not brought:
-                    write_tokenizer(nested, folder)
-            kind = hf_folder.modelling_file(small, nested.family, routing)
-            hf_folder.check_code(folder, nested.family, kind)
-            check = check_hf_folder(
-                folder, question, runs_code=kind is not None, tokenizer=load_tokenizer(nested.tokenizer)
-            )
+                write_transformers_folder(small, nested, folder, dtype=dtype, routing=routing)
+            check = check_transformers_folder(small, nested, folder, routing=routing, question=question)
         text = model_card(facts, small.config, check, routing=routing, form=form, precision=precision, name=out.name)
         with naming_write_errors(out):
             (folder / "README.md").write_text(text, encoding="utf-8")
     if push_to is not None:
         upload_model(out, push_to)
     return check
+
+
+def write_transformers_folder(
+    small: Decoder, nested: ExportSource, folder: Path, *, dtype: torch.dtype | None, routing: ExportedRouter | None
+) -> None:
+    """Write a sub-network and a tokenizer into a folder that transformers opens."""
+    brought = brings_tokenizer(nested)
+    told = {"parent": nested.parent, "routing": routing, "dtype": dtype, "tokenizer": brought}
+    hf_folder.write_hf_folder(small, nested.family, folder, **told)
+    if not brought:
+        write_tokenizer(nested, folder)
+
+
+def check_transformers_folder(
+    small: Decoder,
+    nested: ExportSource,
+    folder: Path,
+    *,
+    routing: ExportedRouter | None,
+    question: ExportReference,
+) -> ExportCheck:
+    """Compare what transformers computes from a written folder with the nested model."""
+    kind = hf_folder.modelling_file(small, nested.family, routing)
+    hf_folder.check_code(folder, nested.family, kind)
+    tokenizer = load_tokenizer(nested.tokenizer)
+    return check_hf_folder(folder, question, runs_code=kind is not None, tokenizer=tokenizer)
 
 
 def check_target(family: Family, out: Path, *, run: Path, form: str, push_to: str | None) -> None:

@@ -11,6 +11,9 @@ from nestlm.errors import ConfigError
 from nestlm.utils.resources import check_writable
 
 
+OWN_TEXT = "the run's own"
+
+
 def evaluate(
     run: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
     overrides: Annotated[
@@ -49,8 +52,8 @@ def evaluate(
 
     asked = [Budget.from_str(each) for each in budgets.split(",")] if budgets is not None else None
     num_shots = parse_shots(shots)
-    place = out or run / "evaluation"
-    check_writable(place.parent, setting="--out")
+    out = out or run / "evaluation"
+    check_writable(out.parent, setting="--out")
     from nestlm.config.commands import load
     from nestlm.config.compose import data_settings
     from nestlm.config.error_messages import plain_errors
@@ -70,8 +73,7 @@ def evaluate(
         )
     from nestlm.cli.output import print_scores
 
-    text = " ".join(overrides or ["the run's own"])
-    print_scores(rows, out=place, title=f"{run.name}: held-out text of {text}")
+    print_scores(rows, out=out, title=f"{run.name}: held-out text of {' '.join(overrides or [OWN_TEXT])}")
 
 
 def parse_shots(text: str) -> dict[str, int]:
