@@ -27,9 +27,7 @@ def evaluate(
     task_files: Annotated[
         Path | None, typer.Option(help="A folder of tasks in YAML files, which replace the harness's own.")
     ] = None,
-    shots: Annotated[
-        str, typer.Option(help="Examples before each question: piqa=5,mmlu=0. Default: the paper's.")
-    ] = "",
+    shots: Annotated[str, typer.Option(help="Examples for each task: piqa=5,mmlu=0. Default: the paper's.")] = "",
     limit: Annotated[int | None, typer.Option(help="Ask only the first questions of each task, this many.")] = None,
     batch_size: Annotated[
         int | None, typer.Option(help="Questions scored at once. Default: data.eval_batch_size.")
