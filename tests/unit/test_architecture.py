@@ -1,6 +1,8 @@
 """The layout of the source: few loose modules, short files and functions, one name for one thing."""
 
 import ast
+import re
+import tomllib
 from collections import Counter
 from pathlib import Path
 
@@ -51,6 +53,15 @@ def test_no_two_modules_outside_plug_in_folders_share_a_name():
 
 def test_every_folder_of_plug_ins_is_there():
     assert all((SOURCE / folder).is_dir() for folder in PLUGINS)
+
+
+def test_the_map_of_rooms_names_every_folder_in_the_order_of_imports():
+    floors = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]["layers"]
+    floor_of = {name: number for number, names in enumerate(floors) for name in names.split(" | ")}
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rooms = re.findall(r"^\| `(\w+)/` \|", page, flags=re.MULTILINE)
+    assert set(rooms) == {path.parent.name for path in SOURCE.glob("*/__init__.py")}
+    assert rooms == sorted(rooms, key=floor_of.__getitem__)
 
 
 def test_test_files_have_names_of_their_own():
