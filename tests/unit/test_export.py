@@ -20,7 +20,7 @@ from nestlm.elastic.axes.base import Axis, search_space
 from nestlm.elastic.surgery import extract
 from nestlm.errors import ExportError
 from nestlm.export import exporter, hf_folder, remote
-from nestlm.export.exported_router import ExportedRouter, router_kind
+from nestlm.export.exported_router import ExportedRouter
 from nestlm.export.hf_folder import export_hf
 from nestlm.export.model_card import CardFacts
 from nestlm.model.pretrained import find_families
@@ -214,8 +214,8 @@ def test_a_disk_that_is_full_leaves_nothing_behind(tmp_path):
 
 
 def test_a_router_of_another_kind_is_refused_by_name():
-    with pytest.raises(ExportError, match=r"knows no torch.*Router; wanted a static router, or router=surrogate"):
-        router_kind(torch.nn.Identity())
+    with pytest.raises(ExportError, match=r"knows no torch.*Identity; wanted a static router, or router=surrogate"):
+        ExportedRouter.from_plan(torch.nn.Identity(), None, axes=(), config=None)
 
 
 def test_an_empty_folder_may_be_there_and_a_full_one_may_not(tmp_path):
