@@ -126,7 +126,8 @@ def test_a_group_of_ablations_is_one_command_and_one_table(tmp_path):
     assert done.returncode == 0, done.stderr
     result = CliRunner().invoke(app, ["report", str(tmp_path / "runs/ablation/teacher"), "--force"])
     assert result.exit_code == 0, result.output
-    rows = [line.split(" | ") for line in result.output.splitlines() if line.endswith(" | 2 |")]
-    assert [row[0] for row in rows] == ["| frozen", "| in-place", "| none (text only)"]
+    table = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in result.output.splitlines()]
+    rows = [cells for cells in table if cells[-1] == "2"]
+    assert [row[0] for row in rows] == ["frozen", "in-place", "none (text only)"]
     assert all("±" in row[1] for row in rows)
     assert "42 stages of 6 runs, 13 of them from the cache" in result.output

@@ -10,7 +10,6 @@ import typer
 from nestlm.errors import ConfigError
 from nestlm.utils.resources import check_writable
 
-
 OWN_TEXT = "the run's own"
 
 
