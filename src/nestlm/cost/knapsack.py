@@ -35,7 +35,7 @@ FIRST_GAP = 1 / 64  # of what the rounded relaxation loses; doubled, since parti
 
 
 def cheapest_loss(losses: Sequence[Sequence[float]], *, prices: PriceList, budget: Budget) -> SubnetSpec:
-    """The spec of least summed loss that keeps the budget.
+    """Find the spec of least summed loss that keeps the budget.
 
     Args:
         losses: per site one number a choice, in the order of the space; lower is better.
@@ -49,7 +49,7 @@ def cheapest_loss(losses: Sequence[Sequence[float]], *, prices: PriceList, budge
 
 
 def cheapest_within(losses: Sequence[Sequence[float]], *, bounds: Sequence[Bound], space: SearchSpace) -> SubnetSpec:
-    """The same for bounds that the smallest sub-network keeps."""
+    """Find the spec of least summed loss under bounds that the smallest sub-network keeps."""
     if all(bound.fits(space.full()) for bound in bounds):
         return space.full()
     rows = [
@@ -64,7 +64,13 @@ def cheapest_within(losses: Sequence[Sequence[float]], *, bounds: Sequence[Bound
 
 
 def best_within(bounds: Sequence[Bound], rows: Sequence[Array], *, space: SearchSpace) -> SubnetSpec | None:
-    """The spec of least summed loss that the bounds accept; `rows` holds the losses of each site's choices."""
+    """Find the spec of least summed loss that the bounds accept; None where the search finds none.
+
+    Args:
+        bounds: the limits, in shares of their tables.
+        rows: per site the losses of its choices, (choices,).
+        space: the choices.
+    """
     size = max(float(np.ptp(row)) for row in rows) or 1.0  # a linear solver's tolerances are absolute
     losses = [(row - row.min()) / size for row in rows]
     prices = [np.array([bound.table.prices[row] for bound in bounds], dtype=float).T for row in range(len(rows))]
@@ -87,7 +93,10 @@ def best_within(bounds: Sequence[Bound], rows: Sequence[Array], *, space: Search
 
 
 def solve(items: list[Items], allowances: Array, *, bounds: Sequence[Bound], space: SearchSpace) -> SubnetSpec | None:
-    """The best by an integer solver within its nodes; what slips over by its tolerance is asked again, tighter."""
+    """Find the best spec that an integer solver reaches within `MOST_NODES`; None where it reaches none.
+
+    The solver keeps bounds only to a tolerance: a spec that exceeds one is searched for again with a tighter bound.
+    """
     scale = np.maximum(np.abs(allowances), np.finfo(float).tiny)
     counts = [len(item.losses) for item in items]
     shares = np.concatenate([item.prices for item in items]).T / scale[:, None]
@@ -129,7 +138,7 @@ class Items:
 
     @classmethod
     def of(cls, picks: Choices, losses: Sequence[Array], prices: Sequence[Array]) -> Items:
-        """Sum what each site's choice loses and costs. `picks` holds -1 at sites that do not count."""
+        """Sum the losses and prices of the choices in `picks`, which holds -1 at sites that do not count."""
         counts = picks >= 0
         taken = np.maximum(picks, 0)
         rows = np.nonzero(counts.any(0))[0].tolist()
@@ -177,13 +186,13 @@ def relax(items: list[Items], allowances: Array) -> Relaxed:
 
 
 def cheapest_of(choices: Choices, prices: Array) -> int:
-    """Of some choices the one that is dearer than none of them in any bound, or the first of the item."""
+    """Return the choice, among some, that no other undercuts in any bound; where there is none, the item's first."""
     (lowest,) = np.nonzero(np.all(prices[choices] == prices[choices].min(0), axis=1))
     return int(choices[lowest[0]]) if len(lowest) else 0
 
 
 def search(items: list[Items], allowances: Array, multipliers: Array, *, gap: float) -> Choices | None:
-    """Specs within `gap` of the relaxed optimum that are beaten by none, best first: choices (specs, sites).
+    """Find the specs within `gap` of the relaxed optimum that no other beats: choices (specs, items), best first.
 
     None: too many partial specs are as good.
     """
@@ -217,7 +226,10 @@ def search(items: list[Items], allowances: Array, multipliers: Array, *, gap: fl
 
 
 def unbeaten(costs: Array, lost: Array) -> Choices:
-    """Indices of partial specs without another that costs and loses no more; with several bounds, at equal cost."""
+    """Return the indices of partial specs that no other beats.
+
+    With one bound a spec beats another in cost and loss, with several in loss at equal cost.
+    """
     if costs.shape[1] == 1:
         order = np.lexsort((lost, costs[:, 0]))
         best_before = np.minimum.accumulate(np.concatenate(([np.inf], lost[order])))[:-1]
@@ -234,7 +246,7 @@ def unbeaten(costs: Array, lost: Array) -> Choices:
 def first_that_fits(
     found: Choices, items: Sequence[Items], *, bounds: Sequence[Bound], space: SearchSpace
 ) -> SubnetSpec | None:
-    """The best spec that the bounds accept; `found` holds a choice an item."""
+    """Return the first spec of `found`, (specs, items), that the bounds accept; None where they accept none."""
     for row in found.tolist():
         picked = np.sum([item.picks[choice] for item, choice in zip(items, row, strict=True)], axis=0)
         spec = space.spec(dict(zip(space.sites, picked.tolist(), strict=True)))
@@ -244,7 +256,7 @@ def first_that_fits(
 
 
 def joint_choices(space: SearchSpace) -> list[Choices]:
-    """The items of a space: choice indices (choices, sites), and -1 where a site does not count."""
+    """List the items of a space: choice indices, (choices, sites), with -1 where a site does not count."""
     rows = {site: row for row, site in enumerate(space.sites)}
     inside: dict[Site, list[Site]] = {}
     for site in space.sites:

@@ -10,6 +10,7 @@ from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from nestlm.elastic.axes.base import Axis
 from nestlm.errors import BudgetError
@@ -89,6 +90,7 @@ class TokenTable(CostTable):
     router: tuple[tuple[float, float], ...]
 
     @property
+    @override
     def cheapest(self) -> float:
         if self.fixed is None:
             return self.cost(self.space.smallest())

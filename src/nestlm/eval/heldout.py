@@ -37,13 +37,13 @@ class HeldOut:
 
     @classmethod
     def of(cls, data: PackedTokens) -> HeldOut:
-        """The validation split of prepared tokens."""
+        """Take the validation split of prepared tokens."""
         return cls(data.heldout_dataloader("validation"), data.prepared.split("validation"))
 
 
 @contextmanager
 def held_out(data: DataSettings | None, *, config: DecoderConfig, seed: int, own: PackedTokens) -> Iterator[HeldOut]:
-    """Text in the run's tokens: a validation split, or all of a text that nothing is trained on.
+    """Open text in the run's tokens: a validation split, or all of a text that nothing is trained on.
 
     Args:
         data: where it comes from; None: the run's own. What is not prepared yet is prepared for the while; where its
@@ -90,7 +90,7 @@ def task_runner(
     limit: int | None,
     batch_size: int,
 ) -> RunTasks:
-    """What runs tasks of the harness under a policy; see `NestedModel.evaluate`.
+    """Load tasks of the harness, and return a function that runs them under a policy; see `NestedModel.evaluate`.
 
     Raises:
         ConfigError: the harness is not installed, or has no such task.

@@ -74,13 +74,13 @@ class Bench:
         return cls(decoder, tokens_BL, cache)
 
     def run(self, policy: Policy) -> None:
-        """One pass; the cache is as before."""
+        """Run one pass and reset the cache's length."""
         self.decoder(self.tokens_BL, policy, cache=self.cache)
         if self.cache is not None:
             self.cache.num_tokens -= 1
 
     def times(self, policies: Sequence[Policy], *, repeats: int, what: str) -> Array:
-        """Milliseconds of each policy: medians over repeats in which all take turns, so that drifts hit all alike."""
+        """Time each policy, in milliseconds: medians over repeats in which all take turns, so drifts hit all alike."""
         device = self.tokens_BL.device
         found: list[list[float]] = [[] for _ in policies]
         for repeat in track(range(WARM_UP + repeats), what, total=WARM_UP + repeats):
@@ -121,7 +121,7 @@ def profile(cost: Latency, *, space: SearchSpace, config: DecoderConfig, device:
 
 
 def measure_specs(bench: Bench, *, space: SearchSpace, alike: list[int], repeats: int) -> tuple[float, Rows, float]:
-    """Constant, prices and error of the static table. The runs that check the fit take turns with its own."""
+    """Measure the constant, prices and error of the static table; runs that check the fit take turns with its own."""
     designs = spec_designs(space)
     checked = random_specs(space, count=CHECKED_SPECS, generator=np.random.default_rng(1))
     runs = np.concatenate([designs, checked])
@@ -135,7 +135,7 @@ def measure_specs(bench: Bench, *, space: SearchSpace, alike: list[int], repeats
 def measure_mixes(
     bench: Bench, static: tuple[float, Rows], *, space: SearchSpace, alike: list[int], repeats: int
 ) -> tuple[dict[str, object], float]:
-    """The fields of the part per token, and its error.
+    """Measure the fields of the table's part per token, and its error.
 
     In some runs only one axis decides. What the other sites take is known from the static table, so the rest is what
     deciding costs.
@@ -173,11 +173,11 @@ class Mix:
 
     @classmethod
     def all(cls, indices: Indices) -> Mix:
-        """All sites decide."""
+        """Make a run in which every site decides."""
         return cls(indices, (True,) * len(indices))
 
     def policy(self, space: SearchSpace, *, shape: torch.Size, device: torch.device) -> Policy:
-        """How the decoder runs it."""
+        """Return the policy by which the decoder runs the mix."""
         decisions = {}
         for (site, widths), index, decides in zip(space.choices.items(), self.indices, self.decides, strict=True):
             drawn = torch.from_numpy(index).view(shape).to(device)
@@ -185,17 +185,17 @@ class Mix:
         return constant(decisions)
 
     def reach(self, space: SearchSpace) -> Array:
-        """As `reached`, 0 at sites that do not decide."""
+        """Return what `reached` returns, with 0 at sites that do not decide."""
         return reached(self.indices, space) * np.array(self.decides, dtype=float)[:, None]
 
     def fixed_price(self, rows: Rows, space: SearchSpace) -> float:
-        """Static price of the sites that do not decide, by the share of the tokens that run their blocks."""
+        """Sum the static prices of the sites that do not decide, times the share of tokens that run their blocks."""
         sites = zip(rows, self.indices, self.decides, running(self.indices, space).mean(1), strict=True)
         return sum(share * row[int(index[0])] for row, index, decides, share in sites if not decides)
 
 
 def router_time(without: float, narrow: float, wide: float) -> RouterTime:
-    """What networks of the two `ROUTER_WIDTHS` took more than a policy without any, as a line that is never below 0."""
+    """Fit a line, never below 0, to the extra times of routers whose networks have the two `ROUTER_WIDTHS`."""
     low, high = ROUTER_WIDTHS
     per_unit = max(0.0, (wide - narrow) / (high - low))
     return RouterTime(constant=max(0.0, narrow - low * per_unit - without), per_unit=per_unit)
@@ -205,13 +205,13 @@ def router_time(without: float, narrow: float, wide: float) -> RouterTime:
 
 
 def spec_designs(space: SearchSpace) -> Indices:
-    """Runs that tell prices apart: nothing, each choice of an axis with the others skipped and full, and more."""
+    """Design runs that tell prices apart: none, each choice of an axis with the others skipped or full, random."""
     runs = [lowest(space)[None], one_axis_at_a_time(space, narrowest=SKIPPED)]
     return np.concatenate([*runs, random_specs(space, count=RANDOM_RUNS, generator=np.random.default_rng(0))])
 
 
 def mix_designs(space: SearchSpace, tokens: int) -> list[Mix]:
-    """Mixes that tell prices apart: most tokens at a choice of an axis, the others narrowest and full, and more.
+    """Design mixes that tell prices apart: most tokens at a choice of an axis, others narrowest or full, random.
 
     A tenth of the tokens is elsewhere, since a site whose tokens all agree runs fewer products than any real mix.
     """
@@ -234,7 +234,7 @@ def lowest(space: SearchSpace) -> Indices:
 
 
 def one_axis_at_a_time(space: SearchSpace, *, narrowest: int) -> Indices:
-    """Each choice of each axis in all layers, with the other axes at the narrowest and at the full choice."""
+    """List each choice of each axis in all layers, with the other axes at the narrowest and at the full choice."""
     full = np.array([len(widths) - 1 for widths in space.choices.values()])
     runs = []
     for axis in space.axes:
@@ -246,19 +246,19 @@ def one_axis_at_a_time(space: SearchSpace, *, narrowest: int) -> Indices:
 
 
 def random_specs(space: SearchSpace, *, count: int, generator: np.random.Generator) -> Indices:
-    """Heterogeneous specs from near the smallest to near the full model, (count, sites)."""
+    """Draw heterogeneous specs from near the smallest to near the full model, (count, sites)."""
     return random_mixes(space, 1, count=count, generator=generator)[:, :, 0]
 
 
 def random_mixes(space: SearchSpace, tokens: int, *, count: int, generator: np.random.Generator) -> Indices:
-    """Mixes whose sites draw from distributions of their own, from narrow to wide ones, (count, sites, tokens)."""
+    """Draw mixes whose sites have distributions of their own, from narrow to wide, (count, sites, tokens)."""
     full = np.array([len(widths) - 1 for widths in space.choices.values()])
     level = (generator.uniform(size=(count, 1)) + generator.uniform(size=(count, len(full)))) / 2
     return generator.binomial(full[:, None], level[:, :, None], size=(count, len(full), tokens))
 
 
 def reached(indices: Indices, space: SearchSpace) -> Array:
-    """RowShard of the tokens that take each choice or a wider one: (sites, tokens) to (sites, max choices).
+    """Return the share of the tokens that take each choice or a wider one: (sites, tokens) to (sites, max choices).
 
     Tokens that skip a block reach nothing in it.
     """
@@ -266,7 +266,7 @@ def reached(indices: Indices, space: SearchSpace) -> Array:
 
 
 def running(indices: Indices, space: SearchSpace) -> NDArray[np.bool_]:
-    """Which tokens run the block of a site, (sites, tokens)."""
+    """Return which tokens run the block of each site, (sites, tokens)."""
     rows = {site: row for row, site in enumerate(space.sites)}
     runs = np.ones(indices.shape, dtype=bool)
     for site, depth in space.enclosing.items():
@@ -275,7 +275,7 @@ def running(indices: Indices, space: SearchSpace) -> NDArray[np.bool_]:
 
 
 def group_of(site: Site, *, config: DecoderConfig, space: SearchSpace) -> int:
-    """A number that sites share whose axis and block sizes are the same."""
+    """Return a number that is the same for sites of the same axis in blocks of the same sizes."""
     return next(
         number
         for number, other in enumerate(space.sites)
@@ -287,7 +287,7 @@ def group_of(site: Site, *, config: DecoderConfig, space: SearchSpace) -> int:
 
 
 def spec_policy(space: SearchSpace, indices: Indices) -> Policy:
-    """The policy of a spec, with sites that are skipped."""
+    """Make the policy of choice indices, (sites,), in which `SKIPPED` skips a site."""
     return constant(
         {
             site: Decision(Width(0 if index == SKIPPED else widths[index]))
@@ -297,7 +297,7 @@ def spec_policy(space: SearchSpace, indices: Indices) -> Policy:
 
 
 def routed(policy: Policy, *, space: SearchSpace, bench: Bench, hidden_width: int) -> Policy:
-    """The policy, after a router has decided at each site as dynamic ones do: network, pace and one token bucket."""
+    """Make a policy that first decides as a dynamic router does, at the cost of its network, pace and one bucket."""
     weight = bench.decoder.embed.weight
     networks = SiteNetworks(space, num_inputs=bench.decoder.config.hidden_size, hidden_width=hidden_width, init_std=0.1)
     networks.init_weights(seed=0)

@@ -67,7 +67,7 @@ class HarnessModel(TemplateLM):
         return self.special_tokens.begin
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Ids of a text; unless that is refused, after the token that starts a document."""
+        """Encode a text; the token that starts a document comes first, unless the harness refuses it."""
         del kwargs
         ids = self.encoder.encode(string, add_special_tokens=False).ids
         return ids if add_special_tokens is False else [self.special_tokens.begin, *ids]
@@ -75,7 +75,7 @@ class HarnessModel(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """Log-probability of each continuation, and whether it is the likeliest; long contexts lose their start."""
+        """Score continuations: log-probability, and whether it is the likeliest; long contexts lose their start."""
         del kwargs
         rows = [self.fitted(context, targets) for _, context, targets in requests]
         order = sorted(range(len(rows)), key=lambda row: -len(rows[row].tokens))  # rows of a batch are alike long
@@ -87,7 +87,7 @@ class HarnessModel(TemplateLM):
         return [found[row] for row in range(len(rows))]
 
     def fitted(self, context: list[int], targets: list[int]) -> Scored:
-        """A request within the model's context. Raises DataError for a continuation that is longer."""
+        """Cut a request to the model's context. Raises DataError for a continuation that is longer."""
         if len(targets) > self.max_length:
             raise DataError(
                 f"tasks: got a continuation of {len(targets)} tokens, wanted at most model.context_length="
@@ -97,7 +97,7 @@ class HarnessModel(TemplateLM):
 
     @torch.no_grad()
     def score(self, rows: Sequence[Scored]) -> list[tuple[float, bool]]:
-        """A batch of requests."""
+        """Score a batch of requests."""
         tokens_BL, documents_BL = left_padded([row.tokens for row in rows], device=self.decoder.embed.weight.device)
         longest = max(len(row.targets) for row in rows)
         with self.precision():
@@ -112,7 +112,7 @@ class HarnessModel(TemplateLM):
         return found
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-probability of whole texts, in windows of the model's context that do not overlap."""
+        """Score whole texts by log-probability, in windows of the model's context that do not overlap."""
         pairs, owners = list[tuple[tuple[str, str], list[int], list[int]]](), list[int]()
         for owner, request in enumerate(requests):
             ids = self.tok_encode(request.args[0], add_special_tokens=False)
@@ -126,7 +126,7 @@ class HarnessModel(TemplateLM):
         return [totals[owner] for owner in range(len(requests))]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Continuations up to the first of a task's stop strings."""
+        """Generate continuations up to the first of a task's stop strings."""
         texts = []
         for request in track(requests, "tasks", total=len(requests)):
             arguments: tuple[Any, ...] = request.args
@@ -134,7 +134,7 @@ class HarnessModel(TemplateLM):
         return texts
 
     def continued(self, context: str, options: dict[str, Any]) -> str:
-        """One of them."""
+        """Generate one continuation, up to the first of its stop strings."""
         stops = options.get("until") or []
         stops = [stops] if isinstance(stops, str) else stops
         room = min(int(options.get("max_gen_toks", 256)), self.max_length - 1)
@@ -168,7 +168,7 @@ class Asked:
 
 
 def load_tasks(names: Sequence[str], *, files: Path | None, shots: Mapping[str, int]) -> list[Asked]:
-    """Tasks, groups and tags of the harness, or those of a folder alone.
+    """Load tasks, groups and tags of the harness, or those of a folder alone.
 
     Raises:
         ConfigError: one is not there, or runs code that a model writes.
@@ -204,7 +204,7 @@ def load_tasks(names: Sequence[str], *, files: Path | None, shots: Mapping[str, 
 
 
 def run_tasks(model: HarnessModel, tasks: Sequence[Asked], *, limit: int | None) -> dict[str, float]:
-    """Every metric of every task, and its standard error where it has one: `TASK METRIC` and `TASK METRIC stderr`.
+    """Run tasks and return every metric, with its standard error if any: `TASK METRIC` and `TASK METRIC stderr`.
 
     Args:
         model: what is asked.
@@ -230,7 +230,7 @@ def run_tasks(model: HarnessModel, tasks: Sequence[Asked], *, limit: int | None)
 
 
 def metrics_of(task: str, results: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of one task under their shown names: the harness writes `acc,none` and `acc_stderr,none`."""
+    """Rename the numbers of one task for display: the harness writes `acc,none` and `acc_stderr,none`."""
     found = {}
     for key, value in results.items():
         metric, _, kind = key.partition(",")

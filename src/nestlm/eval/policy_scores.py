@@ -31,7 +31,7 @@ WARM_UP, REPEATS = 2, 7  # forward passes that are not counted, and that are
 
 @dataclass(frozen=True)
 class Spending:
-    """What sequences spent, as shares of the whole model's cost: their mean, standard deviation, and the worst one."""
+    """Cost of sequences as shares of the whole model's cost: mean, standard deviation and maximum."""
 
     mean: float
     spread: float
@@ -60,18 +60,23 @@ class Scores:
         return math.exp(self.loss)
 
     def bits_per_byte(self, *, tokens: int, num_bytes: int) -> float:
-        """Loss per byte of text, in bits, with the tokens and bytes of the split: comparable across tokenizers."""
+        """Convert the loss to bits per byte of text, which is comparable across tokenizers.
+
+        Args:
+            tokens: of the split.
+            num_bytes: of the split's text.
+        """
         return self.loss / math.log(2) * tokens / num_bytes
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Scores:
-        """From plain values, as `dataclasses.asdict` makes them."""
+        """Rebuild scores from what `dataclasses.asdict` returned."""
         spending = {name: Spending(**spent) for name, spent in fields["spending"].items()}
         return cls(fields["loss"], fields["accuracy"], spending, fields["widths"])
 
 
 class PolicyEvaluation(L.LightningModule):
-    """Counts what a decoder gets right under one policy, and what the policy's decisions cost."""
+    """Lightning module that scores a decoder under one policy, and counts what the policy's decisions cost."""
 
     def __init__(self, decoder: Decoder, policy: Policy, *, prices: PriceList | None) -> None:
         super().__init__()
@@ -84,7 +89,7 @@ class PolicyEvaluation(L.LightningModule):
         self.sequences = 0
 
     def configure_model(self) -> None:
-        """Nothing: the model is placed already."""
+        """Leave the decoder where it is: it has been placed on its device before."""
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Update the counts; every token weighs the same."""
@@ -111,7 +116,7 @@ class PolicyEvaluation(L.LightningModule):
             self.widths[site] += sequences * mean_width(ran, whole=widths[-1])
 
     def spending(self) -> dict[str, Spending]:
-        """What the sequences spent, by cost."""
+        """Gather what the sequences of all ranks spent, by cost."""
         found = {}
         for name in self.prices.tables if self.prices is not None else ():
             shares = torch.cat(collectives.all_gather_object(self.spent[name]))
@@ -119,7 +124,7 @@ class PolicyEvaluation(L.LightningModule):
         return found
 
     def mean_widths(self) -> dict[str, list[float]]:
-        """Units that ran, by axis and layer."""
+        """Gather the mean number of units that ran, by axis, one a layer."""
         if self.prices is None:
             return {}
         totals = collectives.all_gather_object([(dict(self.widths), self.sequences)])
@@ -132,13 +137,18 @@ class PolicyEvaluation(L.LightningModule):
 
 
 def mean_width(decision: Decision, *, whole: int) -> float:
-    """Units that ran at a site, as a mean over the tokens of a batch."""
+    """Return the mean number of units that ran at a site over the tokens of a batch.
+
+    Args:
+        decision: what the policy decided.
+        whole: all units of the site.
+    """
     width = decision.width
     return float(width.count(whole) if width.index is None else width.units_by_row.double().mean())
 
 
 def spent_shares(decisions: Mapping[Site, Decision], table: CostTable, *, batch_size: int) -> Tensor:
-    """Cost of what ran, as a share of the whole model, a mean over the tokens of each sequence: (B,) in float64.
+    """Compute the cost of what ran as a share of the whole model's, a mean over each sequence's tokens: (B,), float64.
 
     What tokens that skip a block would have chosen in it costs nothing. But widths at which all tokens run alike are
     charged to them as well, which is never too little: they may have to give keys and values.
@@ -159,7 +169,7 @@ def spent_shares(decisions: Mapping[Site, Decision], table: CostTable, *, batch_
 
 
 def runs_block(site: Site, decisions: Mapping[Site, Decision], space: SearchSpace) -> Tensor | int:
-    """1 where the block of a site runs, 0 where it is skipped: for all tokens, or as the index of a mixture."""
+    """Return 1 where the block of a site runs and 0 where it is skipped: one number, or a tensor (B,) or (B, L)."""
     depth = space.enclosing.get(site)
     if depth is None:
         return 1
@@ -170,7 +180,7 @@ def runs_block(site: Site, decisions: Mapping[Site, Decision], space: SearchSpac
 def evaluate(
     decoder: Decoder, policy: Policy, *, loader: Iterable[Batch], trainer: L.Trainer, prices: PriceList | None = None
 ) -> Scores:
-    """Run one pass over a loader under the trainer's device and precision; with prices, the spending is counted."""
+    """Score a policy in one pass over a loader, in the trainer's precision; with prices, count its cost as well."""
     module = PolicyEvaluation(decoder, policy, prices=prices)
     with quiet_lightning():
         trainer.validate(module, dataloaders=loader, verbose=False)
@@ -180,7 +190,7 @@ def evaluate(
 
 @torch.no_grad()
 def forward_seconds(calibration: CalibrationData, policies: Sequence[Policy], *, num_rows: int) -> list[float]:
-    """Seconds of a forward pass of each policy: medians over repeats in which all take turns.
+    """Time a forward pass of each policy, in seconds: medians over repeats in which the policies take turns.
 
     Args:
         calibration: the model, and batches of which the first rows are run.

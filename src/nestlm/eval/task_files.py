@@ -47,7 +47,7 @@ def check_task_files(folder: Path) -> None:
 
 
 def entries(content: Any) -> Iterator[tuple[Any, Any]]:
-    """Every key with its value, at any depth."""
+    """Yield every key with its value, at any level of nesting."""
     if isinstance(content, dict):
         for key, value in content.items():
             yield key, value

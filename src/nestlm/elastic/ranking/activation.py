@@ -14,13 +14,14 @@ from torch.utils.hooks import RemovableHandle
 from nestlm.data.batch import Batch
 from nestlm.distributed import collectives
 from nestlm.elastic.axes.base import Axis
+from nestlm.elastic.ranking.base import Ranking
 from nestlm.errors import ConfigError
 from nestlm.nn.decoder import Decoder
 from nestlm.spec import Site
 
 
 @dataclass(frozen=True)
-class Activation:
+class Activation(Ranking):
     """Importance of a unit: how active it is, summed over tokens: |h_i| of a neuron, ||head output||_2 of a head.
 
     This reconstructs how Flextron ranks: the paper says that it ranks units by importance and sorts them. A block's
@@ -82,7 +83,7 @@ def remove(hooks: Iterable[RemovableHandle]) -> None:
 
 
 def watch_units(module: nn.Module, shape: tuple[int, ...], *, total: Tensor) -> RemovableHandle:
-    """Hook a module so that each call adds the activity of every unit in its input to `total`, (units,).
+    """Attach a hook to a module, so that each call adds the activity of every unit in its input to `total`, (units,).
 
     Args:
         module: its input is (B, L, units * parts * entries).
@@ -99,7 +100,7 @@ def watch_units(module: nn.Module, shape: tuple[int, ...], *, total: Tensor) -> 
 
 
 def watch_block(block: nn.Module, *, total: Tensor) -> RemovableHandle:
-    """Hook a block so that each call adds, for every token, 1 less the cosine of its hidden states before and after.
+    """Attach a hook to a block, so that each call adds 1 less the cosine of every token's states before and after.
 
     The sum over tokens goes to `total`, (1,), float32 on the CPU.
     """

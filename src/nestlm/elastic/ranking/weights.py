@@ -7,22 +7,25 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from nestlm.data.batch import Batch
 from nestlm.distributed.fsdp import full_tensor
 from nestlm.elastic.axes.base import Axis
+from nestlm.elastic.ranking.base import Ranking
 from nestlm.elastic.surgery import slices_by_site
 from nestlm.nn.decoder import Decoder
 from nestlm.spec import Site
 
 
 @dataclass(frozen=True)
-class Magnitude:
+class Magnitude(Ranking):
     """Importance of a unit: the L2 norm of all weights that it owns. Blocks all score 0: norms do not rank them."""
 
     num_sequences: int = 0  # no text is read
 
     @torch.no_grad()
+    @override
     def scores(
         self, decoder: Decoder, *, axes: tuple[Axis, ...], batches: Iterable[Batch], seed: int
     ) -> dict[Site, Tensor]:
@@ -37,11 +40,12 @@ class Magnitude:
 
 
 @dataclass(frozen=True)
-class Random:
+class Random(Ranking):
     """Importance of a unit: a uniform random number. The ablation that shows what sorting is worth."""
 
     num_sequences: int = 0  # no text is read
 
+    @override
     def scores(
         self, decoder: Decoder, *, axes: tuple[Axis, ...], batches: Iterable[Batch], seed: int
     ) -> dict[Site, Tensor]:
@@ -51,7 +55,7 @@ class Random:
 
 
 @dataclass(frozen=True)
-class Unsorted:
+class Unsorted(Ranking):
     """Importance of a unit: 0, so that units keep the order of the checkpoint.
 
     Among equally important blocks, the last ones except the very last may be skipped.
@@ -59,6 +63,7 @@ class Unsorted:
 
     num_sequences: int = 0  # no text is read
 
+    @override
     def scores(
         self, decoder: Decoder, *, axes: tuple[Axis, ...], batches: Iterable[Batch], seed: int
     ) -> dict[Site, Tensor]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nestlm.elastic.sampler.base import check_count, generator, homogeneous
+from typing_extensions import override
+
+from nestlm.elastic.sampler.base import Sampler, check_count, generator, homogeneous
 from nestlm.spec import SearchSpace, SubnetSpec
 
 
 @dataclass(frozen=True)
-class Homogeneous:
+class Homogeneous(Sampler):
     """The full model and `num_random` draws of one choice an axis, the same in all layers."""
 
     num_random: int
@@ -17,6 +19,7 @@ class Homogeneous:
     def __post_init__(self) -> None:
         check_count(self.num_random, least=0)
 
+    @override
     def draw(self, space: SearchSpace, *, seed: int, step: int, batch: tuple[int, int]) -> tuple[SubnetSpec, ...]:
         del batch  # the same specs for all of it
         drawn = (homogeneous(space, generator(seed, step, sample)) for sample in range(self.num_random))

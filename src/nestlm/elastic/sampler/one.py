@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nestlm.elastic.sampler.base import check_shares, generator, independent
+from typing_extensions import override
+
+from nestlm.elastic.sampler.base import Sampler, check_shares, generator, independent
 from nestlm.spec import SearchSpace, SubnetSpec
 
 
 @dataclass(frozen=True)
-class One:
+class One(Sampler):
     """The full model with probability `p_full`, the smallest with `p_smallest`, otherwise one independent draw.
 
     With `p_smallest` 1 and axes of one width below the full this trains a single size: a baseline, not a nested model.
@@ -21,6 +23,7 @@ class One:
     def __post_init__(self) -> None:
         check_shares(p_full=self.p_full, p_smallest=self.p_smallest)
 
+    @override
     def draw(self, space: SearchSpace, *, seed: int, step: int, batch: tuple[int, int]) -> tuple[SubnetSpec, ...]:
         del batch  # the same specs for all of it
         random = generator(seed, step, 0)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nestlm.elastic.sampler.base import check_count, generator, independent
+from typing_extensions import override
+
+from nestlm.elastic.sampler.base import Sampler, check_count, generator, independent
 from nestlm.spec import SearchSpace, SubnetSpec
 
 
 @dataclass(frozen=True)
-class Sandwich:
+class Sandwich(Sampler):
     """The full model, the smallest, and `num_random` independent draws."""
 
     num_random: int
@@ -17,6 +19,7 @@ class Sandwich:
     def __post_init__(self) -> None:
         check_count(self.num_random, least=0)
 
+    @override
     def draw(self, space: SearchSpace, *, seed: int, step: int, batch: tuple[int, int]) -> tuple[SubnetSpec, ...]:
         del batch  # the same specs for all of it
         drawn = (independent(space, generator(seed, step, sample)) for sample in range(self.num_random))

@@ -6,14 +6,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from nestlm.elastic.sampler.base import MixedSpecs, check_shares
+from nestlm.elastic.sampler.base import MixedSpecs, Sampler, check_shares
 from nestlm.spec import SearchSpace
 from nestlm.utils.seeding import torch_generator
 
 
 @dataclass(frozen=True)
-class WithinBatch:
+class WithinBatch(Sampler):
     """Each sequence is whole, the smallest, or drawn independently: a choice a site, or a choice a site and token.
 
     Attributes:
@@ -29,6 +30,7 @@ class WithinBatch:
     def __post_init__(self) -> None:
         check_shares(p_full=self.p_full, p_smallest=self.p_smallest)
 
+    @override
     def draw(self, space: SearchSpace, *, seed: int, step: int, batch: tuple[int, int]) -> tuple[MixedSpecs, ...]:
         rows = [self.row(space, seed=seed, step=step, row=row, length=batch[1]) for row in range(batch[0])]
         indices_SBL = torch.stack(rows, dim=1)
