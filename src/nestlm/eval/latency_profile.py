@@ -269,8 +269,8 @@ def running(indices: Indices, space: SearchSpace) -> NDArray[np.bool_]:
     """Return which tokens run the block of each site, (sites, tokens)."""
     rows = {site: row for row, site in enumerate(space.sites)}
     runs = np.ones(indices.shape, dtype=bool)
-    for site, depth in space.enclosing.items():
-        runs[rows[site]] = indices[rows[depth]] != 0
+    for site, block_site in space.enclosing.items():
+        runs[rows[site]] = indices[rows[block_site]] != 0
     return runs
 
 

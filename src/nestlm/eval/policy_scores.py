@@ -110,8 +110,8 @@ class PolicyEvaluation(L.LightningModule):
         for name, table in self.prices.tables.items():
             self.spent[name].append(spent_shares(output.decisions, table, batch_size=sequences).cpu())
         for site, widths in self.prices.space.choices.items():
-            depth = self.prices.space.enclosing.get(site)
-            block = FULL if depth is None else output.decisions[depth]
+            block_site = self.prices.space.enclosing.get(site)
+            block = FULL if block_site is None else output.decisions[block_site]
             ran = output.decisions[site].restrict_to(block, num_units=widths[-1])
             self.widths[site] += sequences * mean_width(ran, whole=widths[-1])
 
@@ -170,10 +170,10 @@ def spent_shares(decisions: Mapping[Site, Decision], table: CostTable, *, batch_
 
 def runs_block(site: Site, decisions: Mapping[Site, Decision], space: SearchSpace) -> Tensor | int:
     """Return 1 where the block of a site runs and 0 where it is skipped: one number, or a tensor (B,) or (B, L)."""
-    depth = space.enclosing.get(site)
-    if depth is None:
+    block_site = space.enclosing.get(site)
+    if block_site is None:
         return 1
-    width = decisions[depth].width
+    width = decisions[block_site].width
     return int(not width.is_zero) if width.index is None else width.index
 
 
