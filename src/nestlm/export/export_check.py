@@ -1,4 +1,4 @@
-"""Whether an export computes what the nested model computes: reloaded with the library that it is for."""
+"""Check that an export computes what the nested model computes, by reloading it with the library that it is for."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ from nestlm.model.family import Family
 from nestlm.nn.decoder import Decoder
 from nestlm.utils.quiet import TORCHAO_LOGGERS, quiet_loggers
 
-REASON = 100  # characters of another library's message
-LIMITS = {"hf": 1e-4, "gguf": 1e-3}  # of logits in float32
-WARM_UP, REPEATS = 1, 5  # forward passes that are not counted, and that are
+REASON = 100  # characters that are shown of another library's error message
+LIMITS = {"hf": 1e-4, "gguf": 1e-3}  # largest allowed difference of logits in float32, by format
+WARM_UP, REPEATS = 1, 5  # forward passes before timing, and forward passes that are timed
 
 LogitsFn = Callable[[Tensor], Tensor]  # tokens (1, L) to logits (1, L, V)
 
 
 @dataclass(frozen=True)
 class ExportReference:
-    """What an export is held to.
+    """The nested model and the text that an export is compared with.
 
     Attributes:
-        wanted: the nested model at its budget.
+        wanted: computes the logits of the nested model at the exported budget.
         decoder: the whole model.
-        family: its size.
-        text_BL: tokens of real text.
-        limit: on the difference of logits; None only reports it.
+        family: the family and sizes of the whole model.
+        text_BL: token ids of real text.
+        limit: largest allowed difference of logits; None: the difference is reported, not limited.
     """
 
     wanted: LogitsFn
@@ -50,28 +50,28 @@ class ExportReference:
     limit: float | None
 
     def whole(self, tokens_BL: Tensor) -> Tensor:
-        """Logits of the whole model."""
+        """Compute the logits (B, L, V) of the whole model."""
         return self.decoder(tokens_BL).logits_BLV
 
 
 @dataclass(frozen=True)
 class ExportCheck:
-    """What was found.
+    """Measurements from the comparison of an export with the nested model.
 
     Attributes:
-        library: by which the export was opened.
-        difference: largest, of logits.
-        deviation: of the logits, to compare with.
-        tokens: of text on which they were compared.
-        loss: of the export on that text, nats a token.
-        full_loss: of the whole model.
-        parameters: of the export.
-        full_parameters: of the whole model.
-        size: on disk, bytes.
-        seconds: of a forward pass of one row of the text.
-        full_seconds: of the whole model, in the same library.
-        timed_in: that library.
-        notes: what was not checked.
+        library: name and version of the library that opened the export.
+        difference: largest absolute difference of logits.
+        deviation: standard deviation of the wanted logits, the scale on which to read `difference`.
+        tokens: number of tokens on which logits were compared.
+        loss: loss of the export on that text, nats per token.
+        full_loss: loss of the whole model on that text, nats per token.
+        parameters: number of parameters of the export.
+        full_parameters: number of parameters of the whole model.
+        size: bytes of the export on disk.
+        seconds: time of a forward pass of the export over one row of the text.
+        full_seconds: time of the same forward pass of the whole model, in the same library.
+        timed_in: name of the library in which both were timed.
+        notes: sentences on what was not checked, or differs.
     """
 
     library: str
@@ -89,7 +89,7 @@ class ExportCheck:
     notes: tuple[str, ...]
 
     def lines(self) -> list[str]:
-        """As it is printed."""
+        """Format the check as lines to print."""
         return [
             f"largest difference of logits {self.difference:.1e} in {self.library} "
             f"({self.tokens:,} tokens of text; their deviation is {self.deviation:.2f})",
@@ -102,22 +102,22 @@ class ExportCheck:
 
 
 def check_library(form: str) -> None:
-    """Raise ExportError where the library that opens an export is not installed."""
+    """Raise ExportError if the library that the check of a format (hf or gguf) needs is not installed."""
     if form == "hf" and importlib.util.find_spec("transformers") is None:
         raise ExportError("export: --format hf is checked with transformers; pip install 'nestlm[hf]'")
 
 
 def check_hf_folder(folder: Path, reference: ExportReference, *, runs_code: bool, tokenizer: Tokenizer) -> ExportCheck:
-    """Reload a Hugging Face folder with transformers and compare.
+    """Load a Hugging Face folder with transformers and compare its logits with the nested model's.
 
     Args:
-        folder: the export, checked by `hf_folder.check_code`.
-        reference: what it is held to.
-        runs_code: whether a modelling file of ours travels with it.
-        tokenizer: the run's.
+        folder: the export; `hf_folder.check_code` must have passed.
+        reference: the model and text to compare with.
+        runs_code: whether the folder holds a modelling file, which transformers runs with `trust_remote_code`.
+        tokenizer: the run's tokenizer.
 
     Raises:
-        ExportError: above the limit.
+        ExportError: the logits differ by more than the limit, or are not finite.
     """
     import transformers
 
@@ -143,20 +143,23 @@ def check_hf_folder(folder: Path, reference: ExportReference, *, runs_code: bool
 
 
 def tokenizer_notes(folder: Path, text_BL: Tensor, *, tokenizer: Tokenizer, opening: dict[str, Any]) -> tuple[str, ...]:
-    """What users of an export find otherwise than in training, when transformers opens its tokenizer.
+    """Describe how an export's tokenizer, opened by transformers, differs from the tokenizer of training.
 
     Args:
         folder: the export.
-        text_BL: tokens of real text.
-        tokenizer: the run's.
+        text_BL: token ids of real text, on which the tokenizers are compared.
+        tokenizer: the run's tokenizer.
         opening: options of transformers' `from_pretrained`.
+
+    Returns:
+        One sentence where transformers fails to open it or splits the text into other tokens; else nothing.
     """
     import transformers
 
     plain = make_text_encoder(tokenizer)
     try:
         theirs = transformers.AutoTokenizer.from_pretrained(folder, **opening)
-    except Exception as error:  # noqa: BLE001 (bare ones of tokenizers, and whatever a class of transformers raises)
+    except Exception as error:  # noqa: BLE001 (tokenizers raises bare exceptions, and classes of transformers raise any)
         reason = " ".join(str(error).split())[:REASON]
         return (f"transformers cannot open the tokenizer, which is the parent's ({type(error).__name__}: {reason})",)
     for tokens_L in text_BL.tolist():
@@ -167,15 +170,17 @@ def tokenizer_notes(folder: Path, text_BL: Tensor, *, tokenizer: Tokenizer, open
 
 
 def check_gguf_file(path: Path, reference: ExportReference, *, small: Decoder) -> ExportCheck:
-    """Read a GGUF file back with the gguf package, and run it in llama_cpp.cpp where llama-cpp-python is installed.
+    """Compare the logits of a GGUF file with the nested model's.
+
+    The file is read back with the gguf package, and also run in llama.cpp if llama-cpp-python is installed.
 
     Args:
-        path: the export.
-        reference: what it is held to.
+        path: the file.
+        reference: the model and text to compare with.
         small: the sub-network that was written.
 
     Raises:
-        ExportError: above the limit, or llama_cpp.cpp cannot run it.
+        ExportError: the logits differ by more than the limit or are not finite, or llama.cpp cannot run the file.
     """
     back = gguf_file.read_gguf(path, reference.family)
     known: dict[str, Any] = {
@@ -217,19 +222,21 @@ def compare_logits(
     folder: Path,
     notes: tuple[str, ...] = (),
 ) -> ExportCheck:
-    """Hold an export's logits to those wanted, row by row; a dynamic router decides alike in a batch of one.
+    """Compare an export's logits with the nested model's, one row of text at a time, and time both.
+
+    A dynamic router decides the same in a batch of one as in a larger batch, so rows can be compared one by one.
 
     Args:
-        run: the export.
-        reference: what it is held to.
-        library: by which the export was opened.
-        timed: by library, what is timed there: the export, and the whole model.
-        parameters: of the export.
-        folder: what lies on disk.
+        run: computes the export's logits.
+        reference: the model and text to compare with.
+        library: name of the library that opened the export.
+        timed: one entry: name of a library, and two functions to time there, the export and the whole model.
+        parameters: number of parameters of the export.
+        folder: the export on disk, whose files are added up.
         notes: see `ExportCheck`.
 
     Raises:
-        ExportError: logits that differ by more than the limit, or are no numbers.
+        ExportError: the logits differ by more than the limit, or are not finite.
     """
     differences, logits, losses, full_losses = [], [], [], []
     for tokens_1L in reference.text_BL.split(1):
@@ -267,7 +274,12 @@ def compare_logits(
 
 
 def not_finite(deviations: list[Tensor], *, library: str) -> ExportError:
-    """The error for logits that are not finite: the nested model's own, or those of an export that overflows."""
+    """Return the error for logits that are not finite; its message blames the nested model or the export's dtype.
+
+    Args:
+        deviations: standard deviations of the nested model's logits, one a row; not finite if those logits are not.
+        library: name of the library that opened the export.
+    """
     if not torch.stack(deviations).isfinite().all():
         return ExportError("export: the nested model's own logits are not finite; train it again, with a lower lr")
     return ExportError(
@@ -277,12 +289,12 @@ def not_finite(deviations: list[Tensor], *, library: str) -> ExportError:
 
 
 def next_token_loss(logits_1LV: Tensor, tokens_1L: Tensor) -> Tensor:
-    """Mean negative log-likelihood of the row's own next tokens, nats."""
+    """Compute the mean negative log-likelihood of each next token of one row, in nats."""
     return F.cross_entropy(logits_1LV[0, :-1].float(), tokens_1L[0, 1:])
 
 
 def time_forward(runs: tuple[LogitsFn, LogitsFn], tokens_1L: Tensor) -> tuple[float, float]:
-    """Seconds of a forward pass, medians over repeats in which both take turns."""
+    """Measure the median seconds of a forward pass of two models on one row of tokens; the models take turns."""
     times: tuple[list[float], list[float]] = ([], [])
     for repeat in range(WARM_UP + REPEATS):
         for run, found in zip(runs, times, strict=True):
@@ -294,7 +306,7 @@ def time_forward(runs: tuple[LogitsFn, LogitsFn], tokens_1L: Tensor) -> tuple[fl
 
 
 def whole_model_in_transformers(reference: ExportReference, *, dtype: torch.dtype) -> Any:
-    """The whole model as transformers runs it; it shares our weights where the dtype is theirs."""
+    """Build the whole model as a transformers model in `dtype`, without copies of weights that have this dtype."""
     import transformers
 
     sizes = reference.family.make_hf_config()

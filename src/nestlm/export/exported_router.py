@@ -1,4 +1,4 @@
-"""What a dynamic router leaves behind for one budget: the sites at which tokens decide, and all that decides there."""
+"""Collect what an export stores of a dynamic router for one budget: sites, networks and token buckets."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from nestlm.spec import SubnetSpec
 
 @dataclass(frozen=True)
 class ExportedRouter:
-    """A plan as a modelling file takes it.
+    """A dynamic router and its plan for one budget, in the form that `remote/modeling_routed.py` reads.
 
     Attributes:
-        spec: the widths that are stored: those that all tokens run where nothing decides, all of them elsewhere.
-        config: kind of router and its sites, for a config.json; layers are counted without those that all skip.
-        weights: of the networks, and the token buckets' prices and refill rates, by their names in the model.
+        spec: widths to store: the fixed width at sites that the plan fixes, the full width at all others.
+        config: kind of router and its sites, for config.json. Layer numbers leave out layers that all tokens skip.
+        weights: tensors of the networks, and prices and refill rates of the token buckets, by name in the model.
     """
 
     spec: SubnetSpec
@@ -38,13 +38,13 @@ class ExportedRouter:
         """Collect what a router needs to keep a budget by a plan.
 
         Args:
-            router: makes the decisions.
-            plan: its plan for the budget.
+            router: the dynamic router.
+            plan: the router's plan for the budget.
             axes: the axes of the router's sites.
             config: sizes of the whole model.
 
         Raises:
-            ExportError: the networks of the router are of a kind that the modelling file does not have.
+            ExportError: the modelling file has no networks of this router's kind.
         """
         kind = exportable(router)
         if kind is None:
@@ -78,7 +78,16 @@ class ExportedRouter:
 
 
 def network_weights(router: ExportableRouter, plan: Plan, row: int) -> dict[str, Tensor]:
-    """Return the network of one site, and the implicit price of cost to take out of its scores, by their names."""
+    """Return the tensors of one site's network by name.
+
+    The network's scores already contain a penalty for cost, at the plan's implicit multiplier. `held`, (K,), is that
+    penalty; the model adds it to the scores to cancel it.
+
+    Args:
+        router: gives the network of each site.
+        plan: the plan for the budget.
+        row: number of the site.
+    """
     site = router.site_weights(row, plan.budget_feature)
     return {
         "input": site.input,
@@ -92,7 +101,16 @@ def network_weights(router: ExportableRouter, plan: Plan, row: int) -> dict[str,
 
 
 def token_bucket_weights(plan: Plan, row: int) -> dict[str, Tensor]:
-    """Return one site's prices, refill rates, and cost and spending at its multipliers, by their names."""
+    """Return the tensors of one site's token buckets by name.
+
+    Amounts are integers in fixed-point units: `prices` (bounds, K), refill rates `incomes` and target rates `aims`
+    (bounds,), and `demands` (bounds, J), mean spending at each of J multipliers. `priced` (J, K) is the cost of the
+    choices at each multiplier in units of score.
+
+    Args:
+        plan: the plan for the budget.
+        row: number of the site.
+    """
     prices = torch.stack([limit.prices[row] for limit in plan.limits])
     rates = torch.tensor([rates[row] for rates in plan.refill_rates])
     paced = plan.paced.get(row)

@@ -1,4 +1,4 @@
-"""One export from beginning to end: a folder that is written, checked and described, or that never was."""
+"""Export a model: write it to a hidden folder, check it, add the model card, and only then give it its name."""
 
 from __future__ import annotations
 
@@ -44,16 +44,16 @@ DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class ExportSource:
-    """What a run holds, whatever the budget.
+    """The parts of a finished run that an export needs for any budget.
 
     Attributes:
-        decoder: the whole model, in float32, for evaluation, on the CPU.
-        family: its size.
-        parent: what the run keeps of the weights that it was made from; None: it was trained from scratch.
-        axes: along which it is cut.
-        tokenizer: its tokenizer.json.
+        decoder: the whole model on the CPU, in float32 and evaluation mode.
+        family: the family and sizes of the whole model.
+        parent: the parent checkpoint's files that the run keeps; None: the model was trained from scratch.
+        axes: the elastic axes.
+        tokenizer: path of the run's tokenizer.json.
         special_tokens: ids of the tokens that begin and end a text.
-        text_BL: tokens of real text that it was not trained on.
+        text_BL: token ids of text that the model was not trained on.
     """
 
     decoder: Decoder
@@ -67,14 +67,14 @@ class ExportSource:
 
 @dataclass(frozen=True)
 class ExportChoice:
-    """What is exported of it: one sub-network, or a router that keeps a budget by a plan."""
+    """What to export of a run: one sub-network (`spec`), or a dynamic router with its plan (`routed`), never both."""
 
     spec: SubnetSpec | None = None
     routed: tuple[PlanningRouter, Plan] | None = None
 
     @property
     def policy(self) -> Policy:
-        """As the decoder takes it."""
+        """The choice as an argument of the decoder."""
         if self.routed is not None:
             router, plan = self.routed
             return router.policy(plan)
@@ -92,19 +92,20 @@ def export_model(
     facts: CardFacts,
     push_to: str | None = None,
 ) -> ExportCheck:
-    """Export, and check that the export computes the same.
+    """Write a stand-alone model to a folder, and check that it computes what the nested model computes.
 
     Args:
-        nested: the model.
-        chosen: what of it.
-        out: a folder that does not exist yet, or is empty; it appears whole or not at all.
-        form: what opens it: transformers or llama.cpp.
-        precision: of the weights; None: the parent's, float32 where it has none.
-        facts: for the model card.
-        push_to: OWNER/NAME on the hub, a private repository.
+        nested: the run's model.
+        chosen: the sub-network or dynamic router to export.
+        out: a folder that does not exist yet, or is empty; after an error nothing is left of it.
+        form: `hf` for transformers, `gguf` for llama.cpp.
+        precision: precision of the weights; None: the parent's, float32 for a model that was trained from scratch.
+        facts: facts about the run for the model card.
+        push_to: OWNER/NAME on the Hugging Face hub, to upload to a private repository; None: no upload.
 
     Raises:
-        ExportError: the format cannot hold it, the folder cannot be written, or it computes something else.
+        ExportError: the format cannot hold the model, the folder cannot be written, the check fails, or the hub refuses
+            the upload.
     """
     check_form(chosen, form=form, precision=precision)
     routing = (
@@ -170,7 +171,19 @@ def check_transformers_folder(
 
 
 def check_target(family: Family, out: Path, *, run: Path, form: str, push_to: str | None) -> None:
-    """Raise ExportError, before anything is computed, where the family or the place will not do."""
+    """Check what can be checked before anything is computed.
+
+    Args:
+        family: the family to export.
+        out: the folder to make.
+        run: the run's folder.
+        form: hf or gguf.
+        push_to: OWNER/NAME on the hub, or None.
+
+    Raises:
+        ExportError: the folder cannot be made, a library is not installed, the format cannot hold the family, or the
+            hub needs a token.
+    """
     check_can_be_made(out, run=run)
     check_library(form)
     if form == "gguf":
@@ -180,7 +193,7 @@ def check_target(family: Family, out: Path, *, run: Path, form: str, push_to: st
 
 
 def check_form(chosen: ExportChoice, *, form: str, precision: str | None) -> None:
-    """Raise ExportError for what a format cannot hold."""
+    """Raise ExportError if the format cannot hold a dynamic router, or weights of this precision."""
     if form == "gguf":
         if chosen.routed is not None:
             raise ExportError(
@@ -192,7 +205,10 @@ def check_form(chosen: ExportChoice, *, form: str, precision: str | None) -> Non
 
 
 def parent_precision(parent: ParentFiles | None) -> gguf_file.Precision:
-    """That of the parent's matrices; float32 of what was trained from scratch."""
+    """Return the precision of the parent checkpoint's weights: f16 or bf16 if only one of them occurs beside float32.
+
+    Else, and without a parent, f32.
+    """
     if parent is None:
         return "f32"
     found = set(hf_folder.parent_dtypes(parent).values()) - {torch.float32}
@@ -201,7 +217,7 @@ def parent_precision(parent: ParentFiles | None) -> gguf_file.Precision:
 
 
 def brings_tokenizer(nested: ExportSource) -> bool:
-    """Whether the parent's own tokenizer was used, so that its files serve, however they are laid out."""
+    """Tell whether the run used its parent's tokenizer, compared by content, so that its files fit the export."""
     if nested.parent is None or TOKENIZER_JSON not in nested.parent.files:
         return False
     theirs = parse_tokenizer(nested.parent.files[TOKENIZER_JSON])
@@ -209,7 +225,10 @@ def brings_tokenizer(nested: ExportSource) -> bool:
 
 
 def text_format(nested: ExportSource) -> gguf_file.TextFormat:
-    """How texts are laid out: by the parent's files, where its tokenizer is the run's, else as in training."""
+    """Return special tokens and chat templates: from the parent's files if the run used its tokenizer, else the run's.
+
+    Without the parent's tokenizer there are no chat templates and no padding token.
+    """
     begin, (end, *others) = nested.special_tokens.begin, nested.special_tokens.ends
     turn_end = others[0] if others else None
     if nested.parent is None or not brings_tokenizer(nested):
@@ -228,7 +247,10 @@ def text_format(nested: ExportSource) -> gguf_file.TextFormat:
 
 
 def write_tokenizer(nested: ExportSource, folder: Path) -> None:
-    """The run's own tokenizer as transformers opens it. A text starts as documents did in training."""
+    """Write the run's tokenizer as files that transformers opens, and its special tokens to the config files.
+
+    The tokenizer puts the same token before a text as training did before a document.
+    """
     tokenizer = load_tokenizer(nested.tokenizer)
     start, (main, *others) = nested.special_tokens.begin, nested.special_tokens.ends
     token = str(tokenizer.id_to_token(start))
@@ -247,7 +269,7 @@ def write_tokenizer(nested: ExportSource, folder: Path) -> None:
 
 
 def with_start(tokenizer: Tokenizer, token: str, token_id: int) -> Tokenizer:
-    """A copy that puts a token before a text, unless it does something there already."""
+    """Return a copy of a tokenizer that puts `token` before a text, unless the tokenizer has a post-processor."""
     copy = Tokenizer.from_str(tokenizer.to_str())
     if copy.post_processor is None:
         copy.post_processor = TemplateProcessing(single=f"{token} $A", special_tokens=[(token, token_id)])

@@ -1,4 +1,7 @@
-"""Export to a GGUF file, which llama.cpp runs: the Llama family, with widths by layer in its `deci` architecture."""
+"""Write and read GGUF files, which llama.cpp runs.
+
+Models of the Llama family with equal layers have llama.cpp's architecture `llama`, those with different layers `deci`.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ from nestlm.nn.decoder import Decoder
 from nestlm.nn.rope import LinearScaling, Llama3Scaling
 
 Precision = Literal["f32", "f16", "bf16", "q8_0"]
-FAMILIES = ("llama", "mistral")  # decoders that llama.cpp computes alike
+FAMILIES = ("llama", "mistral")  # model types that llama.cpp's architectures `llama` and `deci` compute
 OUTER = {"embed": "token_embd", "norm": "output_norm", "head": "output"}
 BLOCK = {
     "attn_norm": "attn_norm",
@@ -36,11 +39,11 @@ BLOCK = {
     "mlp.down": "ffn_down",
 }
 BFLOAT16 = torch.finfo(torch.bfloat16).max
-FACTORS = "rope_freqs.weight"  # what frequencies of rotary positions are divided by
+FACTORS = "rope_freqs.weight"  # tensor by which llama.cpp divides the frequencies of rotary positions
 
 
 def import_gguf() -> Any:
-    """The gguf package. Raises ExportError where it is not installed."""
+    """Import the gguf package. Raises ExportError if it is not installed."""
     try:
         return import_module("gguf")
     except ImportError as error:
@@ -48,7 +51,7 @@ def import_gguf() -> Any:
 
 
 def check_family_fits(family: Family) -> None:
-    """Raise ExportError for a family that has no place in a GGUF file of ours."""
+    """Raise ExportError if `write_gguf` cannot write a family or its rotary scaling, or gguf is not installed."""
     if family.model_type not in FAMILIES:
         raise ExportError(
             f"export: llama.cpp has widths by layer for the Llama family only, this is {family.architecture}; "
@@ -62,15 +65,15 @@ def check_family_fits(family: Family) -> None:
 
 @dataclass(frozen=True)
 class TextFormat:
-    """How texts and conversations are laid out in tokens.
+    """Special tokens and chat templates of a model.
 
     Attributes:
         begin: id of the token before a text.
-        end: main id after a text.
-        turn_end: another id at which an answer ends; None: there is none.
-        pad: id that fills up rows; None: there is none.
+        end: id of the main token after a text.
+        turn_end: id of another token that ends an answer; None: there is none.
+        pad: id of the padding token; None: there is none.
         adds_begin: whether the tokenizer puts `begin` before a text.
-        chat_templates: by name; `default` is the one for conversations.
+        chat_templates: templates by name; `default` is the one for conversations.
     """
 
     begin: int
@@ -84,22 +87,23 @@ class TextFormat:
 def write_gguf(
     decoder: Decoder, family: Family, path: Path, *, precision: Precision, tokenizer: Path, texts: TextFormat, name: str
 ) -> None:
-    """Write a stand-alone model, a tensor at a time.
+    """Write a decoder and its tokenizer to a GGUF file, one tensor at a time.
 
     Args:
-        decoder: of the family's size, or a sub-network of it.
-        family: one that `check_family_fits` takes.
-        path: the file.
-        precision: of matrices; rows that q8_0 cannot divide stay f16, and vectors f32.
-        tokenizer: a tokenizer.json.
-        texts: how texts are laid out.
-        name: for people.
+        decoder: a model of the family's size, or a stand-alone sub-network of it.
+        family: a family that `check_family_fits` accepts.
+        path: the file to write.
+        precision: precision of matrices. With q8_0, a matrix with rows that blocks of q8_0 do not divide is stored in
+            f16. Vectors are always stored in f32.
+        tokenizer: path of a tokenizer.json.
+        texts: special tokens and chat templates.
+        name: name of the model for its readers.
 
     Raises:
-        ExportError: a tokenizer that llama.cpp does not have, or a weight that the precision cannot hold.
+        ExportError: llama.cpp cannot express the tokenizer, or a weight is outside the range of the precision.
     """
     gguf = import_gguf()
-    # llama.cpp drops a layer's attention, too, where its feed-forward length is 0: such a layer gets an MLP of zeros
+    # llama.cpp also drops the attention of a layer without an MLP, so such a layer gets an MLP of zeros
     decoder = fill_missing_parts(decoder, mlp=True)
     for theirs, ours in family.hf_names(decoder).items():
         check_gguf_range(dict(decoder.named_parameters())[ours], precision, name=theirs)
@@ -127,7 +131,7 @@ def write_gguf(
 
 
 def add_sizes(writer: Any, config: DecoderConfig) -> None:
-    """What llama.cpp builds the model from; one number where all layers have it, else one a layer."""
+    """Add the sizes of the model to the file's header: one number if all layers are equal, else one for each layer."""
     gguf = import_gguf()
 
     def by_layer(field: str) -> int | list[int]:
@@ -152,7 +156,7 @@ def add_sizes(writer: Any, config: DecoderConfig) -> None:
 
 
 def add_vocabulary(writer: Any, vocabulary: GgufVocabulary, texts: TextFormat) -> None:
-    """The tokenizer, by which a text starts as its tokenizer.json says."""
+    """Add the tokenizer, its special tokens and chat templates to the file's header."""
     writer.add_tokenizer_model(vocabulary.model)
     writer.add_tokenizer_pre(vocabulary.split)
     writer.add_token_list(vocabulary.tokens)
@@ -176,7 +180,7 @@ def add_vocabulary(writer: Any, vocabulary: GgufVocabulary, texts: TextFormat) -
 
 
 def named_tensors(decoder: Decoder) -> Iterator[tuple[str, Tensor]]:
-    """Names in the file, and our tensors."""
+    """Yield each tensor of the file with its name there: the decoder's parameters, then rotary factors if any."""
     for ours, value in decoder.named_parameters():
         yield gguf_name(ours), value
     factors = frequency_factors(decoder.config)
@@ -185,7 +189,7 @@ def named_tensors(decoder: Decoder) -> Iterator[tuple[str, Tensor]]:
 
 
 def gguf_name(ours: str) -> str:
-    """llama.cpp's name of a parameter."""
+    """Translate a parameter's name in our decoder into llama.cpp's name."""
     module, _, kind = ours.rpartition(".")
     if not module.startswith("blocks."):
         return f"{OUTER[module]}.{kind}"
@@ -194,7 +198,7 @@ def gguf_name(ours: str) -> str:
 
 
 def frequency_factors(config: DecoderConfig) -> Tensor | None:
-    """What the scaling of Llama 3.1 divides each frequency by, (E/2,)."""
+    """Compute by how much Llama 3.1's rotary scaling divides each frequency, (E/2,); None without that scaling."""
     if not isinstance(config.rope_scaling, Llama3Scaling):
         return None
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
@@ -203,7 +207,16 @@ def frequency_factors(config: DecoderConfig) -> Tensor | None:
 
 
 def permute_rotary_rows(label: str, value: Tensor, config: DecoderConfig, *, back: bool = False) -> Tensor:
-    """Rows of queries and keys as llama.cpp turns them: pairs side by side, not half a head apart; or back."""
+    """Permute the rows of a query or key projection between our order and llama.cpp's.
+
+    Rotary embeddings rotate pairs of rows. Our pairs are half a head apart, llama.cpp's are neighbours.
+
+    Args:
+        label: the tensor's name in the file; tensors other than query and key projections are returned as they are.
+        value: weight (rows, D) or bias (rows,).
+        config: gives the head width.
+        back: permute from llama.cpp's order to ours instead.
+    """
     if not label.endswith(("attn_q.weight", "attn_q.bias", "attn_k.weight", "attn_k.bias")):
         return value
     half = config.head_dim // 2
@@ -212,7 +225,7 @@ def permute_rotary_rows(label: str, value: Tensor, config: DecoderConfig, *, bac
 
 
 def storage_type(value: Tensor, precision: Precision) -> Any:
-    """The type of a tensor in the file."""
+    """Return the GGML type in which a tensor is stored: vectors in F32, matrices by the precision."""
     kinds = import_gguf().GGMLQuantizationType
     if value.ndim == 1:
         return kinds.F32
@@ -222,7 +235,7 @@ def storage_type(value: Tensor, precision: Precision) -> Any:
 
 
 def check_gguf_range(value: Tensor, precision: Precision, *, name: str) -> None:
-    """Raise ExportError where a weight is not finite, or too large for its type in the file."""
+    """Raise ExportError if a weight is not finite, or too large for its type in the file."""
     kinds = import_gguf().GGMLQuantizationType
     kind = storage_type(value, precision)
     half = torch.finfo(torch.float16).max
@@ -231,10 +244,14 @@ def check_gguf_range(value: Tensor, precision: Precision, *, name: str) -> None:
 
 
 def read_gguf(path: Path, family: Family) -> Decoder:
-    """The model of a file that `write_gguf` wrote, in float32, built from the file's own sizes.
+    """Read a file that `write_gguf` wrote into a decoder in float32, with the sizes that the file states.
+
+    Args:
+        path: the file.
+        family: the family of the model, for what the file does not state.
 
     Raises:
-        ExportError: a tensor that is absent, left over, or of another shape.
+        ExportError: a tensor is missing, unknown, or of another shape than the sizes imply.
     """
     gguf = import_gguf()
     reader = gguf.GGUFReader(path)

@@ -1,4 +1,4 @@
-"""A tokenizer.json as llama.cpp's vocabulary."""
+"""Translate a tokenizer.json into llama.cpp's vocabulary."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from nestlm.errors import ExportError
 
-# Patterns by which texts are split before merges, and llama.cpp's names of them.
+# Patterns that split texts before merges, and llama.cpp's names for them.
 SPLITS = {
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
     r"\s+(?!\S)|\s+": "llama-bpe",
@@ -18,22 +18,22 @@ SPLITS = {
         "qwen2"
     ),
 }
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # llama.cpp's kinds of tokens
-SPACE = "\u2581"  # of SentencePiece
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # llama.cpp's token types
+SPACE = "\u2581"  # SentencePiece's character for a space
 
 
 @dataclass(frozen=True)
 class GgufVocabulary:
-    """What llama.cpp has to know of a tokenizer.
+    """A tokenizer in the form in which GGUF stores it.
 
     Attributes:
-        model: `gpt2`, merges of bytes, or `llama`, SentencePiece.
-        split: how texts are split before merges, of `gpt2`.
-        tokens: by id, as many as the model has.
-        kinds: of the tokens.
-        merges: in their order, of `gpt2`.
-        scores: of the tokens; the highest is merged first, of `llama`.
-        leading_space: whether texts start with one, of `llama`.
+        model: `gpt2` for byte-level byte pair encoding, `llama` for SentencePiece.
+        split: llama.cpp's name of how texts are split before merges; `default` for `llama`.
+        tokens: texts of the tokens by id, one for each row of the model's embedding.
+        kinds: llama.cpp's type of each token.
+        merges: merges of `gpt2` in their order; None for `llama`.
+        scores: scores of the tokens of `llama`, where the merge with the highest score comes first; None for `gpt2`.
+        leading_space: whether `llama` puts a space before a text.
     """
 
     model: str
@@ -46,10 +46,10 @@ class GgufVocabulary:
 
     @classmethod
     def read(cls, path: Path, *, size: int) -> GgufVocabulary:
-        """From a tokenizer.json, for a model of `size` tokens.
+        """Read a tokenizer.json for a model with a vocabulary of `size` tokens.
 
         Raises:
-            ExportError: what llama.cpp has no counterpart of.
+            ExportError: the file cannot be read, or llama.cpp has no counterpart of the tokenizer.
         """
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
@@ -65,7 +65,7 @@ class GgufVocabulary:
         tokens = [by_id.get(index, f"[unused {index}]") for index in range(size)]
         kinds = [NORMAL if index in by_id else UNUSED for index in range(size)]
         for each in added:
-            if each["id"] >= size:  # without a row in the embedding: no text can hold it
+            if each["id"] >= size:  # the token has no row in the embedding, so no text can hold it
                 continue
             kinds[each["id"]] = CONTROL if each["special"] else USER_DEFINED
         steps = list(pipeline_steps(data.get("pre_tokenizer"), "pretokenizers"))
@@ -80,7 +80,15 @@ class GgufVocabulary:
     def sentences(
         cls, data: dict[str, Any], tokens: list[str], kinds: list[int], merges: list[tuple[str, ...]], steps: list[Any]
     ) -> GgufVocabulary:
-        """A SentencePiece model: the earlier a merge, the higher its token's score."""
+        """Build the vocabulary of a SentencePiece model. The earlier a merge, the higher the score of its token.
+
+        Args:
+            data: the content of a tokenizer.json.
+            tokens: texts of the tokens by id.
+            kinds: types of the tokens, changed in place for bytes and the unknown token.
+            merges: pairs of texts, in their order.
+            steps: the pre-tokenizer's steps.
+        """
         ranks: dict[str, int] = {}
         for rank, pair in enumerate(merges):
             ranks.setdefault("".join(pair), rank)
@@ -99,19 +107,33 @@ class GgufVocabulary:
 
 
 def split_merge(merge: str | list[str]) -> list[str]:
-    """The two halves of a merge, as older or newer files write it."""
+    """Return the two halves of a merge, which older files write as one string and newer files as a list."""
     return merge.split(" ") if isinstance(merge, str) else merge
 
 
 def pipeline_steps(step: dict[str, Any] | None, key: str) -> Iterator[dict[str, Any]]:
-    """The steps of a sequence of them, or the one."""
+    """Yield the steps of a normalizer or pre-tokenizer of a tokenizer.json.
+
+    Args:
+        step: a sequence of steps, a single step, or None for no steps.
+        key: the key under which a sequence lists its steps.
+    """
     if step is None:
         return
     yield from step[key] if step["type"] == "Sequence" else [step]
 
 
 def split_name(steps: list[dict[str, Any]], normalizer: Any, path: Path) -> str:
-    """llama.cpp's name of how a byte-level tokenizer splits texts. Raises ExportError where it has none."""
+    """Return llama.cpp's name for how a byte-level tokenizer splits texts.
+
+    Args:
+        steps: the pre-tokenizer's steps.
+        normalizer: the tokenizer's normalizer, or None.
+        path: the tokenizer.json, for the error message.
+
+    Raises:
+        ExportError: llama.cpp has no name for it.
+    """
     *first, last = steps
     if normalizer is None and not last.get("add_prefix_space"):
         if not first and last.get("use_regex", True):

@@ -1,4 +1,4 @@
-"""Export to a Hugging Face folder: a model of the family itself, or one that brings its own modelling file along."""
+"""Export to a Hugging Face folder, with a modelling file where no class of transformers can hold the model."""
 
 from __future__ import annotations
 
@@ -34,25 +34,25 @@ from nestlm.utils.json_files import to_json
 from nestlm.utils.quiet import TORCHAO_LOGGERS, quiet_loggers
 
 SIZES = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")
-WIDTHS = ("num_layers", "num_heads", "num_kv_groups", "mlp_width")  # of a family, that an export may change
-OBJECTS = (CONFIG, GENERATION, *TOKENIZER_OBJECTS)  # files that can lead transformers to code
-CODE_SUFFIXES = (".py", ".pyc", ".so", ".bin", ".pt", ".pth", ".pkl", ".pickle")  # that can run
+WIDTHS = ("num_layers", "num_heads", "num_kv_groups", "mlp_width")  # fields of a family that an export may change
+OBJECTS = (CONFIG, GENERATION, *TOKENIZER_OBJECTS)  # JSON files that can name code for transformers to run
+CODE_SUFFIXES = (".py", ".pyc", ".so", ".bin", ".pt", ".pth", ".pkl", ".pickle")  # files that hold code, or can
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-NESTED, ROUTED, DECISIONS = "modeling_nested", "modeling_routed", "modeling_decisions"  # files of `remote`, for Llama
+NESTED, ROUTED, DECISIONS = "modeling_nested", "modeling_routed", "modeling_decisions"  # files of `remote`
 
 
 def export_hf(decoder: Decoder, family: Family, out: Path, *, shard_size: str = "5GB") -> None:
     """Write a stand-alone model: config.json, safetensors, the parent's tokenizer files, and SHA256SUMS of all.
 
     Args:
-        decoder: of the family's size, or a sub-network of it.
-        family: the size that the decoder was made from. Where it has weights, their dtypes, their config.json but for
-            the widths, their tokenizer and generation settings are kept.
-        out: a folder that does not exist yet, or is empty; it appears whole or not at all.
-        shard_size: of a safetensors file, at most.
+        decoder: a model of the family's size, or a stand-alone sub-network of it.
+        family: the family and sizes that the decoder was made from. If the family names a checkpoint, the export keeps
+            the checkpoint's dtypes, tokenizer, generation settings, and all of its config.json except the widths.
+        out: a folder that does not exist yet, or is empty; after an error nothing is left of it.
+        shard_size: largest size of a safetensors file, such as 5GB.
 
     Raises:
-        ExportError: a folder that holds something, or cannot be written.
+        ExportError: the folder is not empty, or cannot be written.
     """
     parent = family.read_parent_files()
     with new_folder(out) as folder, naming_write_errors(out):
@@ -70,20 +70,23 @@ def write_hf_folder(
     tokenizer: bool = True,
     shard_size: str = "5GB",
 ) -> None:
-    """Fill a folder with a stand-alone model; see `export_hf`.
+    """Write the files of a stand-alone model to an empty folder.
 
     Args:
-        decoder: what is stored.
-        family: the size that it was made from.
-        folder: an empty one.
-        parent: files and dtypes of the weights that it was made from; None: it was trained from scratch.
-        routing: where tokens decide in it; None: nowhere.
-        dtype: of the weights; None: the parent's.
-        tokenizer: whether the parent's is the model's.
-        shard_size: of a file, at most.
+        decoder: the model to store.
+        family: the family and sizes that the decoder was made from.
+        folder: an empty folder.
+        parent: files and dtypes of the parent checkpoint; None: the model was trained from scratch.
+        routing: the dynamic router to store; None: the model has none.
+        dtype: dtype of the weights; None: the parent's, without a parent the decoder's own.
+        tokenizer: whether to write the parent's tokenizer files.
+        shard_size: largest size of a safetensors file, such as 5GB.
+
+    Raises:
+        ExportError: a weight is outside the range of its dtype.
     """
     kind = modelling_file(decoder, family, routing)
-    # a layer without attention would leave a hole in transformers' KV cache, which counts tokens in the first layer
+    # transformers' KV cache has an entry for each layer, and counts tokens in the first: all layers need attention
     decoder = fill_missing_parts(decoder, mlp=False)
     weights = hf_state_dict(decoder, family, parent=parent, dtype=dtype)
     if routing is not None:
@@ -103,7 +106,10 @@ def write_hf_folder(
 
 
 def with_known_class(files: Mapping[str, bytes]) -> dict[str, bytes]:
-    """Tokenizer files in which a class that transformers lacks is replaced by its class for any tokenizer.json."""
+    """Return a copy of a tokenizer's files in which the config names a class that transformers has.
+
+    A class that transformers lacks is replaced by `PreTrainedTokenizerFast`, which opens any tokenizer.json.
+    """
     config = json.loads(files.get(TOKENIZER_CONFIG, b"{}"))
     if is_known_class(config.get("tokenizer_class")):
         return dict(files)
@@ -111,7 +117,7 @@ def with_known_class(files: Mapping[str, bytes]) -> dict[str, bytes]:
 
 
 def is_known_class(name: Any) -> bool:
-    """Whether a tokenizer's class is one of transformers' own, or none is named."""
+    """Tell whether a config's `tokenizer_class` is a class of transformers, or absent (None)."""
     with quiet_loggers(*TORCHAO_LOGGERS):  # transformers imports torchao
         from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
@@ -119,7 +125,7 @@ def is_known_class(name: Any) -> bool:
 
 
 def modelling_file(decoder: Decoder, family: Family, routing: ExportedRouter | None) -> str | None:
-    """The modelling file that a model has to bring along; None where transformers has its class."""
+    """Return the name of the modelling file that a model needs; None if a class of transformers can hold the model."""
     if routing is not None:
         return ROUTED
     first, *others = set(decoder.config.blocks)
@@ -130,12 +136,20 @@ def modelling_file(decoder: Decoder, family: Family, routing: ExportedRouter | N
 
 
 def family_widths(block: BlockConfig) -> dict[str, int]:
-    """Widths of a block as fields of a family."""
+    """Return the widths of a block by the names of a family's fields."""
     return {"num_heads": block.num_heads, "num_kv_groups": block.num_kv_groups, "mlp_width": block.mlp_width}
 
 
 def write_config(size: Family, folder: Path, parent: ParentFiles | None) -> None:
-    """The config.json: the parent's, as it is where no width changed and all of its keys are used."""
+    """Write config.json: the parent's with the export's widths, or one made from the family without a parent.
+
+    The parent's file is copied byte for byte if no width changed and no key has to be dropped.
+
+    Args:
+        size: the family with the export's widths.
+        folder: the folder to write to.
+        parent: files of the parent checkpoint; None: there is no parent.
+    """
     path, own = folder / CONFIG, size.make_hf_config()
     if parent is None:
         write_hf_json(path, own)
@@ -148,7 +162,7 @@ def write_config(size: Family, folder: Path, parent: ParentFiles | None) -> None
     if not changed and not unused:
         write_files(folder, {CONFIG: parent.files[CONFIG]})
         return
-    if known["num_layers"] != size.num_layers:  # all layers look at all tokens: the reader's own default says so
+    if known["num_layers"] != size.num_layers:  # full attention in all layers is transformers' default
         unused |= {"layer_types"}
     kept = {name: value for name, value in config.items() if name not in unused}
     write_hf_json(path, kept | {name: own[name] for name in SIZES})
@@ -157,7 +171,7 @@ def write_config(size: Family, folder: Path, parent: ParentFiles | None) -> None
 def write_modelling(
     decoder: Decoder, family: Family, folder: Path, *, kind: str, routing: ExportedRouter | None
 ) -> None:
-    """The modelling file in the family's names, and the keys of config.json that lead to it."""
+    """Write the modelling files of `kind`, and add the keys to config.json by which transformers opens them."""
     for name, text in modelling_files(kind, family).items():
         (folder / name).write_text(text, encoding="utf-8")
     name, prefix = class_infix(family), kind.removeprefix("modeling_")
@@ -181,12 +195,12 @@ def write_modelling(
 
 
 def class_infix(family: Family) -> str:
-    """The name of a family in transformers' classes, such as Llama."""
+    """Return a family's name in transformers' class names, such as Llama."""
     return family.architecture.removesuffix("ForCausalLM")
 
 
 def modelling_files(kind: str, family: Family) -> dict[str, str]:
-    """The Python files that travel with a model, by name: ours, in the family's names."""
+    """Return the texts of the modelling files of a kind by file name, with Llama's names replaced by the family's."""
     names = (NESTED,) if kind == NESTED else (NESTED, DECISIONS, ROUTED)
     texts = {each: Path(remote.__path__[0], f"{each}.py").read_text(encoding="utf-8") for each in names}
     return {
@@ -196,19 +210,22 @@ def modelling_files(kind: str, family: Family) -> dict[str, str]:
 
 
 def auto_map(kind: str, family: Family) -> dict[str, str]:
-    """The key of config.json that leads transformers to the modelling file."""
+    """Return the value of config.json's key `auto_map`, which names the classes of the modelling file."""
     prefix = f"{kind}.{kind.removeprefix('modeling_').title()}{class_infix(family)}"
     classes = {"AutoConfig": "Config", "AutoModel": "Model", "AutoModelForCausalLM": "ForCausalLM"}
     return {auto: f"{prefix}{suffix}" for auto, suffix in classes.items()}
 
 
 def check_code(folder: Path, family: Family, kind: str | None) -> None:
-    """Raise ExportError unless all code that transformers can find in a folder is a modelling file of ours.
+    """Check that a folder holds no code other than nestlm's modelling files, before transformers opens it.
 
     Args:
-        folder: an export, before it is opened.
-        family: its family.
-        kind: its modelling file; None: it has none.
+        folder: the export.
+        family: the export's family.
+        kind: name of the export's modelling file; None: it has none.
+
+    Raises:
+        ExportError: the folder holds another file of code or a link, or one of its JSON files names other code.
     """
     files = {} if kind is None else modelling_files(kind, family)
     for path in folder.rglob("*"):
@@ -226,7 +243,7 @@ def check_code(folder: Path, family: Family, kind: str | None) -> None:
 
 
 def set_dtype(folder: Path, weights: Mapping[str, Tensor]) -> None:
-    """Name the dtype of the weights in a config.json that says another, or none."""
+    """Set config.json's dtype to that of the largest weight."""
     largest = max(weights.values(), key=lambda weight: weight.numel())
     config, name = read_hf_config(folder), str(largest.dtype).removeprefix("torch.")
     if config.get("dtype", config.get("torch_dtype")) != name:
@@ -235,17 +252,23 @@ def set_dtype(folder: Path, weights: Mapping[str, Tensor]) -> None:
 
 
 def write_hf_json(path: Path, value: Any) -> None:
-    """A file as transformers lays it out."""
+    """Write a value as JSON in the layout of transformers' own files."""
     path.write_bytes(to_json(value).encode())
 
 
 def hf_state_dict(
     decoder: Decoder, family: Family, *, parent: ParentFiles | None = None, dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
-    """The weights under their Hugging Face names, in one dtype, or the parent's, or their own where it has none.
+    """Return the weights by Hugging Face name, on the CPU.
+
+    Args:
+        decoder: the model.
+        family: gives the names.
+        parent: gives the dtype of each weight by name; a weight that it lacks keeps its own.
+        dtype: one dtype for all weights, instead of the parent's.
 
     Raises:
-        ExportError: a weight that the dtype cannot hold.
+        ExportError: a weight is not finite, or outside the range of its dtype.
     """
     parameters = dict(decoder.named_parameters())
     dtypes = {} if parent is None or dtype is not None else parent_dtypes(parent)
@@ -259,7 +282,7 @@ def hf_state_dict(
 
 
 def parent_dtypes(parent: ParentFiles) -> dict[str, torch.dtype]:
-    """The dtype of every tensor of a checkpoint. Raises ExportError for one that is not read."""
+    """Return the dtype of every tensor of a parent checkpoint by name. Raises ExportError for an unknown dtype."""
     try:
         return {name: DTYPES[kind] for name, kind in parent.dtypes.items()}
     except (KeyError, TypeError) as error:

@@ -1,4 +1,4 @@
-"""To the Hugging Face hub."""
+"""Upload an export to the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from nestlm.errors import ExportError
 
 
 def check_hub_token(name: str) -> None:
-    """Raise ExportError unless there is a token to push with, and a whole name."""
+    """Raise ExportError unless `name` has the form OWNER/NAME and a token of the hub is found."""
     from huggingface_hub import get_token
 
     if name.count("/") != 1:
@@ -18,10 +18,10 @@ def check_hub_token(name: str) -> None:
 
 
 def upload_model(folder: Path, name: str) -> None:
-    """Upload a folder to a private repository, made where there is none.
+    """Upload a folder to the hub's repository `name`, which is created as a private one if it does not exist.
 
     Raises:
-        ExportError: the hub refuses, or is not reached; the folder stays.
+        ExportError: the hub refuses the upload, or cannot be reached. The folder is kept.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled

@@ -1,4 +1,4 @@
-"""Stand-ins for attention and MLPs that a sub-network leaves out, for formats whose layers must have both."""
+"""Add attention and MLPs of zeros to blocks without them, for formats in which each layer must have both."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import torch
 from nestlm.nn.config import BlockConfig
 from nestlm.nn.decoder import Decoder
 
-NEURONS = 32  # of a stand-in MLP: a block of q8_0, and a size for which kernels of all backends exist
+NEURONS = 32  # width of an added MLP: one block of q8_0, and a size that kernels of all backends support
 
 
 def fill_missing_parts(decoder: Decoder, *, mlp: bool) -> Decoder:
-    """Give every block the attention that it lacks, and with `mlp` the MLP, in the smallest size and full of zeros.
+    """Add attention to every block without it, and with `mlp` also an MLP, in the smallest size and with weights of 0.
 
     The model computes the same, since a part whose weights are 0 adds nothing to the residual stream.
 
     Args:
         decoder: a stand-alone sub-network.
-        mlp: whether MLPs are filled in as well: `NEURONS` wide. Attention gets one head.
+        mlp: also add missing MLPs, `NEURONS` wide. Added attention has one head.
 
     Returns:
-        The decoder itself where nothing is missing; else one that shares its tensors.
+        The decoder itself if nothing is missing; else a new decoder that shares its tensors.
     """
 
     def filled(block: BlockConfig) -> BlockConfig:

@@ -1,4 +1,4 @@
-"""The model card: what was asked for, what it is, where it comes from, and what it loses."""
+"""Write the model card of an export: its budget, sizes, losses and origin."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from nestlm.nn.config import DecoderConfig
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a run knows of its sub-network.
+    """Facts from a run that the model card states about an export.
 
     Attributes:
-        budget: as it was asked for.
-        achieved: what it costs, by cost: an amount with its unit, and the share of the whole model.
-        router: that found it.
-        parent: the model that was nested.
-        fingerprint: of the text.
-        commit: of the code; None where it is not known.
-        losses: on the validation text, nats a token, by what was scored.
+        budget: the budget as the user wrote it.
+        achieved: cost of the export by kind of cost: an amount with its unit, and the share of the whole model's.
+        router: name of the router that chose the export's widths.
+        parent: name of the model that was made nested.
+        fingerprint: fingerprint of the training text.
+        commit: git commit of nestlm; None: unknown.
+        losses: losses on the validation text, nats per token, by name of the scored model.
     """
 
     budget: str
@@ -54,16 +54,16 @@ def model_card(
     precision: str,
     name: str,
 ) -> str:
-    """A README.md for the hub.
+    """Return the text of README.md, a model card as the Hugging Face hub reads it.
 
     Args:
-        facts: of the run.
-        config: what is stored.
-        check: how the export compares.
-        routing: where tokens decide.
+        facts: facts from the run.
+        config: sizes of the stored model.
+        check: the comparison of the export with the nested model.
+        routing: the stored dynamic router; None: all tokens run the same widths.
         form: hf or gguf.
-        precision: of the weights.
-        name: of the model.
+        precision: precision of the weights.
+        name: name of the model.
     """
     plain = routing is None and len(set(config.blocks)) == 1
     library = "transformers" if form == "hf" else "gguf"
@@ -94,7 +94,7 @@ def model_card(
 
 
 def describe_router(routing: ExportedRouter | None) -> str:
-    """What it does with tokens."""
+    """Describe in half a sentence whether tokens run fixed widths, or a router decides for them."""
     if routing is None:
         return "all tokens run the same sizes"
     over = "each prompt" if routing.config["prompt_tokens"] else "each token"
@@ -102,7 +102,7 @@ def describe_router(routing: ExportedRouter | None) -> str:
 
 
 def size_rows(config: DecoderConfig, routing: ExportedRouter | None) -> list[str]:
-    """A line a layer: what is stored, and what tokens choose among."""
+    """Return the lines of a Markdown table with a row for each layer: stored widths, and widths to choose from."""
     chosen: dict[int, dict[str, str]] = {}
     for site in [] if routing is None else routing.config["sites"]:
         chosen.setdefault(site["layer"], {})[site["axis"]] = ", ".join(map(str, site["widths"]))

@@ -1,4 +1,4 @@
-"""A folder that appears whole or not at all."""
+"""Create a folder that appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -14,17 +14,20 @@ from safetensors import SafetensorError
 from nestlm.errors import ExportError
 from nestlm.utils.checksums import hash_files, list_files, write_checksums
 
-LOCK = ".nestlm-export"  # in a folder that an export fills; the lock of a killed one is free
+LOCK = ".nestlm-export"  # lock file in the folder of a running export; free once the export has been killed
 
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A folder to fill, beside `out`; it becomes `out` when the block ends well, and is gone when it does not.
+    """Yield a hidden folder to fill. It is renamed to `out` when the block ends, and removed if the block raises.
 
-    What killed exports to the same place have left is removed.
+    Before the renaming, SHA256SUMS of all files is added. Hidden folders that killed exports to `out` left are removed.
+
+    Args:
+        out: a folder that does not exist yet, or is empty.
 
     Raises:
-        ExportError: `out` holds something, or nothing can be written there.
+        ExportError: `out` is not empty, or cannot be written.
     """
     check_is_free(out)
     place = out.absolute()
@@ -45,7 +48,7 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(place: Path) -> None:
-    """Remove folders that killed exports to a place have left beside it; one that is running now holds its lock."""
+    """Remove hidden folders that killed exports to `place` left beside it. A running export holds its folder's lock."""
     for left in place.parent.iterdir():
         lock = left / LOCK
         if left.name.startswith(f".{place.name}-") and lock.is_file() and not left.is_symlink():
@@ -58,7 +61,7 @@ def remove_leftovers(place: Path) -> None:
 
 @contextmanager
 def naming_write_errors(out: Path) -> Iterator[None]:
-    """Name what keeps a file from being written, a full disk above all, as an ExportError."""
+    """Turn errors from writing files in the block, such as a full disk, into an ExportError that names `out`."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -70,17 +73,20 @@ def naming_write_errors(out: Path) -> Iterator[None]:
 
 
 def check_is_free(out: Path) -> None:
-    """Raise ExportError unless a folder is not there yet, or is empty."""
+    """Raise ExportError unless `out` does not exist, or is an empty folder and no link."""
     if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
         raise ExportError(f"export: {out} is there already; wanted a new folder")
 
 
 def check_can_be_made(out: Path, *, run: Path) -> None:
-    """Raise ExportError, before anything is computed, unless a folder can be made.
+    """Check that a folder can be made, before anything is computed for it.
 
     Args:
         out: the folder to make.
-        run: the folder of the run, which nothing is added to.
+        run: the run's folder; an export must not lie in it.
+
+    Raises:
+        ExportError: `out` is not empty, is a mount point, lies in the run's folder, or cannot be written.
     """
     try:
         check_is_free(out)

@@ -1,4 +1,4 @@
-"""Whether the numbers of an export's weights fit into the type that they are stored in."""
+"""Check that an export's weights are within the range of the type in which they are stored."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from nestlm.errors import ExportError
 
 
 def check_weight_range(value: Tensor, kind: str, bound: float, *, name: str) -> None:
-    """Raise ExportError where a weight is not finite, or larger than its type holds.
+    """Raise ExportError if a weight is not finite, or outside the range of its type.
 
     Args:
-        value: the weight.
-        kind: name of the type.
+        value: the weight, of any shape.
+        kind: name of the type, for the message.
         bound: largest number of the type.
-        name: of the weight.
+        name: name of the weight, for the message.
     """
     low, high = (float(each) for each in value.detach().aminmax())
     if not (math.isfinite(low) and math.isfinite(high)):
