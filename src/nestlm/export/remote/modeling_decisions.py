@@ -1,10 +1,11 @@
-"""How each token decides how wide it runs, and how its sequence keeps within a budget.
+"""Choose a width for each token at each site, within a budget for each document.
 
-Decisions look at the tokens before only. What a sequence has spent so far is kept beside its KV cache, so decoding
-token by token decides as one pass over all tokens does. A document starts where a token sees none before it: there its
-budget starts anew, so documents that share a row decide as each does alone.
+A decision depends on the token and on earlier tokens only. The state of a document (what it has spent so far) is kept
+with its KV cache, so decoding token by token gives the same decisions as one pass over all tokens. A document starts at
+a token that attends to no earlier token. Its state starts anew there, so documents that share a row decide as each does
+alone. A token bucket keeps the budget: each token adds a refill (`income`), and each choice takes its price.
 
-Letters of shapes: B batch, L tokens, D model width, K choices of a site, J multipliers, R documents, n tokens.
+Letters of shapes: B batch, L tokens, D model width, K choices of a site, J multipliers, R documents, n tokens (flat).
 """
 
 from typing import Any
@@ -14,26 +15,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache
 
-PATIENCE = 32  # tokens of calibration text that a sequence's count starts with
-START = 4.0  # of growths: softplus(-4) is small
+PATIENCE = 32  # weight of calibration text in the counts of a new document, in tokens
+START = 4.0  # shift of predicted losses at the start of training: softplus(-4) is small
 
-Site = tuple[int, int]  # layer, and place in the order in which a layer decides
+Site = tuple[int, int]  # layer, and position in the order in which a layer's axes decide
 
 
 class Documents:
-    """Where the documents of a batch lie; each gets a row of its own to decide in.
+    """Positions of the documents in a batch, to move each document into a row of its own and back.
 
     Attributes:
-        place_n: of each token of the batch, in the documents' rows.
-        real_RL: False where a row holds padding, or nothing.
-        row_R: the row of the batch that holds a document.
-        begins_R: False for what continues the document of an earlier call.
-        last_B: the last document of each row.
+        place_n: flat position of each token of the batch in the documents' rows.
+        real_RL: False at padding, and after the end of a document.
+        row_R: row of the batch in which each document lies.
+        begins_R: False for a document that continues from an earlier call.
+        last_B: index of the last document in each row of the batch.
     """
 
     def __init__(self, mask: Tensor, start: int, *, batch: int, length: int) -> None:
         keys = torch.arange(mask.shape[-1], device=mask.device)
-        offset = min(start, len(keys) - length)  # of this call's tokens among the keys
+        offset = min(start, len(keys) - length)  # of this call's first token among the keys
         seen_BLS = (mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0).expand(batch, -1, -1)
         own_BL = seen_BLS.diagonal(offset, dim1=1, dim2=2)
         earlier_BL = (seen_BLS & (keys < keys[offset : offset + length, None])).any(-1)
@@ -50,19 +51,19 @@ class Documents:
         self.last_B = document_n.view(batch, length)[:, -1]
 
     def spread(self, each_BL: Tensor) -> Tensor:
-        """(B, L, ...) to the documents' rows, (R, L, ...), with zeros where these are longer than a document."""
+        """Move each document into a row of its own: (B, L, ...) to (R, L, ...), with zeros after a document's end."""
         empty = each_BL.new_zeros(self.shape[0] * self.shape[1], *each_BL.shape[2:])
         return empty.index_copy(0, self.place_n.to(empty.device), each_BL.flatten(0, 1)).unflatten(0, self.shape)
 
     def gather(self, each_RL: Tensor, shape: torch.Size) -> Tensor:
-        """Undo `spread`."""
+        """Move documents back to their places in the batch: (R, L, ...) to `shape`, (B, L). Inverts `spread`."""
         return each_RL.flatten(0, 1)[self.place_n.to(each_RL.device)].view(shape)
 
 
 class Routing:
-    """What the documents of one call have decided and spent: before it, and after, by site.
+    """State of the documents of one call by site: `before` the call, as kept with the KV cache, and `after` it.
 
-    A layer that runs twice (gradient checkpointing) reads the same and writes the same again.
+    A layer that runs twice (gradient checkpointing) reads the same state and writes the same state again.
     """
 
     def __init__(self) -> None:
@@ -71,13 +72,19 @@ class Routing:
         self.documents: Documents | None = None
         self.before: dict[Site, Tensor] = {}
         self.after: dict[Site, Tensor] = {}
-        self.saved: dict[Site, Tensor] = {}  # by documents that decide once, in this call
+        self.saved: dict[Site, Tensor] = {}  # refills beyond what documents spend, if they decide once and in this call
 
     def enter(self, mask: Tensor | None, cache: Cache | None, *, batch: int, length: int) -> None:
-        """Read the mask and what the cache's sequences have spent; the first layer of a call does.
+        """Find the documents in the mask, and read their state from the cache. Calls after the first do nothing.
+
+        Args:
+            mask: attention mask (B or 1, 1, L, S), bool or added to scores; None: a document a row, without padding.
+            cache: the KV cache; None: there is none.
+            batch: number of rows.
+            length: number of tokens a row in this call.
 
         Raises:
-            ValueError: a cache that holds other tokens than those that this model decided for.
+            ValueError: the cache holds other tokens than those for which this model decided.
         """
         if self.entered:
             return
@@ -94,7 +101,7 @@ class Routing:
             self.documents = Documents(mask, start, batch=batch, length=length)
 
     def kept(self, site: Site, opening: Tensor) -> Tensor:
-        """What documents bring along to a site: what is kept of earlier calls, or an opening."""
+        """Return each document's state at a site from earlier calls, or `opening` (a row a document) for new ones."""
         before = self.before.get(site)
         if before is None or self.documents is None:
             return opening if before is None else before
@@ -102,7 +109,7 @@ class Routing:
         return torch.where(begins_R, opening, before[self.documents.row_R.to(before.device)])
 
     def leave(self) -> None:
-        """Keep what the last document of each row has spent beside the KV cache."""
+        """Keep the state of the last document of each row with the KV cache, and forbid to reorder the cache's rows."""
         if self.cache is None:
             return
         after = self.after
@@ -114,12 +121,16 @@ class Routing:
 
 
 def refuse(*_: Any, **__: Any) -> None:
-    """Stand in for what would hand a cache's keys from row to row."""
+    """Raise ValueError, in place of methods of a cache that move keys between rows."""
     raise ValueError("rows of this model's KV cache cannot be reordered: what a sequence has spent stays with it")
 
 
 class Chooser(nn.Module):
-    """One site: scores of its choices for each token, and the ledger by which its budget is kept."""
+    """Choose a width for each token at one site: a network scores the choices, token buckets keep the budget.
+
+    A score is a log-probability (`kind` is "logits") or minus a predicted loss. Prices are integers in fixed-point
+    units; a budget has one or more bounds, each with prices and a refill (`incomes`) of its own.
+    """
 
     def __init__(self, router: dict, *, hidden_size: int, choices: int) -> None:
         super().__init__()
@@ -129,11 +140,13 @@ class Chooser(nn.Module):
         self.input_bias = nn.Parameter(torch.zeros(width))
         self.output = nn.Parameter(torch.zeros(width, choices))
         self.output_bias = nn.Parameter(torch.zeros(choices))
-        # what the budget adds to the network, and how its scores are put on one scale with those of other sites
+        # `budget` is added to the hidden layer. `scale` multiplies predicted losses, so that sites share a unit. `held`
+        # is added to logits and cancels the penalty for cost that they contain.
         self.budget = nn.Buffer(torch.zeros(width))
         self.scale = nn.Buffer(torch.zeros(choices))
         self.held = nn.Buffer(torch.zeros(choices))
-        # cost of the choices in score at each multiplier, and under each bound in integers
+        # `priced`: cost of the choices at each multiplier, in units of score. The others are integers for each bound:
+        # prices, refill of a token, spending of a token to aim at, and mean spending at each multiplier.
         self.priced = nn.Buffer(torch.zeros(levels, choices))
         self.prices = nn.Buffer(torch.zeros(bounds, choices, dtype=torch.long))
         self.incomes = nn.Buffer(torch.zeros(bounds, dtype=torch.long))
@@ -141,7 +154,7 @@ class Chooser(nn.Module):
         self.demands = nn.Buffer(torch.zeros(bounds, levels, dtype=torch.long))
 
     def scores(self, hidden_BLD: Tensor) -> Tensor:
-        """Of each choice, (B, L, K); higher is better."""
+        """Compute the score of each choice, (B, L, D) to (B, L, K); higher is better."""
         features = F.rms_norm(hidden_BLD, hidden_BLD.shape[-1:])
         inner = F.linear(features, self.input.T) + self.input_bias
         if self.kind == "logits":
@@ -153,12 +166,12 @@ class Chooser(nn.Module):
         return -torch.cat((losses, torch.zeros_like(said[..., :1])), dim=-1) * self.scale
 
     def wanted(self, scores: Tensor) -> Tensor:
-        """Choices of highest score less priced cost: (..., K) to (J, ...)."""
+        """Return the choices of highest score minus cost at each of J multipliers: (..., K) to (J, ...)."""
         return (scores - self.priced.to(scores.dtype).view(len(self.priced), *[1] * (scores.ndim - 1), -1)).argmax(-1)
 
     @torch.no_grad()
     def decide(self, hidden_BLD: Tensor, routing: Routing, site: Site) -> Tensor:
-        """Choice indices (B, L); what later tokens need to know goes to the routing."""
+        """Choose for each token, (B, L, D) to choice indices (B, L), and store the documents' state in `routing`."""
         scores, real, documents = self.scores(hidden_BLD), None, routing.documents
         if documents is not None:
             scores, real = documents.spread(scores), documents.real_RL.to(scores.device)
@@ -170,14 +183,25 @@ class Chooser(nn.Module):
         return index if documents is None else documents.gather(index, hidden_BLD.shape[:2])
 
     def opening(self, rows: int) -> Tensor:
-        """What a document starts with."""
-        if self.prompt_tokens:  # sums of scores (K), tokens seen, the decision or -1
+        """Return the state of new documents, a row each."""
+        if self.prompt_tokens:  # columns: K sums of scores, tokens seen, the decision or -1
             return F.pad(self.scale.new_zeros(rows, self.choices + 1, dtype=torch.float64), (0, 1), value=-1.0)
         each = torch.cat((torch.zeros_like(self.prices), PATIENCE * (self.demands - self.aims[:, None])), dim=1)
         return each.expand(rows, -1, -1)
 
     def draws_per_token(self, scores_BLK: Tensor, real_BL: Tensor | None, kept: Tensor) -> tuple[Tensor, Tensor]:
-        """What tokens want at the multiplier that their sequence could have afforded, or what its ledger allows."""
+        """Choose for each token at its document's own multiplier, within what its token buckets can pay.
+
+        A token uses the smallest of J multipliers at which earlier tokens would have spent no more than aimed at.
+
+        Args:
+            scores_BLK: scores of the choices, a document a row.
+            real_BL: False for padding; None: there is none.
+            kept: state of the documents, (B, bounds, K + J): K balances, then J counts of spending beyond the aim.
+
+        Returns:
+            Choice indices (B, L), and the state after the last token.
+        """
         choices = self.choices
         wanted_JBL = self.wanted(scores_BLK)
         over, counts = [], []
@@ -199,7 +223,20 @@ class Chooser(nn.Module):
     def by_prompt(
         self, scores_BLK: Tensor, real_BL: Tensor | None, kept: Tensor, saved: dict[Site, Tensor], site: Site
     ) -> tuple[Tensor, Tensor]:
-        """Whole for a sequence's first tokens; then what the mean of their scores wants and the sequence can pay."""
+        """Choose full width for a document's first `prompt_tokens` tokens, and one choice for all tokens after them.
+
+        That choice is the best by the mean scores of the first tokens, limited by what the document can pay.
+
+        Args:
+            scores_BLK: scores of the choices, a document a row.
+            real_BL: False for padding; None: there is none.
+            kept: state of the documents, (B, K + 2): sums of scores, tokens seen, the decision or -1.
+            saved: refills left over at each site that decided in this call, (B, bounds); this site's are added.
+            site: this site.
+
+        Returns:
+            Choice indices (B, L), and the state after the last token.
+        """
         limit, choices = self.prompt_tokens, self.choices
         if real_BL is None:
             real_BL = scores_BLK.new_ones(scores_BLK.shape[:2], dtype=torch.bool)
@@ -216,7 +253,12 @@ class Chooser(nn.Module):
         return index_BL, torch.cat((sums_BK, seen_B[:, None], decided_B[:, None].to(sums_BK)), dim=1)
 
     def affordable(self, wanted_B: Tensor, saved: list[Tensor]) -> Tensor:
-        """At most this site's income and what the sites that decided before it left of theirs."""
+        """Limit choices (B,) to those that this site's refill and refills left over at earlier sites can pay.
+
+        Args:
+            wanted_B: preferred choices.
+            saved: refills left over at each earlier site, (B, bounds).
+        """
         for bound, (prices_K, income) in enumerate(zip(self.prices, self.incomes, strict=True)):
             left_B = income + sum(each[:, bound].to(income.device) for each in saved)
             reach_B = torch.searchsorted(prices_K, left_B.expand(len(wanted_B)).contiguous(), right=True) - 1
@@ -227,7 +269,18 @@ class Chooser(nn.Module):
 def grant(
     wanted_BL: Tensor, prices_K: Tensor, income: Tensor, real_BL: Tensor | None, account_BK: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Choices that sequences can pay, none wider than wanted, and what is left: balance, and savings for each step."""
+    """Spend from one token bucket a document: replace choices that it cannot pay by narrower ones.
+
+    Args:
+        wanted_BL: preferred choices.
+        prices_K: prices of the choices, ascending.
+        income: refill of a token.
+        real_BL: False for padding, which neither refills nor spends; None: there is none.
+        account_BK: the balance, then what is saved towards each wider choice.
+
+    Returns:
+        Choice indices (B, L), none wider than wanted, and the account (B, K) after the last token.
+    """
     price_BL = prices_K.take(wanted_BL)
     beyond_BL = price_BL - income
     if real_BL is not None:
@@ -243,5 +296,5 @@ def grant(
 
 
 def since(running_BL: Tensor) -> Tensor:
-    """What each token added to a running total that was 0 before the first."""
+    """Invert `cumsum(1)`: return what each token added to a running total that starts at 0."""
     return running_BL.diff(dim=1, prepend=running_BL.new_zeros(len(running_BL), 1))

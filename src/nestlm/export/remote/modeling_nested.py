@@ -1,4 +1,4 @@
-"""A decoder whose layers have widths of their own, named by `per_layer_config`. Opens with `trust_remote_code=True`."""
+"""A decoder whose layers differ in width, as `per_layer_config` says. Load it with `trust_remote_code=True`."""
 
 import copy
 from typing import Any
@@ -16,16 +16,16 @@ from transformers.models.llama.modeling_llama import (
 
 @strict
 class NestedLlamaConfig(LlamaConfig):
-    """The family's config; `per_layer_config` says in which sizes layers differ from it."""
+    """The family's config, with `per_layer_config` for sizes of layers that differ from the family's."""
 
     model_type = "nested_llama"
 
     def validate_architecture(self) -> None:
-        """Heads have a width of their own, `head_dim`: their number need not divide that of the hidden state."""
+        """Skip the family's check that the number of heads divides the hidden size: `head_dim` is set on its own."""
 
 
 class NoMLP(nn.Module):
-    """The MLP of a layer that has none: it adds nothing to the residual stream."""
+    """Stand-in for the MLP of a layer that has none. It adds nothing to the residual stream."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Return zeros of the input's shape."""
@@ -33,7 +33,7 @@ class NoMLP(nn.Module):
 
 
 class NestedLlamaModel(LlamaModel):
-    """The family's decoder with layers built from their own sizes."""
+    """The family's decoder, with each layer built from its own sizes."""
 
     config_class = NestedLlamaConfig
     layer_class: type[nn.Module] = LlamaDecoderLayer
@@ -41,18 +41,18 @@ class NestedLlamaModel(LlamaModel):
     def __init__(self, config: NestedLlamaConfig) -> None:
         sizes = [copy.copy(layer) for layer in config.per_layer_config]
         outer: Any = copy.copy(sizes[0])
-        outer.num_hidden_layers = 0  # the family would build its layers in one size
+        outer.num_hidden_layers = 0  # else the family's constructor would build layers of one size
         super().__init__(outer)
         config._attn_implementation = outer._attn_implementation
         self.config = config
         self.layers = nn.ModuleList(self.build_layer(size, index) for index, size in enumerate(sizes))
         each: Any
         for each in self.layers:
-            each.self_attn.config = config  # one place that says how attention is computed
+            each.self_attn.config = config  # all layers read the choice of an attention implementation here
         self.post_init()
 
     def build_layer(self, size: Any, index: int) -> nn.Module:
-        """Build a layer of its own sizes; an `intermediate_size` of 0 means neither MLP nor the norm before it."""
+        """Build layer `index` with the sizes in `size`. An `intermediate_size` of 0: no MLP, and no norm before it."""
         has_mlp = size.intermediate_size > 0
         size.intermediate_size = max(1, size.intermediate_size)
         layer: Any = self.layer_class(size, index)
@@ -62,7 +62,7 @@ class NestedLlamaModel(LlamaModel):
 
 
 class NestedLlamaForCausalLM(LlamaForCausalLM):
-    """With a head for the next token."""
+    """`NestedLlamaModel` with a language modelling head."""
 
     config_class = NestedLlamaConfig
     model_class = NestedLlamaModel

@@ -1,9 +1,10 @@
-"""A decoder that decides for each token how wide its layers run, within a budget. Opens with `trust_remote_code=True`.
+"""A decoder that chooses for each token how wide its layers run, within a budget. Load with `trust_remote_code=True`.
 
-Documents that share a row (`position_ids` that start again, without a cache and an `attention_mask`) are kept apart as
-in the family's own model, and decide as each does alone.
+Documents that share a row (`position_ids` that start again, without a cache and an `attention_mask`) do not attend to
+each other, as in the family's own model, and each decides as it would alone.
 
-Letters of shapes: B batch, L tokens, D model width, H heads, G groups, E head width, S keys, n tokens in one row.
+Letters of shapes: B batch, L tokens, D model width, H query heads, G groups of heads that share keys, E head width,
+S keys; flat lists: t all tokens, n tokens that run any head, c tokens of one width, s slots.
 """
 
 import copy
@@ -30,21 +31,30 @@ AXES = ("depth", "attn_heads", "mlp_width")  # in the order in which a layer dec
 
 @strict
 class RoutedLlamaConfig(NestedLlamaConfig):
-    """Sizes of the layers, and where tokens decide: `router` names the sites and their choices."""
+    """Sizes of the layers, and in `router` the sites at which tokens choose widths, with their choices."""
 
     model_type = "routed_llama"
     router: dict | None = None
 
     def validate_architecture(self) -> None:
-        """As the parent: none of the family's checks of head counts."""
+        """Skip the family's check that the number of heads divides the hidden size."""
 
 
-Widths = tuple[tuple[int, ...], Tensor]  # ascending, and which of them each token takes, (B, L)
-Parts = list[tuple[int, Tensor]]  # widths, widest first, and the (flat) tokens that take each
+Widths = tuple[tuple[int, ...], Tensor]  # widths in ascending order, and the index of each token's width, (B, L)
+Parts = list[tuple[int, Tensor]]  # widths, the widest first, each with the flat indices of the tokens that run it
 
 
 def inside(chosen: Widths | None, block: Widths | None, *, whole: int) -> Widths | None:
-    """The same choice where a token may skip the block: then it takes width 0. None runs everything."""
+    """Combine the widths of a part of a block with the choice of whether to run the block: tokens that skip it get 0.
+
+    Args:
+        chosen: widths of the part; None: every token runs the whole part.
+        block: widths of the block, 0 to skip it; None: every token runs the block.
+        whole: full width of the part.
+
+    Returns:
+        Widths of the part; None if every token runs the whole part.
+    """
     if block is None:
         return chosen
     runs_BL = block[1] > 0
@@ -54,7 +64,7 @@ def inside(chosen: Widths | None, block: Widths | None, *, whole: int) -> Widths
 
 
 def by_width(chosen: Widths) -> Parts:
-    """The widths that tokens take, and which (flat) take them, widest first; without those that run nothing."""
+    """Group tokens by width, the widest first. Tokens of width 0 are left out."""
     widths, index = chosen[0], chosen[1].flatten()
     counts = torch.bincount(index, minlength=len(widths)).flip(0).tolist()
     tokens = index.argsort(descending=True, stable=True).split(counts)
@@ -62,10 +72,10 @@ def by_width(chosen: Widths) -> Parts:
 
 
 def part(linear: nn.Linear, *, inputs: int | None = None, outputs: int | None = None) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of a map from its first inputs, or to its first outputs.
+    """Return weight and bias of a linear layer, cut to its first `inputs` and `outputs`.
 
     Raises:
-        ValueError: a layer that computes something else than its weight and bias say.
+        ValueError: the layer is not a plain `torch.nn.Linear`, so its weight alone does not say what it computes.
     """
     if type(linear).forward is not nn.Linear.forward:
         raise ValueError(
@@ -76,10 +86,10 @@ def part(linear: nn.Linear, *, inputs: int | None = None, outputs: int | None = 
 
 
 class RoutedLlamaAttention(LlamaAttention):
-    """The family's attention, of which each token may run the queries of a prefix of the groups."""
+    """The family's attention, in which each token may run the query heads of only the first groups."""
 
     def forward(self, *args: Any, groups: Widths | None = None, **kwargs: Any) -> Any:
-        """As the family's; `groups`: how many of them each token runs."""
+        """Run attention with the family's arguments; `groups` says how many groups of heads each token runs."""
         return super().forward(*args, **kwargs) if groups is None else self.attend(*args, groups=groups, **kwargs)
 
     def attend(
@@ -91,7 +101,18 @@ class RoutedLlamaAttention(LlamaAttention):
         groups: Widths,
         **_: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """What heads find, (B, L, D), and with eager attention their weights, (B, H, L, S): 0 of heads not run."""
+        """Run attention with a number of groups of query heads for each token.
+
+        Args:
+            hidden_states: input, (B, L, D).
+            position_embeddings: cosines and sines of rotary positions, (B or 1, L, E) each.
+            attention_mask: (B or 1, 1, L, S), bool or added to scores; None: causal.
+            past_key_values: KV cache; keys and values of all groups are added to it.
+            groups: number of groups that each token runs.
+
+        Returns:
+            Output (B, L, D), and with eager attention the weights (B, H, L, S), 0 for heads that a token does not run.
+        """
         k_BGSE = self.split(self.k_proj(hidden_states), "k_norm").transpose(1, 2)
         k_BGSE = apply_rotary_pos_emb(k_BGSE, k_BGSE, *position_embeddings)[1]
         v_BGSE = self.v_proj(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -117,21 +138,29 @@ class RoutedLlamaAttention(LlamaAttention):
         return total.view_as(hidden_states), weights
 
     def split(self, flat: Tensor, norm: str) -> Tensor:
-        """(..., heads * E) to (..., heads, E), normalised where the family does."""
+        """Split a projection into heads, (..., heads * E) to (..., heads, E), and apply the norm if the family has it.
+
+        Args:
+            flat: the projection.
+            norm: name of the family's norm of queries or keys.
+        """
         heads = flat.unflatten(-1, (-1, self.head_dim))
         normalise = getattr(self, norm, None)
         return heads if normalise is None else normalise(heads)
 
     @property
     def dropped(self) -> Any:
-        """RowShard of the attention weights that is dropped."""
+        """Probability of dropout of attention weights: 0 outside training."""
         return self.attention_dropout if self.training else 0.0
 
     def look_with_all_heads(
         self, queries: list[Tensor], k_BGSE: Tensor, v_BGSE: Tensor, mask: Tensor | None, parts: Parts, groups: Widths,
         start: int,
     ) -> tuple[list[Tensor], Tensor]:  # fmt: skip
-        """The family's own attention, with queries of 0 for heads that are not run."""
+        """Run the family's eager attention, with queries of 0 for heads that a token does not run.
+
+        Takes and returns the same as `look_in_bands`, and the weights (B, H, L, S) in addition.
+        """
         heads, shape, (widths, index_BL) = self.num_key_value_groups, groups[1].shape, groups
         q_tHE = k_BGSE.new_zeros(index_BL.numel(), k_BGSE.shape[1] * heads, self.head_dim)
         for q_cHE, (_, tokens) in zip(queries, parts, strict=True):
@@ -148,7 +177,20 @@ class RoutedLlamaAttention(LlamaAttention):
         self, queries: list[Tensor], k_BGSE: Tensor, v_BGSE: Tensor, mask: Tensor | None, parts: Parts, groups: Widths,
         start: int,
     ) -> tuple[list[Tensor], None]:  # fmt: skip
-        """Attention of each band of heads for those tokens that run it: all tokens look with the first heads."""
+        """Run attention in bands of heads: each band has all groups between two widths, and the tokens that run them.
+
+        Args:
+            queries: a tensor (c, H, E) for each entry of `parts`, with zeros for heads that its tokens do not run.
+            k_BGSE: keys of all groups.
+            v_BGSE: values of all groups.
+            mask: attention mask; None: causal.
+            parts: the tokens by width.
+            groups: number of groups that each token runs.
+            start: number of tokens in the cache before this call.
+
+        Returns:
+            Outputs of the heads (c, H, E) for each entry of `parts`, and no weights.
+        """
         if not parts:
             return [], None
         q_nHE, order, (widths, index_BL) = torch.cat(queries), torch.cat([tokens for _, tokens in parts]), groups
@@ -173,10 +215,24 @@ class RoutedLlamaAttention(LlamaAttention):
         start: int,
         length: int,
     ) -> Tensor:
-        """Attention of scattered queries: each takes a seat in its sequence's row, (n, H, E) to (n, H, E)."""
+        """Run attention of queries of some tokens of each row, packed into padded slots.
+
+        Args:
+            q_nHE: queries of the tokens.
+            k_BGSE: keys.
+            v_BGSE: values.
+            mask: attention mask of all tokens; None: causal.
+            tokens: flat indices of the tokens, (n,).
+            seated: slot of each token, and slots a row, from `take_seats`.
+            start: number of tokens in the cache before this call.
+            length: number of tokens a row in this call.
+
+        Returns:
+            Outputs of the heads (n, H, E).
+        """
         batch, (seat, seats), (heads, head_dim) = len(k_BGSE), seated, q_nHE.shape[1:]
         q_sHE = q_nHE.new_zeros(batch * seats, heads, head_dim).index_copy(0, seat, q_nHE)
-        if len(tokens) != batch * length:  # else each sits at its own position
+        if len(tokens) != batch * length:  # else each token's slot is its own position, and the mask fits
             if mask is None:
                 mask = causal(start, length, k_BGSE.shape[2], device=tokens.device)
             position = tokens.new_zeros(batch * seats).index_copy(0, seat, tokens % length).view(batch, seats)
@@ -190,21 +246,36 @@ class RoutedLlamaAttention(LlamaAttention):
 
 
 def causal(start: int, length: int, keys: int, *, device: torch.device) -> Tensor:
-    """What tokens after the first `start` see of a cache's keys, (1, 1, L, S); a cache may have room behind them."""
+    """Return the causal mask (1, 1, L, S) of tokens after `start` earlier ones; True: attend.
+
+    Args:
+        start: number of tokens in the cache before this call.
+        length: number of tokens in this call.
+        keys: number of keys in the cache; a static cache has unused ones at its end.
+        device: device of the mask.
+    """
     position = torch.arange(keys, device=device)
     offset = min(start, keys - length)
     return (position <= position[offset : offset + length, None])[None, None]
 
 
 def take_seats(reached_BL: Tensor, tokens: Tensor) -> tuple[Tensor, int]:
-    """Where chosen tokens sit when each sequence's chosen ones move up: seat (n,), seats a row."""
+    """Assign chosen tokens to the first slots of their rows, in order.
+
+    Args:
+        reached_BL: True for chosen tokens.
+        tokens: flat indices of the chosen tokens, in any order.
+
+    Returns:
+        Flat slot of each token of `tokens`, (n,), and the number of slots a row.
+    """
     seat_BL = reached_BL.cumsum(1) - 1
     seats = int(seat_BL[:, -1].max()) + 1
     return tokens // reached_BL.shape[1] * seats + seat_BL.flatten()[tokens], seats
 
 
 class RoutedLlamaDecoderLayer(LlamaDecoderLayer):
-    """The family's layer, of which each token runs what is chosen for it."""
+    """The family's layer, of which each token runs the widths that were chosen for it."""
 
     def __init__(self, config: RoutedLlamaConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
@@ -231,7 +302,10 @@ class RoutedLlamaDecoderLayer(LlamaDecoderLayer):
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """The residual stream, (B, L, D) to (B, L, D)."""
+        """Choose widths for each token, and run the layer: (B, L, D) to (B, L, D).
+
+        Takes the family's arguments, and `routing`: the state of the call's documents.
+        """
         routing: Routing = kwargs.pop("routing")
         batch, length, _ = hidden_states.shape
         routing.enter(attention_mask, past_key_values, batch=batch, length=length)
@@ -258,7 +332,7 @@ class RoutedLlamaDecoderLayer(LlamaDecoderLayer):
         return hidden_states + (self.mlp(normed) if neurons is None else self.transform(normed, neurons))
 
     def transform(self, hidden_BLD: Tensor, chosen: Widths) -> Tensor:
-        """The MLP, of which each token runs a prefix of the neurons."""
+        """Run the MLP with the first neurons only, as many as chosen for each token: (B, L, D) to (B, L, D)."""
         mlp, rows = self.mlp, hidden_BLD.flatten(0, 1)
         gate, total = getattr(mlp, "gate_proj", None), torch.zeros_like(rows)
         for width, tokens in by_width(chosen):
@@ -271,7 +345,7 @@ class RoutedLlamaDecoderLayer(LlamaDecoderLayer):
 
 
 class RoutedLlamaModel(NestedLlamaModel):
-    """The family's decoder, deciding for each token."""
+    """The family's decoder, with widths that are chosen for each token."""
 
     config_class = RoutedLlamaConfig
     layer_class = RoutedLlamaDecoderLayer
@@ -281,10 +355,10 @@ class RoutedLlamaModel(NestedLlamaModel):
     _supports_flex_attn = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the family's; what sequences have spent is kept beside the KV cache, where there is one.
+        """Run the decoder with the family's arguments. With a KV cache, the state of the budgets is kept in it.
 
         Raises:
-            ValueError: attention other than `eager` or `sdpa`, or a KV cache that this model did not fill.
+            ValueError: the attention implementation is not `eager` or `sdpa`, or this model did not fill the KV cache.
         """
         name = self.config._attn_implementation
         if name not in ("eager", "sdpa"):
@@ -297,7 +371,7 @@ class RoutedLlamaModel(NestedLlamaModel):
 
 
 class RoutedLlamaForCausalLM(NestedLlamaForCausalLM):
-    """With a head for the next token."""
+    """`RoutedLlamaModel` with a language modelling head."""
 
     config_class = RoutedLlamaConfig
     model_class = RoutedLlamaModel
@@ -307,10 +381,12 @@ class RoutedLlamaForCausalLM(NestedLlamaForCausalLM):
     _supports_flex_attn = False
 
     def generate(self, inputs: Tensor | None = None, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """As the family's, one continuation at a time: what was spent cannot be handed from beam to beam, or undone.
+        """Generate with the family's arguments, by greedy search or sampling.
+
+        Other modes move the state of a budget between beams, or undo spending, which is not possible.
 
         Raises:
-            ValueError: beams, or tokens that are guessed first.
+            ValueError: beam search or assisted decoding.
         """
         settings = copy.deepcopy(generation_config or self.generation_config)
         settings.update(**kwargs)
