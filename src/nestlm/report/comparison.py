@@ -96,7 +96,11 @@ class Comparison:
 
     @cached_property
     def cells(self) -> pd.DataFrame:
-        """Mean, sample deviation (NaN of one seed), number of seeds, mean achieved cost and mark by (row, budget)."""
+        """A record for each (row, budget), averaged over seeds.
+
+        Columns: mean and sample standard deviation of the metric (NaN for one seed), number of seeds, mean achieved
+        cost, and whether the cell is marked.
+        """
         return self.answers.groupby(["row", "budget"], sort=False).agg(
             mean=("value", "mean"),
             std=("value", "std"),
@@ -142,7 +146,7 @@ class Comparison:
         return [*keys, *self.budgets, "seeds"]
 
     def by_seed(self, group: RunGroup, budget: str, column: str = "value") -> pd.Series:
-        """A column of `answers` for one row and budget, indexed by seed; empty where the row has no answer."""
+        """Return a column of `answers` for one row and budget, indexed by seed; empty if the row lacks the budget."""
         chosen = (self.answers["row"] == self.groups.index(group)) & (self.answers["budget"] == budget)
         answers: Any = self.answers[chosen]
         return answers.set_index("seed")[column]
@@ -228,7 +232,7 @@ def collect_answers(groups: Sequence[RunGroup], *, metric: str) -> pd.DataFrame:
 
 
 def mixes(runs: Any) -> bool:
-    """Whether numbers of these runs should not be averaged."""
+    """Tell whether the numbers of these runs should not be averaged."""
     return bool(find_mixing_problems(list(runs)))
 
 
@@ -252,9 +256,10 @@ def flat_settings(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def distinguishing_keys(settings: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    """Choose the fewest settings that tell runs apart, seeds aside: each splits what those before it left together.
+    """Choose settings, seeds excepted, whose values tell runs apart.
 
-    Where every run has a `label`, the label alone is chosen.
+    Settings are tried from the outermost to the innermost; one is chosen if it separates runs that the chosen ones do
+    not. If every run has a `label`, the label alone is chosen.
     """
     if all(each.get("label") for each in settings):
         return ("label",)
@@ -280,10 +285,10 @@ def setting_name(key: str, value: Any) -> str:
 
 
 def label_order(label: tuple[str, ...]) -> list[tuple[bool, float, str]]:
-    """Sort key for labels: numbers by size, before names."""
+    """Return a sort key for labels: numbers by size, before names."""
     return [(parse_number(part) is None, parse_number(part) or 0.0, part) for part in label]
 
 
 def budget_order(budget: str) -> tuple[bool, float]:
-    """Sort key for budgets: shares first, the largest first, as in a run's own table."""
+    """Return a sort key for budgets: shares first, the largest first, as in a run's own table."""
     return (parse_number(budget) is None, -(parse_number(budget) or 0.0))

@@ -1,4 +1,4 @@
-"""Where a run and its repetition differ: in cells of results.csv, in specs, and in what their numbers come from."""
+"""List differences between a run and its repetition: cells of results.csv, specs, and provenance."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from rich.table import Table
 from nestlm.report.tables import parse_number, read_csv
 from nestlm.utils.nested_dict import flat_items
 
-# What can explain that numbers differ, as in provenance.json; hashes are shown by their beginnings.
+# Keys of provenance.json that can explain different numbers. Of hashes, only the first digits are shown.
 ORIGINS = ("commit", "python", "packages", "device", "threads", "data_fingerprint", "tokenizer")
 HASHES, SHOWN_DIGITS = {"commit", "data_fingerprint", "tokenizer"}, 10
 
 
 class ChangedCell(NamedTuple):
-    """A cell of results.csv that is not what it was, as text."""
+    """A cell of results.csv that differs between a run (`then`) and its repetition (`now`), as text."""
 
     router: str
     budget: str
@@ -29,17 +29,17 @@ class ChangedCell(NamedTuple):
 
     @property
     def difference(self) -> float | None:
-        """What was added; None where one of them is no number."""
+        """`now` minus `then`; None if one of them is not a number."""
         then, now = parse_number(self.then), parse_number(self.now)
         return None if then is None or now is None else now - then
 
     def is_within(self, tolerance: float) -> bool:
-        """Whether the numbers differ by no more than that."""
+        """Tell whether both are numbers and differ by at most `tolerance`."""
         return self.difference is not None and abs(self.difference) <= tolerance
 
 
 def changed_cells(then: Path, now: Path) -> list[ChangedCell]:
-    """Cells of two runs' results that differ. Rows are matched by their order, which follows from the config."""
+    """Compare the results.csv of two run folders. Rows are matched by their order, which follows from the config."""
     found = []
     for old, new in zip_longest(read_text_rows(then), read_text_rows(now), fillvalue={}):
         row = new or old
@@ -51,19 +51,19 @@ def changed_cells(then: Path, now: Path) -> list[ChangedCell]:
 
 
 def read_text_rows(folder: Path) -> list[dict[str, str]]:
-    """Rows of a run's results as they are written."""
+    """Read the rows of a run's results.csv without parsing their cells."""
     with (folder / "results.csv").open(newline="", encoding="utf-8") as file:
         return [{str(key): str(cell) for key, cell in row.items()} for row in csv.DictReader(file, restval="")]
 
 
 def changed_specs(then: Path, now: Path) -> list[str]:
-    """Names of the files in specs/ that differ, or that only one of two runs has."""
+    """List the names of files in specs/ that differ between two run folders, or that only one of them has."""
     old, new = ({path.name: path.read_bytes() for path in (run / "specs").glob("*.json")} for run in (then, now))
     return sorted(name for name in old | new if old.get(name) != new.get(name))
 
 
 def changed_origins(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs between two provenances, of that which both know, a line each."""
+    """List differences between two provenances, a line each. Keys that only one of them has are left out."""
     old, new = dict(flat_items(dict(then))), dict(flat_items(dict(now)))
     lines = []
     for name in old:
@@ -75,13 +75,16 @@ def changed_origins(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str
 
 
 def cached_stages(folder: Path) -> list[str]:
-    """A line where stages of a run came from the cache, which does not know threads nor processors."""
+    """Return a line that names the stages of a run that came from the cache; no line if there are none.
+
+    Cache keys contain neither the number of threads nor the processor, so such stages can explain a difference.
+    """
     names = [row["what"] for row in read_csv(folder / "timings.csv") if row["cached"] and " " not in row["what"]]
     return [f"from the cache then, perhaps of other threads or another processor: {', '.join(names)}"] if names else []
 
 
 def differences_table(cells: Sequence[ChangedCell]) -> Table:
-    """Differing cells for the terminal."""
+    """Lay out differing cells as a table for the terminal."""
     table = Table()
     for index, heading in enumerate(("router", "budget", "column", "then", "now", "difference")):
         table.add_column(heading, justify="left" if index < 3 else "right")

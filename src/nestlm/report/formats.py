@@ -21,9 +21,9 @@ def caption(comparison: Comparison) -> str:
 
 
 def is_bold(comparison: Comparison) -> pd.DataFrame:
-    """Whether each cell of `Comparison.texts` is bold: the best of its budget; keys and seeds never are."""
+    """Tell which cells of `Comparison.texts` are bold: the best of each budget's column, never keys and seeds."""
     best = comparison.best.reindex(columns=comparison.headings, fill_value=False)
-    best.iloc[:, : len(comparison.keys)] = False  # a key may be called like a budget
+    best.iloc[:, : len(comparison.keys)] = False  # a key may have the name of a budget
     return best
 
 

@@ -1,4 +1,4 @@
-"""A comparison as one HTML file that needs nothing else: tables, pictures, and where each number comes from."""
+"""Write a comparison as one self-contained HTML file: tables, plots, and the provenance of each run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nestlm.report.runs import RunResults
 
 
 def to_html(comparison: Comparison, *, title: str) -> str:
-    """The page."""
+    """Return a comparison as the text of a self-contained HTML page."""
     template = Environment(
         loader=PackageLoader("nestlm.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     ).get_template("page.html")
@@ -68,7 +68,7 @@ def specs_of_first_seed(group: RunGroup) -> list[dict[str, Any]]:
 
 
 def run_row(run: RunResults) -> dict[str, Any]:
-    """Where a run's numbers come from."""
+    """Return a run's row of the page's provenance table, by the names that page.html uses."""
     known = run.provenance
     packages = ", ".join(f"{name} {version}" for name, version in known["packages"].items() if version)
     return {
@@ -87,7 +87,12 @@ def run_row(run: RunResults) -> dict[str, Any]:
 
 
 def data_uri(kind: str, draw: Callable[[IO[bytes]], None]) -> str:
-    """A picture as an address that holds it."""
+    """Return a picture as a data URI.
+
+    Args:
+        kind: the picture's media subtype, such as `png` or `svg+xml`.
+        draw: writes the picture to a file.
+    """
     file = io.BytesIO()
     draw(file)
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -1,4 +1,4 @@
-"""The pictures of a run, and of a comparison of runs."""
+"""Draw the plots of a run, and of a comparison of runs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,16 @@ MOST_NUMBERS = 400  # a heat map of more cells shows colours only
 
 
 def fronts(file: IO[bytes], comparison: Comparison, *, cost: str, ylabel: str) -> None:
-    """Means against achieved cost as SVG, a line a row of the table, with bands of a standard deviation over seeds."""
+    """Plot the means of a comparison against achieved cost, as SVG: a line for each row of its table.
+
+    A band around each line is one standard deviation over seeds.
+
+    Args:
+        file: the file to write to.
+        comparison: the comparison.
+        cost: kind of cost; rows with budgets of other kinds are left out.
+        ylabel: label of the metric's axis.
+    """
     groups = [(row, group) for row, group in enumerate(comparison.groups) if group.cost == cost]
     figure = Figure(figsize=(9.0, 5.2), layout="constrained")
     axes = figure.add_subplot()
@@ -39,7 +48,14 @@ def fronts(file: IO[bytes], comparison: Comparison, *, cost: str, ylabel: str) -
 
 
 def pareto(path: Path, rows: Sequence[Row], *, teacher_loss: float, cost: str) -> None:
-    """Loss against cost: one line a router, the full model and the teacher marked."""
+    """Plot a run's losses against achieved cost: one line for each router, the full model and the teacher marked.
+
+    Args:
+        path: the PNG file to write.
+        rows: rows of the run's results.csv.
+        teacher_loss: validation loss of the teacher, nats per token.
+        cost: kind of cost that the budgets limit.
+    """
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.add_subplot()
     for marker, router in zip(cycle(MARKERS), dict.fromkeys(row["router"] for row in rows), strict=False):
@@ -58,7 +74,12 @@ def pareto(path: Path, rows: Sequence[Row], *, teacher_loss: float, cost: str) -
 
 
 def routing(path: Path | IO[bytes], specs: Sequence[Row]) -> None:
-    """Chosen widths as colour: layers by budget, cheapest first, a panel an axis. `specs` as in the specs folder."""
+    """Plot the widths that a router chose as a heat map: layers by budgets, the cheapest first, a panel for each axis.
+
+    Args:
+        path: the PNG file to write.
+        specs: contents of the files in the run's specs folder.
+    """
     chosen = sorted(specs, key=lambda spec: (spec["achieved"], spec["budget"]))
     full_widths = chosen[0]["full_widths"]
     figure = Figure(figsize=(0.9 * len(chosen) * len(full_widths) + 2.4, 3.6), layout="constrained")

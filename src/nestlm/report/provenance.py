@@ -1,4 +1,4 @@
-"""Where a result comes from: code, packages, machine, data, seed."""
+"""Record where a result comes from: code, packages, machine, data and seed."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ PACKAGES = ("nestlm", "torch", "lightning", "hydra-core", "omegaconf", "torchmet
 
 
 def git(*arguments: str) -> str | None:
-    """Output of a git command on this source, or None where it is no checkout."""
+    """Run a git command on nestlm's source, and return its output; None if the source is not a git checkout."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
-        # an installed package may lie in a folder of another repository, which does not track it
+        # an installed package may lie inside another project's checkout, which does not track it
         subprocess.run([*git, "ls-files", "--error-unmatch", Path(__file__).name], capture_output=True, check=True)
         return subprocess.run([*git, *arguments], capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -28,7 +28,7 @@ def git(*arguments: str) -> str | None:
 
 
 def package_version(name: str) -> str | None:
-    """Installed version, or None."""
+    """Return the version of an installed package; None if it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -36,7 +36,7 @@ def package_version(name: str) -> str | None:
 
 
 def environment() -> dict[str, Any]:
-    """Code, packages and machine, as they are now."""
+    """Describe the commit of the code, the versions of packages, and the machine of this process."""
     status = git("status", "--porcelain")
     return {
         "commit": git("rev-parse", "HEAD"),
@@ -52,7 +52,15 @@ def environment() -> dict[str, Any]:
 def provenance(
     *, seed: int, data_fingerprint: str, tokenizer_hash: str, tokens: dict[str, float | None], seconds: float
 ) -> dict[str, Any]:
-    """What someone needs to get the same numbers again."""
+    """Return the content of provenance.json: what is needed to get the same numbers again.
+
+    Args:
+        seed: the run's seed.
+        data_fingerprint: fingerprint of the text.
+        tokenizer_hash: hash of the tokenizer.
+        tokens: number of training tokens by stage; None where the stage does not count them.
+        seconds: time of all stages together.
+    """
     return environment() | {
         "command": sys.argv,
         "directory": str(Path.cwd()),

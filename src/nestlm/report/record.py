@@ -1,4 +1,4 @@
-"""The record of a run: hashes of its files, written last. What differs from them is refused by name."""
+"""Write and check the record of a run: SHA256SUMS, the hashes of its files, which is written last."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from nestlm.utils.checksums import CHECKSUMS, hash_files, read_checksums, write_
 PROVENANCE = "provenance.json"
 FILES = ("config.yaml", "metrics.json", "results.csv", "timings.csv", "latency_table.json", PROVENANCE)
 FOLDERS = ("specs", "checkpoints")
-# Large files, which are checked when they are read, against hashes in files that are recorded.
+# Suffixes of large files. They are not in the record; recorded files hold their hashes, which readers check.
 CHECKED_WHEN_READ = {".safetensors", ".bin"}
 CURE = "copy the run again, or do it again"
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether a folder is that of a finished run, by its record and its provenance."""
+    """Tell whether a folder holds a finished run, that is, a record and a provenance."""
     return (folder / CHECKSUMS).is_file() and (folder / PROVENANCE).is_file()
 
 
 def begin(folder: Path) -> None:
-    """Mark a run's folder unfinished while its files are written."""
+    """Mark a run's folder as unfinished, by removing its record and provenance, before its files are written."""
     for name in (CHECKSUMS, PROVENANCE):
         (folder / name).unlink(missing_ok=True)
 
 
 def write_record(folder: Path) -> None:
-    """Mark a run's folder finished: write the hashes of its files."""
+    """Mark a run's folder as finished, by writing the hashes of its files."""
     write_checksums(folder, hash_files(folder, recorded_names(folder)))
 
 
 def recorded_names(folder: Path) -> list[str]:
-    """Names of the files that are recorded, relative and sorted; hidden files are left out."""
+    """List the files of a run's folder that its record covers, by sorted relative path. Hidden files are left out."""
     below = (path for name in FOLDERS for path in (folder / name).rglob("*"))
     paths = [*(folder / name for name in FILES), *(path for path in below if path.suffix not in CHECKED_WHEN_READ)]
     return sorted(
@@ -41,11 +41,11 @@ def recorded_names(folder: Path) -> list[str]:
 
 
 def check_record(folder: Path) -> None:
-    """Compare the files of a finished run with its record; of large ones only that they lie in the folder.
+    """Compare the files of a finished run with its record. The content of large files is not read.
 
     Raises:
-        DataError: the folder is no finished run; or a file is absent, not recorded, not the one that was written, or
-            outside the folder.
+        DataError: the folder holds no finished run; or a file is missing, not recorded, changed, or leads out of the
+            folder.
     """
     if not is_finished(folder):
         lacks = f", for it lacks {CHECKSUMS}" if (folder / PROVENANCE).is_file() else ""
@@ -65,7 +65,7 @@ def check_record(folder: Path) -> None:
 
 
 def check_places(folder: Path, names: dict[str, str]) -> None:
-    """Raise DataError where a recorded name, or a file of a recorded folder, leads out of the run's folder."""
+    """Raise DataError if a recorded name, or a file in a recorded folder, leads out of the run's folder."""
     root = folder.resolve()
     below = (path for name in FOLDERS for path in (folder / name, *(folder / name).rglob("*")))
     for path in (*(folder / name for name in names), *below):

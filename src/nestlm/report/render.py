@@ -1,4 +1,4 @@
-"""From runs to what people read: of one its page, pictures and table, of many their comparison."""
+"""Write and print the report of a finished run: its page, plots and table of results."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ PAPER_TOKEN_SHARE = 0.0763  # Flextron's elastic training, as a share of the pre
 
 
 def render(run_dir: Path) -> None:
-    """Write report.md, pareto.png and routing.png, and print the results.
+    """Write report.md, pareto.png and routing.png into a run's folder, and print the results.
 
     Raises:
-        DataError: the folder is no finished run.
+        DataError: the folder holds no finished run, or its files were changed.
     """
     run = RunResults.read(run_dir)
     cost = run.results[0]["cost"]
@@ -33,7 +33,11 @@ def render(run_dir: Path) -> None:
 
 
 def summary_lines(metrics: dict[str, dict[str, Any]]) -> list[str]:
-    """The run in sentences."""
+    """Summarise a run in a few lines of text.
+
+    Args:
+        metrics: content of metrics.json, by stage.
+    """
     teacher, rank, elastic = (metrics[name] for name in ("pretrain", "rank", "elastic"))
     lines = [
         f"loss above the teacher's, mean over budgets: {metrics['evaluate']['pareto_gap']:+.4f}",
@@ -66,14 +70,25 @@ def summary_lines(metrics: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def latency_line(profile: dict[str, Any]) -> str:
-    """What times are of, where they were measured, and how well they add up."""
+    """Describe a latency table in one line: unit, dtype, device, and how well its entries add up to measured times.
+
+    Args:
+        profile: metrics of the stage that measured the table.
+    """
     check = profile["check"]
     error = "unchecked" if check is None else fit_line(FitErrors(**check))
     return f"latency: {profile['unit']}, {profile['dtype']}, measured on {profile['device']}; {error}"
 
 
 def write_report(run_dir: Path, rows: list[dict[str, Any]], *, lines: list[str], cost: str) -> None:
-    """The run as a page to read."""
+    """Write report.md into a run's folder.
+
+    Args:
+        run_dir: the folder, which holds timings.csv.
+        rows: the run's results.
+        lines: the summary.
+        cost: kind of cost that the budgets limit.
+    """
     timings = [
         [row["what"], f"{row['seconds']:.3g}", "yes" if row["cached"] else ""]
         for row in read_csv(run_dir / "timings.csv")

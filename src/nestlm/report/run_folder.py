@@ -1,4 +1,4 @@
-"""Write a run's folder from what its stages reported: values only; `render` makes pages and pictures of them."""
+"""Write the values that a run's stages reported into its folder. `render` makes pages and plots of them."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ from nestlm.report.record import CURE, PROVENANCE, begin, write_record
 from nestlm.report.tables import write_csv
 from nestlm.utils.json_files import damaged_file_errors, read_json, write_json
 
-IN_SPECS = ("router", "budget", "achieved", "cost", "achieved_cost", "params", "flops", "memory")  # cells
-PARENT = "pretrain/parent"  # below a run's checkpoints: what exports need of the weights that were given
-# Files that a run keeps of its stages' folders.
+# Columns of results.csv that files in specs/ hold as well.
+IN_SPECS = ("router", "budget", "achieved", "cost", "achieved_cost", "params", "flops", "memory")
+PARENT = "pretrain/parent"  # folder below a run's checkpoints: files of the given weights that exports need
+# Patterns of the files in stages' folders that a run's folder keeps.
 KEPT = (
     "*.safetensors",
     "SHA256SUMS",
@@ -115,9 +116,9 @@ def pareto_gap(finished: FinishedStages, *, router: str) -> float:
 
 
 def timing_rows(finished: FinishedStages) -> list[dict[str, Any]]:
-    """Return the rows of timings.csv: all that was measured in seconds, and the peak memory of training stages.
+    """Return the rows of timings.csv: times of stages, searches and forward passes, and peak memory of training stages.
 
-    `cached` says that an earlier run measured it.
+    `cached` says that an earlier run measured the time.
     """
     rows = [
         timing_row(each.stage.name, each.seconds, each.cached, each.result)
@@ -148,7 +149,13 @@ def timing_row(what: str, seconds: float, cached: bool, trained: TrainingResult 
 
 
 def write_specs(folder: Path, evaluated: EvaluateResult, *, router: str) -> None:
-    """Write one file a budget: the sub-network, or the plan, that the run's router chose."""
+    """Write the sub-network or plan that the run's router chose for each budget, a JSON file a budget.
+
+    Args:
+        folder: the folder to fill; other JSON files in it are removed.
+        evaluated: result of the evaluation.
+        router: label of the run's router.
+    """
     folder.mkdir(exist_ok=True)
     for stale in folder.glob("*.json"):
         stale.unlink()
@@ -179,10 +186,11 @@ def read_result(folder: Path, kind: type[Stage[Result]]) -> Result:
 
 
 def link_checkpoints(folder: Path, finished: FinishedStages) -> None:
-    """What `nestlm.load` needs, as hard links where the file system allows, else as copies: the weights that stages
-    left behind with their hashes, the tokenizer, and the held-out text.
-    """  # noqa: D205
-    shutil.rmtree(folder, ignore_errors=True)  # of an earlier run in this folder
+    """Put the files that `nestlm.load` needs into a folder: weights and their hashes, tokenizer, held-out text.
+
+    They become hard links to the stages' files; copies, where the file system allows no links.
+    """
+    shutil.rmtree(folder, ignore_errors=True)  # files of an earlier run in this folder
     for stage in finished:
         for source in sorted({path for pattern in KEPT for path in stage.folder.glob(pattern)}):
             target = folder / stage.stage.name / source.relative_to(stage.folder)

@@ -1,4 +1,4 @@
-"""Finished runs, as they lie in their folders."""
+"""Read finished runs from their folders."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nestlm.utils.json_files import damaged_file_errors, read_json
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:
-    """Where the numbers of a run come from. Raises DataError for a folder that is no finished run."""
+    """Read a run's provenance.json. Raises DataError if the folder holds no finished run, or the file is damaged."""
     if not is_finished(folder):
         check_record(folder)
     content = read_json(folder / PROVENANCE, cure=CURE)
@@ -27,7 +27,7 @@ def read_provenance(folder: Path) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The resolved settings of a run, as plain values. Raises DataError where they cannot be read."""
+    """Read the resolved settings of a run as plain values. Raises DataError if the file is damaged."""
     path = folder / "config.yaml"
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -40,16 +40,16 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class RunResults:
-    """What a run left behind.
+    """The content of a finished run's folder.
 
     Attributes:
-        folder: where.
-        config: its resolved settings.
-        results: a row a (router, budget); `time` is that of a forward pass over the whole model's, `find` the seconds
-            that the answer took.
-        metrics: what its stages measured.
-        specs: what its own router chose, a mapping a budget.
-        provenance: where its numbers come from.
+        folder: the folder.
+        config: the resolved settings.
+        results: a row for each router and budget, as in results.csv. In addition, `time` is the time of a forward pass
+            divided by that of the whole model, and `find` the seconds that the router took to find its answer.
+        metrics: content of metrics.json, by stage.
+        specs: the sub-network or plan that the run's own router chose, a mapping for each budget.
+        provenance: content of provenance.json.
         stages: whether each stage came from the cache, by name.
     """
 
@@ -63,10 +63,10 @@ class RunResults:
 
     @classmethod
     def read(cls, folder: Path) -> RunResults:
-        """The run of a folder.
+        """Check the files of a run's folder against its record, and read them.
 
         Raises:
-            DataError: the folder is no finished run, its files are not those that the run wrote, or hold other values.
+            DataError: the folder holds no finished run, or its files were changed or are damaged.
         """
         check_record(folder)
         with damaged_file_errors(folder, cure=CURE):
@@ -74,7 +74,7 @@ class RunResults:
 
     @classmethod
     def from_files(cls, folder: Path) -> RunResults:
-        """Read the files of a run, whose record has been checked."""
+        """Read the files of a run's folder without checking its record."""
         provenance = read_provenance(folder)
         results = read_csv(folder / "results.csv")
         timings = read_csv(folder / "timings.csv")
@@ -95,22 +95,25 @@ class RunResults:
 
     @property
     def seed(self) -> int:
-        """The seed that all its draws follow from."""
+        """The seed of all random draws of the run."""
         return self.config["seed"]
 
     @property
     def own_rows(self) -> list[Row]:
-        """The results of the router that was asked for, without the baseline's."""
+        """The results of the run's own router, without those of the baseline `uniform`."""
         return [row for row in self.results if row["router"] == self.specs[0]["router"]]
 
 
 def find_runs(places: Iterable[Path]) -> list[RunResults]:
-    """All finished runs in or below some folders, or linked from them as a sweep's are, each once, sorted by path.
+    """Read all finished runs in some folders, below them, or linked from them as in a sweep's folder.
+
+    Returns:
+        Each run once, sorted by path.
 
     Raises:
-        DataError: a folder that does not exist, or holds no finished run.
+        DataError: a folder does not exist or holds no finished run, or a run is damaged.
     """
-    folders: dict[Path, Path] = {}  # by what a link leads to
+    folders: dict[Path, Path] = {}  # paths as found, by the path that links lead to
     for place in places:
         found = {path.parent for pattern in (f"**/{PROVENANCE}", f"*/{PROVENANCE}") for path in place.glob(pattern)}
         if not found:

@@ -14,8 +14,8 @@ from nestlm.report.record import CURE
 
 Row = Mapping[str, Any]
 
-# Shown columns: heading, key, format. `spread` is the deviation of the cost over sequences, `worst` the cost of the
-# dearest sequence, `time` the time of a forward pass, measured end to end, divided by that of the full model.
+# Shown columns: heading, key, format. `spread` is the standard deviation of the cost over sequences, `worst` the cost
+# of the most expensive sequence, `time` the time of a forward pass, measured end to end, divided by the full model's.
 SHOWN = (
     ("router", "router", "{}"),
     ("budget", "budget", "{}"),
@@ -68,12 +68,12 @@ def parse_number(text: str) -> float | None:
 
 
 def format_cells(row: Row) -> list[str]:
-    """Format the shown columns of one result."""
+    """Format the columns in SHOWN of one row of results, under HEADINGS."""
     return [pattern.format(row[key]) for _, key, pattern in SHOWN]
 
 
 def terminal_table(rows: Sequence[Row], *, cost: str) -> Table:
-    """Lay out the table that a run prints at its end."""
+    """Lay out a run's results as the table that the run prints at its end; `cost` is the kind of cost in its title."""
     table = Table(title=f"Costs as shares of the full model's {cost}", title_justify="left")
     kept = [index for index, heading in enumerate(HEADINGS) if heading not in PAGE_ONLY]
     for index in kept:
