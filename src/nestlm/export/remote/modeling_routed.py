@@ -246,13 +246,9 @@ class RoutedLlamaAttention(LlamaAttention):
 
 
 def causal(start: int, length: int, keys: int, *, device: torch.device) -> Tensor:
-    """Return the causal mask (1, 1, L, S) of tokens after `start` earlier ones; True: attend.
+    """Return the causal mask (1, 1, L, S), True to attend, of `length` tokens after `start` earlier ones.
 
-    Args:
-        start: number of tokens in the cache before this call.
-        length: number of tokens in this call.
-        keys: number of keys in the cache; a static cache has unused ones at its end.
-        device: device of the mask.
+    `keys` is S, the number of keys in the cache; a static cache has unused ones at its end.
     """
     position = torch.arange(keys, device=device)
     offset = min(start, keys - length)
