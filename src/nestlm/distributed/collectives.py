@@ -1,4 +1,4 @@
-"""What ranks say to each other; where there is one process alone, nothing is said."""
+"""Collectives over all ranks. In a single process they return their input."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ T = TypeVar("T")
 
 
 def num_ranks() -> int:
-    """Processes that work together."""
+    """Return the number of ranks; 1 in a single process."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """The number of this one; rank 0 alone writes and prints."""
+    """Return the number of this rank. Rank 0 alone writes files and prints."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def prefix_rank(message: str) -> str:
-    """A message that says on which rank it came up, where there are several."""
+    """Put the rank before a message, where there are several ranks."""
     return f"rank {rank()}: {message}" if num_ranks() > 1 else message
 
 
 def broadcast_from_rank_zero(value: T) -> T:
-    """The plain value of rank 0, on all ranks."""
+    """Return on all ranks the picklable value that rank 0 passes."""
     if num_ranks() == 1:
         return value
     values: list[T] = [value]
@@ -38,7 +38,7 @@ def broadcast_from_rank_zero(value: T) -> T:
 
 
 def all_gather_object(items: list[T]) -> list[T]:
-    """The plain items of all ranks, rank by rank, on all ranks."""
+    """Return on all ranks the picklable items of all ranks, in the order of ranks."""
     if num_ranks() == 1:
         return items
     parts: list[list[T]] = [[] for _ in range(num_ranks())]
@@ -47,13 +47,13 @@ def all_gather_object(items: list[T]) -> list[T]:
 
 
 def barrier() -> None:
-    """Until all ranks are here."""
+    """Wait until all ranks have called this."""
     if num_ranks() > 1:
         dist.barrier()
 
 
 def all_reduce_max(number: int, *, device: torch.device) -> int:
-    """The highest number that a rank has."""
+    """Return the largest number over ranks."""
     if num_ranks() == 1:
         return number
     numbers = torch.tensor([number], device=device)
@@ -62,17 +62,17 @@ def all_reduce_max(number: int, *, device: torch.device) -> int:
 
 
 def all_reduce_sum(values: Tensor) -> Tensor:
-    """Sum over ranks of a plain tensor that is already on the device where ranks meet."""
+    """Sum a tensor over ranks, without gradient. It lies on the device of the process group."""
     return all_reduce(values, dist.ReduceOp.SUM)
 
 
 def all_reduce_mean(values: Tensor) -> Tensor:
-    """Mean over ranks, without gradient."""
+    """Average a tensor over ranks, without gradient."""
     return all_reduce(values, dist.ReduceOp.SUM) / num_ranks()
 
 
 def all_reduce_means(values: Mapping[str, Tensor | float], *, device: torch.device) -> Mapping[str, Tensor | float]:
-    """Means over ranks of numbers that all ranks have, in one reduction."""
+    """Average named numbers over ranks in one reduction. All ranks pass the same names."""
     if num_ranks() == 1 or not values:
         return values
     together = all_reduce_mean(
@@ -82,7 +82,7 @@ def all_reduce_means(values: Mapping[str, Tensor | float], *, device: torch.devi
 
 
 def all_reduce(values: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
-    """A plain tensor reduced over ranks, without gradient."""
+    """Reduce a tensor over ranks, without gradient."""
     if num_ranks() == 1:
         return values
     values = values.detach().clone()
@@ -91,21 +91,21 @@ def all_reduce(values: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
 
 
 class RowShard(NamedTuple):
-    """Which rows of a step a rank holds: every `num_ranks`-th, beginning with its own number."""
+    """The rows of a step that a rank holds: every `num_ranks`-th row, beginning with row `rank`."""
 
     rank: int = 0
     num_ranks: int = 1
 
     def global_rows(self, rows: int) -> int:
-        """Rows of the step, of all ranks together, when this one holds so many."""
+        """Return the rows of the step over all ranks, given the rows of this rank."""
         return rows * self.num_ranks
 
     def local_rows(self, values: Tensor, *, dim: int = 0) -> Tensor:
-        """This rank's part of what was made for all rows of the step."""
+        """Select this rank's rows of a tensor (..., rows of the step, ...) along `dim`."""
         return values[(slice(None),) * dim + (slice(self.rank, None, self.num_ranks),)]
 
     def all_gather(self, values: Tensor) -> Tensor:
-        """All ranks' rows (rows, ...) in the order of the step, without gradient."""
+        """Gather the rows (rows, ...) of all ranks in the order of the step, without gradient."""
         if self.num_ranks == 1:
             return values.detach()
         parts = [torch.empty_like(values) for _ in range(self.num_ranks)]
@@ -113,9 +113,9 @@ class RowShard(NamedTuple):
         return torch.stack(parts, dim=1).flatten(0, 1)
 
     def all_reduce_mean(self, values: Tensor) -> Tensor:
-        """Mean over the ranks that share the step.
+        """Average values over the ranks that share the step.
 
-        Its gradient is that of this rank's values alone, so that the mean of gradients over ranks is the mean's.
+        The gradient is that of this rank's values alone: the mean of gradients over ranks is then that of the mean.
         """
         return values if self.num_ranks == 1 else values + (all_reduce_mean(values) - values.detach())
 
@@ -144,7 +144,7 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 @torch.no_grad()
 def broadcast_module(module: nn.Module) -> None:
-    """Give all ranks the plain parameters and buffers that rank 0 has; sharded ones are left out."""
+    """Copy the parameters and buffers of rank 0 to all ranks; sharded ones are left out."""
     if num_ranks() == 1:
         return
     for tensor in (*module.parameters(), *module.buffers()):

@@ -1,4 +1,4 @@
-"""How a trainer lays a stage out on devices, told from its arguments: the machine that asks need not have them."""
+"""Devices and precision of a stage, read from its trainer's arguments: this machine need not have those devices."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DTYPES = {"64": torch.float64, "32": torch.float32, "16": torch.float16, "bf16":
 
 @dataclass(frozen=True)
 class ComputePrecision:
-    """What a trainer computes in.
+    """Precision of a trainer.
 
     Attributes:
         dtype: of products.
@@ -29,7 +29,7 @@ class ComputePrecision:
 
     @classmethod
     def from_trainer(cls, trainer: Callable[..., Any]) -> ComputePrecision | None:
-        """None of what is not torch's own. Lightning takes a bare 16 or bf16 for mixed precision."""
+        """Read the precision; None where it is not one of torch's. Lightning takes a bare 16 or bf16 for mixed precision."""
         name, _, kind = str(arguments(trainer).get("precision") or "32-true").partition("-")
         if name not in DTYPES:
             return None
@@ -52,7 +52,7 @@ class DeviceLayout:
 
     @classmethod
     def from_trainer(cls, trainer: Callable[..., Any]) -> DeviceLayout:
-        """What the arguments say; `auto` is what this machine has."""
+        """Read the devices from a trainer's arguments; `auto` is what this machine has."""
         known = arguments(trainer)
         kind = known.get("accelerator", "auto")
         on_cuda = kind in ("gpu", "cuda") or (kind == "auto" and torch.cuda.is_available())
@@ -69,19 +69,19 @@ class DeviceLayout:
         return f"1 {kind}{held}" if self.ranks == 1 else f"{self.ranks} ranks, each a {kind}{held}"
 
     def device_memory(self) -> int | None:
-        """Bytes of this machine's device, where it is of the kind that is meant; None where it is not known."""
+        """Return the bytes of this machine's device; None where it has no device of the trainer's kind."""
         if self.on_cuda:
             return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // self.ranks
 
 
 def arguments(trainer: Callable[..., Any]) -> dict[str, Any]:
-    """What the config gives Lightning's Trainer."""
+    """Return the arguments that the config gives to Lightning's Trainer."""
     return getattr(trainer, "keywords", {})
 
 
 def number(devices: Any, *, on_cuda: bool) -> int:
-    """How many devices are meant."""
+    """Count the devices that a trainer's `devices` argument names."""
     if isinstance(devices, list):
         return len(devices)
     if str(devices) in ("auto", "-1"):

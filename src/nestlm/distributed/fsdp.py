@@ -1,4 +1,4 @@
-"""Where a model's weights lie: on one device, or in shards over the ranks that hold one copy between them (FSDP2)."""
+"""Placement of a model's weights: on one device, or in shards over ranks (FSDP2)."""
 
 from __future__ import annotations
 
@@ -57,12 +57,12 @@ def copy_full_tensor(parameter: Tensor, value: Tensor) -> None:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """All of a tensor; of a sharded one, gathered: all ranks have to ask."""
+    """Return a whole tensor. A sharded one is gathered, so all ranks must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def full_state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Names and whole tensors of a module's state, one at a time; all ranks have to ask."""
+    """Yield names and whole tensors of a module's state, one at a time. All ranks must iterate."""
     for name, tensor in module.state_dict().items():
         yield name, full_tensor(tensor)
 
@@ -84,7 +84,7 @@ def load_full_state(module: nn.Module, path: Path) -> None:
 
 @contextmanager
 def gradient_sync_paused(model: nn.Module, *, paused: bool) -> Iterator[None]:
-    """While paused, backward passes keep gradients on the rank; the next one that is not reduces them all."""
+    """Keep gradients on the rank while paused; the next backward pass outside reduces them all."""
     if isinstance(model, FSDPModule) and paused:
         model.set_requires_gradient_sync(False)
         yield

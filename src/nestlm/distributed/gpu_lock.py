@@ -18,7 +18,7 @@ POLL_SECONDS = 0.5
 
 
 def visible_gpus() -> list[str]:
-    """Indices or UUIDs of the GPUs that this process may use: those of CUDA_VISIBLE_DEVICES, else the machine's."""
+    """List the GPUs that this process may use, as indices or UUIDs: CUDA_VISIBLE_DEVICES, else the machine's."""
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
     if listed is not None:
         return [name for name in map(str.strip, listed.split(",")) if name not in ("", "-1")]

@@ -23,7 +23,7 @@ GRACE_SECONDS = 600  # for a last checkpoint, when the ranks are told to end
 
 
 def launch(work: Callable[[Any], T], argument: Any, *, num_ranks: int) -> T:
-    """Do work in several processes at once; returns what rank 0 returned.
+    """Call a function in several processes at once; return the result of rank 0.
 
     Args:
         work: a function of a module, called with the argument on every rank.
@@ -57,7 +57,7 @@ def launch(work: Callable[[Any], T], argument: Any, *, num_ranks: int) -> T:
 
 
 def as_rank(work: Callable[[Any], T], argument: Any) -> T:
-    """Do a rank's work. What the machine lacks is told as such: of other errors only text reaches the parent."""
+    """Call a rank's function. Lack of memory or disk is raised as ResourceError: of other errors only text gets out."""
     exit_on_signals(is_silent=True)
     with resource_errors():
         return work(argument)
@@ -65,7 +65,7 @@ def as_rank(work: Callable[[Any], T], argument: Any) -> T:
 
 @contextmanager
 def same_handlers() -> Iterator[None]:
-    """Put signal handlers back: torchrun's agent leaves its own."""
+    """Restore signal handlers at the end: torchrun's agent leaves its own."""
     before = {each: signal.getsignal(each) for each in SIGNALS}
     try:
         yield
@@ -75,7 +75,7 @@ def same_handlers() -> Iterator[None]:
 
 
 def translated(rank: int, failure: ProcessFailure) -> Exception:
-    """What a rank raised, as far as its report tells."""
+    """Turn the failure report of a rank into the error to raise."""
     if failure.exitcode in (-signal.SIGTERM, errors.EXIT_PREEMPTED):
         return Preempted(f"rank {rank} was told to end; the same command goes on from the last checkpoint")
     if failure.exitcode < 0:
@@ -94,7 +94,7 @@ def translated(rank: int, failure: ProcessFailure) -> Exception:
 
 @contextmanager
 def quiet_agent() -> Iterator[None]:
-    """The agent says nothing: what it would say is in the exception."""
+    """Silence the log of torchrun's agent: the exception contains the same."""
     names = [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed.elastic")]
     levels = {name: logging.getLogger(name).level for name in names}
     for name in names:  # each has a level of its own
@@ -108,7 +108,7 @@ def quiet_agent() -> Iterator[None]:
 
 @contextmanager
 def shared_cores(num_ranks: int) -> Iterator[None]:
-    """Each rank computes with its part of the cores, unless OMP_NUM_THREADS says otherwise."""
+    """Give each rank its part of the cores by OMP_NUM_THREADS, unless that is set."""
     name = "OMP_NUM_THREADS"
     before = os.environ.get(name)
     os.environ[name] = before or str(max(1, (os.cpu_count() or 1) // num_ranks))

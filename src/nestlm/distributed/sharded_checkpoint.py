@@ -46,10 +46,10 @@ INDEX_CLASSES = {
 
 
 class IndexUnpickler(pickle.Unpickler):
-    """Reads the index of a checkpoint, and runs nothing that is not part of one."""
+    """Unpickler for the index of a sharded checkpoint, which refuses every class that no index contains."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """A class that an index is made of. Raises UnpicklingError for any other."""
+        """Return a class that an index may contain. Raises UnpicklingError for any other."""
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if not is_dtype and (module, name) not in INDEX_CLASSES:
             raise pickle.UnpicklingError(f"{module}.{name} is no part of an index")
@@ -57,10 +57,10 @@ class IndexUnpickler(pickle.Unpickler):
 
 
 class SafeReader(filesystem.FileSystemReader):
-    """torch's reader, whose index is read by `IndexUnpickler`."""
+    """torch's reader of sharded checkpoints, with an index read by `IndexUnpickler`."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> metadata.Metadata:
-        """The index. Raises CheckpointError where it is damaged, or holds code."""
+        """Read the index. Raises CheckpointError where it is damaged, or contains code."""
         del args, kwargs
         found = read_index(Path(self.path))
         found.storage_meta = found.storage_meta or metadata.StorageMeta()
@@ -69,10 +69,10 @@ class SafeReader(filesystem.FileSystemReader):
 
 
 class SafePlanner(DefaultLoadPlanner):
-    """torch's plan of what to read, which reads values as plain ones: theirs would run code in them."""
+    """torch's load planner, which reads values with `weights_only`: torch's own would run code in them."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        """Put a value that is no tensor to its place."""
+        """Load a value that is no tensor. Raises CheckpointError where it is no plain value."""
         try:
             plain = torch.load(value, weights_only=True)
         except pickle.UnpicklingError as error:
@@ -84,11 +84,11 @@ class SafePlanner(DefaultLoadPlanner):
 
 
 def read_index(folder: Path) -> metadata.Metadata:
-    """The index of a checkpoint.
+    """Read the index of a sharded checkpoint: which tensor lies in which bytes of which file.
 
     Raises:
-        CheckpointError: it holds code, or names a file elsewhere.
-        OSError, EOFError, RuntimeError: it is absent, cut, or names bytes that its files do not have.
+        CheckpointError: the index contains code, or names a file outside the folder.
+        OSError, EOFError, RuntimeError: the index is absent or cut, or names bytes that its files do not have.
     """
     try:
         found = cast(metadata.Metadata, IndexUnpickler(io.BytesIO((folder / INDEX).read_bytes())).load())
@@ -107,7 +107,7 @@ def read_index(folder: Path) -> metadata.Metadata:
 
 
 def state_of(model: nn.Module, optimizer: Optimizer | None) -> dict[str, Any]:
-    """This rank's part of what is trained, and of the optimizer's states."""
+    """Collect this rank's shards of the trained parameters, and of the optimizer's states where one is given."""
     state: dict[str, Any] = {"model": get_model_state_dict(model, options=TRAINED)}
     return (
         state
@@ -117,7 +117,7 @@ def state_of(model: nn.Module, optimizer: Optimizer | None) -> dict[str, Any]:
 
 
 def save(folder: Path, model: nn.Module, optimizer: Optimizer, *, loops: dict[str, Any]) -> Future[Any]:
-    """Copy the state, and write it in the background; rank 0's future ends when all ranks have written."""
+    """Copy the state, and write it in the background; the future of rank 0 ends when all ranks have written."""
     folder.mkdir(parents=True, exist_ok=True)
     if dist.get_rank() == 0:
         torch.save(loops, folder / LOOPS)
@@ -127,12 +127,12 @@ def save(folder: Path, model: nn.Module, optimizer: Optimizer, *, loops: dict[st
 
 @lru_cache(maxsize=1)
 def writers() -> dist.ProcessGroup | None:
-    """A group of all ranks for the threads that write: they must not take part in what training says."""
+    """Make a process group for the writing threads, apart from the collectives of training."""
     return cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
 
 
 def load(folder: Path, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    """Fill model and optimizer; returns what is not in shards."""
+    """Load model and optimizer from a checkpoint; return the state of the loops, which is not in shards."""
     state = state_of(model, optimizer)
     load_state(state, storage_reader=SafeReader(folder), planner=SafePlanner())
     set_model_state_dict(model, state["model"], options=TRAINED)
@@ -141,13 +141,13 @@ def load(folder: Path, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]
 
 
 def check(folder: Path) -> None:
-    """Raise what is wrong with the index and the loops of a checkpoint, as `read_index`."""
+    """Raise an error of `read_index` or of `torch.load` unless index and loops of a checkpoint can be read."""
     read_index(folder)
     torch.load(folder / LOOPS, weights_only=True, map_location="cpu", mmap=True)
 
 
 def read_model(folder: Path) -> dict[str, torch.Tensor]:
-    """The trained weights of a checkpoint, whole, by name: in this process alone.
+    """Read the trained weights of a sharded checkpoint, whole, by name, in a single process.
 
     Raises:
         CheckpointError: the folder holds no checkpoint, or more than tensors and plain values.

@@ -22,14 +22,14 @@ COMPUTE = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 class ShardedStrategy(ModelParallelStrategy):
-    """Copies of a model, each in shards.
+    """Hold copies of a model, each in shards.
 
     The process group outlives the trainers of a run's stages. Models are placed before a trainer sees them, so that
     stages can read weights, rank and search with them, too.
     """
 
     def __init__(self, *, shards: int | None, timeout_hours: float) -> None:
-        """Nothing is started yet.
+        """Set the layout; no process group is started yet.
 
         Args:
             shards: ranks that hold one copy between them; null: all ranks; 1: every rank holds a copy.
@@ -43,7 +43,7 @@ class ShardedStrategy(ModelParallelStrategy):
         self.saving: Future[Any] | None = None  # ends when the last checkpoint is written
 
     def start(self) -> DeviceMesh:
-        """Meet the other ranks, if that has not happened yet: the mesh of (copies, shards).
+        """Start the process group, unless it runs; return the mesh (copies, shards).
 
         Raises:
             ConfigError: the ranks cannot be divided so.
@@ -86,7 +86,7 @@ class ShardedStrategy(ModelParallelStrategy):
 
 @lru_cache
 def make_mesh(device_type: str, copies: int, shards: int) -> DeviceMesh:
-    """The one mesh of this process and shape."""
+    """Make the mesh of a shape; each process has one mesh a shape."""
     return init_device_mesh(device_type, (copies, shards), mesh_dim_names=("copies", "shards"))
 
 
