@@ -29,7 +29,7 @@ class ComputePrecision:
 
     @classmethod
     def from_trainer(cls, trainer: Callable[..., Any]) -> ComputePrecision | None:
-        """Read the precision; None where it is not one of torch's. Lightning takes a bare 16 or bf16 for mixed precision."""
+        """Read the precision; None where torch has no such dtype. Lightning takes a bare 16 or bf16 for mixed."""
         name, _, kind = str(arguments(trainer).get("precision") or "32-true").partition("-")
         if name not in DTYPES:
             return None
