@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from nestlm.nn.norm import RMSNorm
-from nestlm.nn.rope import rotary_table, rotate
+from nestlm.nn.rope import apply_rotary_emb, rotary_table
 
 
 def test_the_norm_is_torchs():
@@ -28,7 +28,7 @@ def test_pairs_turn_by_their_angles_and_gradients_turn_back(size):
     half = size // 2
     pairs = torch.complex(heads[..., :half], heads[..., half:size])
     angles = torch.outer(torch.arange(5), 100.0 ** (-torch.arange(half, dtype=torch.float64) / half))
-    turned = pairs * torch.polar(torch.ones_like(angles), angles)
-    wanted = torch.cat((turned.real, turned.imag, heads[..., size:]), dim=-1)
-    torch.testing.assert_close(rotate(heads, table), wanted)
-    assert torch.autograd.gradcheck(lambda x: rotate(x, table), heads)
+    rotate_pairs = pairs * torch.polar(torch.ones_like(angles), angles)
+    wanted = torch.cat((rotate_pairs.real, rotate_pairs.imag, heads[..., size:]), dim=-1)
+    torch.testing.assert_close(apply_rotary_emb(heads, table), wanted)
+    assert torch.autograd.gradcheck(lambda x: apply_rotary_emb(x, table), heads)

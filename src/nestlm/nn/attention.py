@@ -7,15 +7,15 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from nestlm.nn.attention_context import Sight, attend
+from nestlm.nn.attention_context import AttentionContext, attend
 from nestlm.nn.config import BlockConfig, DecoderConfig
 from nestlm.nn.kv_cache import LayerCache
 from nestlm.nn.linear import PrefixLinear, joined_products, prefix_products
 from nestlm.nn.norm import RMSNorm
 from nestlm.nn.policy import Decision, Width
 from nestlm.nn.ragged.dispatch import RowGroups, widest_masked, zero_skipped
-from nestlm.nn.ragged.ragged_attention import attend_scattered
-from nestlm.nn.rope import rotate
+from nestlm.nn.ragged.ragged_attention import attend_ragged
+from nestlm.nn.rope import apply_rotary_emb
 
 
 class GroupedQueryAttention(nn.Module):
@@ -35,23 +35,25 @@ class GroupedQueryAttention(nn.Module):
         self.k_norm = RMSNorm(head_dim, eps=config.norm_eps) if config.qk_norm else None
 
     def forward(
-        self, hidden_BLD: Tensor, decision: Decision, *, sight: Sight, cache: LayerCache | None = None
+        self, hidden_BLD: Tensor, decision: Decision, *, context: AttentionContext, cache: LayerCache | None = None
     ) -> Tensor:
         """(B, L, D) to (B, L, D)."""
         width = decision.width
         if width.index is not None:
             if hidden_BLD.shape[1] == 1 and decision.gate is None:
-                return self.forward_next(hidden_BLD, width, sight=sight, cache=cache)
+                return self.forward_next(hidden_BLD, width, context=context, cache=cache)
             run = self.forward_tokens if width.index.ndim == 2 else self.forward_sequences
-            return run(hidden_BLD, width, decision.gate, sight=sight, cache=cache)
+            return run(hidden_BLD, width, decision.gate, context=context, cache=cache)
         groups = width.count(self.num_groups)
-        ((q_BHLE, k_BGLE, v_BGLE),) = self.project([hidden_BLD], [groups], [groups], sight=sight)
+        ((q_BHLE, k_BGLE, v_BGLE),) = self.project([hidden_BLD], [groups], [groups], context=context)
         if cache is not None:
             k_BGLE, v_BGLE = cache.extend(k_BGLE, v_BGLE, groups=slice(groups))
-        found_BHLE = attend(q_BHLE, k_BGLE, v_BGLE, sight=sight)
+        found_BHLE = attend(q_BHLE, k_BGLE, v_BGLE, context=context)
         return self.o(self.merge(found_BHLE, decision.gate))
 
-    def forward_next(self, hidden_B1D: Tensor, width: Width, *, sight: Sight, cache: LayerCache | None) -> Tensor:
+    def forward_next(
+        self, hidden_B1D: Tensor, width: Width, *, context: AttentionContext, cache: LayerCache | None
+    ) -> Tensor:
         """One token a sequence, each with KV groups or query heads of its own.
 
         Where widths are of tokens, later ones may look at wider keys and values than this one has queries.
@@ -62,37 +64,49 @@ class GroupedQueryAttention(nn.Module):
         keys = width.choices[-1] if width.index.ndim == 2 else queries
         if keys == 0:
             return torch.zeros_like(hidden_B1D)
-        ((q_BH1E, k_BGLE, v_BGLE),) = self.project([hidden_B1D], [queries], [keys], sight=sight)
+        ((q_BH1E, k_BGLE, v_BGLE),) = self.project([hidden_B1D], [queries], [keys], context=context)
         if cache is not None:
             k_BGLE, v_BGLE = cache.extend(k_BGLE, v_BGLE, groups=slice(keys))
         if queries == 0:
             return torch.zeros_like(hidden_B1D)
-        found_BH1E = attend(q_BH1E, k_BGLE[:, :queries], v_BGLE[:, :queries], sight=sight)
+        found_BH1E = attend(q_BH1E, k_BGLE[:, :queries], v_BGLE[:, :queries], context=context)
         return zero_skipped(self.o(self.merge(found_BH1E, decision.gate)), width)
 
     def forward_sequences(
-        self, hidden_BLD: Tensor, width: Width, gate: Tensor | None, *, sight: Sight, cache: LayerCache | None
+        self,
+        hidden_BLD: Tensor,
+        width: Width,
+        gate: Tensor | None,
+        *,
+        context: AttentionContext,
+        cache: LayerCache | None,
     ) -> Tensor:
         """Each sequence with KV groups of its own."""
-        groups = RowGroups.of(width)
+        groups = RowGroups.by_width(width)
         if not groups.widths:
             return torch.zeros_like(hidden_BLD)
-        parts = groups.gather(hidden_BLD)
+        parts = groups.permute(hidden_BLD)
         factors = [None] * len(parts) if gate is None else [each.unsqueeze(1) for each in groups.factors(gate)]
         heads = []
         for (q, k, v), units, rows, factor in zip(
-            self.project(parts, groups.widths, groups.widths, sight=sight),
+            self.project(parts, groups.widths, groups.widths, context=context),
             groups.widths,
             groups.rows,
             factors,
             strict=True,
         ):
             seen = (k, v) if cache is None else cache.extend(k, v, groups=slice(units), rows=rows)
-            heads.append(self.merge(attend(q, *seen, sight=sight.rows(rows)), factor))
-        return groups.unsort(joined_products(heads, self.o))
+            heads.append(self.merge(attend(q, *seen, context=context.select_sequences(rows)), factor))
+        return groups.unpermute(joined_products(heads, self.o))
 
     def forward_tokens(
-        self, hidden_BLD: Tensor, width: Width, gate: Tensor | None, *, sight: Sight, cache: LayerCache | None
+        self,
+        hidden_BLD: Tensor,
+        width: Width,
+        gate: Tensor | None,
+        *,
+        context: AttentionContext,
+        cache: LayerCache | None,
     ) -> Tensor:
         """Each token with query heads of its own. All have the keys and values of the widest choice, since later tokens
         may look at them.
@@ -100,34 +114,39 @@ class GroupedQueryAttention(nn.Module):
         length, rows = hidden_BLD.shape[1], hidden_BLD.flatten(0, 1)
         kept = [[width.choices[-1] * self.head_dim]] * 2
         ((k_BLE,), (v_BLE,)) = prefix_products([hidden_BLD], [self.k, self.v], outputs=kept)
-        k_BGLE, v_BGLE = turn(self.heads(k_BLE), self.k_norm, sight.rotary), self.heads(v_BLE)
+        k_BGLE, v_BGLE = normalize_and_rotate(self.heads(k_BLE), self.k_norm, context.rotary), self.heads(v_BLE)
         if cache is not None:
             k_BGLE, v_BGLE = cache.extend(k_BGLE, v_BGLE, groups=slice(width.choices[-1]))
-        groups = RowGroups.of(width)
+        groups = RowGroups.by_width(width)
         if not groups.widths:
             return torch.zeros_like(hidden_BLD)
         outputs = [units * self.query_rows for units in groups.widths]
-        q_nE = joined_products(groups.gather(rows), self.q, outputs=outputs)
-        q_BHLE = self.heads(groups.unsort(q_nE).unflatten(0, (-1, length)))
-        heads = attend_scattered(
-            turn(q_BHLE, self.q_norm, sight.rotary), k_BGLE, v_BGLE, width=width, groups=groups, sight=sight
+        q_nE = joined_products(groups.permute(rows), self.q, outputs=outputs)
+        q_BHLE = self.heads(groups.unpermute(q_nE).unflatten(0, (-1, length)))
+        heads = attend_ragged(
+            normalize_and_rotate(q_BHLE, self.q_norm, context.rotary),
+            k_BGLE,
+            v_BGLE,
+            width=width,
+            groups=groups,
+            context=context,
         )
         if gate is not None:
             factors = groups.factors(gate)
             heads = [part * self.by_head(each) for part, each in zip(heads, factors, strict=True)]
         added = joined_products([part.flatten(1) for part in heads], self.o)
-        return groups.unsort(added).view_as(hidden_BLD)
+        return groups.unpermute(added).view_as(hidden_BLD)
 
     def project(
-        self, parts: Sequence[Tensor], queries: Sequence[int], keys: Sequence[int], *, sight: Sight
+        self, parts: Sequence[Tensor], queries: Sequence[int], keys: Sequence[int], *, context: AttentionContext
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Queries, keys and values of so many KV groups, by part: (b, L, D) to (b, heads or groups, L, E) each."""
         kept = [units * self.head_dim for units in keys]
         outputs = [[units * self.query_rows for units in queries], kept, kept]
         for q, k, v in zip(*prefix_products(parts, [self.q, self.k, self.v], outputs=outputs), strict=True):
             q_bHLE, k_bGLE = (
-                turn(self.heads(q), self.q_norm, sight.rotary),
-                turn(self.heads(k), self.k_norm, sight.rotary),
+                normalize_and_rotate(self.heads(q), self.q_norm, context.rotary),
+                normalize_and_rotate(self.heads(k), self.k_norm, context.rotary),
             )
             yield q_bHLE, k_bGLE, self.heads(v)
 
@@ -145,6 +164,6 @@ class GroupedQueryAttention(nn.Module):
         return (heads_BLHE if gate is None else heads_BLHE * self.by_head(gate)).flatten(2)
 
 
-def turn(heads: Tensor, norm: nn.Module | None, rotary: tuple[Tensor, Tensor]) -> Tensor:
+def normalize_and_rotate(heads: Tensor, norm: nn.Module | None, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """Queries or keys with their positions, after their norm where the model has one: (..., E) to (..., E)."""
-    return rotate(heads if norm is None else norm(heads), rotary)
+    return apply_rotary_emb(heads if norm is None else norm(heads), rotary)

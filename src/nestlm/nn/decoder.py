@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nestlm.errors import ConfigError
 from nestlm.nn.attention import GroupedQueryAttention
-from nestlm.nn.attention_context import Sight, scores_mask
+from nestlm.nn.attention_context import AttentionContext, additive_mask
 from nestlm.nn.config import BlockConfig, DecoderConfig
 from nestlm.nn.kv_cache import KVCache, LayerCache
 from nestlm.nn.linear import product_dtype
@@ -62,7 +62,7 @@ class Block(nn.Module):
             self.mlp = MLP(config, mlp_width=block.mlp_width)
 
     def forward(
-        self, hidden_BLD: Tensor, policy: Policy, *, sight: Sight, stream: Stream, cache: LayerCache | None
+        self, hidden_BLD: Tensor, policy: Policy, *, context: AttentionContext, stream: Stream, cache: LayerCache | None
     ) -> tuple[Tensor, dict[Site, Decision]]:
         """The new residual stream (B, L, D), and the decisions taken on the old one; width 0 skips a site.
 
@@ -76,7 +76,7 @@ class Block(nn.Module):
         heads = policy(self.heads_site, hidden_BLD, stream)
         ran = heads.restrict_to(depth, num_units=self.num_groups)
         if self.num_groups and not ran.width.is_zero:
-            new_BLD = new_BLD + self.attn(self.attn_norm(new_BLD), ran, sight=sight, cache=cache)
+            new_BLD = new_BLD + self.attn(self.attn_norm(new_BLD), ran, context=context, cache=cache)
         neurons = policy(self.mlp_site, new_BLD, stream)
         ran = neurons.restrict_to(depth, num_units=self.mlp_width)
         if self.mlp_width and not ran.width.is_zero:
@@ -149,12 +149,12 @@ class Decoder(nn.Module):
             )
         seen_documents_BL = documents_BL if cache is None else cache.advance(documents_BL, tokens=length)
         hidden_BLD = self.embed(tokens_BL)
-        sight = self.sight(hidden_BLD, documents_BL=seen_documents_BL, cache=cache)
+        context = self.attention_context(hidden_BLD, documents_BL=seen_documents_BL, cache=cache)
         real_BL = None if documents_BL is None else documents_BL >= 0
         stream = Stream(real_BL, {} if cache is None else cache.memory)
         decisions: dict[Site, Decision] = {}
         for layer, block in enumerate(self.blocks):
-            seen = {"sight": sight, "stream": stream, "cache": None if cache is None else cache.layer(layer)}
+            seen = {"context": context, "stream": stream, "cache": None if cache is None else cache.layer(layer)}
             if self.activation_checkpointing and torch.is_grad_enabled():
                 hidden_BLD, decided = checkpoint(block, hidden_BLD, policy, use_reentrant=False, **seen)
             else:
@@ -167,7 +167,9 @@ class Decoder(nn.Module):
             output_fn(self.norm(hidden_BLD if last is None else hidden_BLD[:, -last:]), head_VD), decisions
         )
 
-    def sight(self, hidden_BLD: Tensor, *, documents_BL: Tensor | None, cache: KVCache | None) -> Sight:
+    def attention_context(
+        self, hidden_BLD: Tensor, *, documents_BL: Tensor | None, cache: KVCache | None
+    ) -> AttentionContext:
         """What tokens may look at: the first of their rows, or those that come after a cache's."""
         length, dtype = hidden_BLD.shape[1], product_dtype(hidden_BLD)
         if cache is None:
@@ -178,11 +180,11 @@ class Decoder(nn.Module):
         if documents_BL is not None:
             visible = document_mask(documents_BL, num_queries=length)
         elif start == 0 or length == 1:
-            return Sight(rotary, None, causal=start == 0, dtype=dtype)
+            return AttentionContext(rotary, None, causal=start == 0, dtype=dtype)
         else:
             visible = torch.ones(length, start + length, dtype=torch.bool, device=hidden_BLD.device)
             visible = visible.tril(start)[None, None]
-        return Sight(rotary, scores_mask(visible, dtype=dtype), causal=True, dtype=dtype)
+        return AttentionContext(rotary, additive_mask(visible, dtype=dtype), causal=True, dtype=dtype)
 
     @torch.no_grad()
     def init_weights(self, *, seed: int, assign: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> None:

@@ -38,8 +38,10 @@ def prefix_products(
     plain = len(parts) == len(linears) == 1 and linears[0].weight.shape == (outputs[0][0], parts[0].shape[-1])
     if torch.is_grad_enabled() and not plain:
         weights, biases = [linear.weight for linear in linears], [linear.bias for linear in linears]
-        return in_rows(PrefixProducts.apply(outputs, False, *parts, *weights, *biases), len(parts))
-    return [products(parts, linear.weight, linear.bias, cuts) for linear, cuts in zip(linears, outputs, strict=True)]
+        return split_evenly(PrefixProducts.apply(outputs, False, *parts, *weights, *biases), len(parts))
+    return [
+        multiply_parts(parts, linear.weight, linear.bias, cuts) for linear, cuts in zip(linears, outputs, strict=True)
+    ]
 
 
 def joined_products(parts: Sequence[Tensor], linear: nn.Linear, *, outputs: Sequence[int] | None = None) -> Tensor:
@@ -55,10 +57,12 @@ def joined_products(parts: Sequence[Tensor], linear: nn.Linear, *, outputs: Sequ
     if torch.is_grad_enabled():
         return PrefixProducts.apply([outputs], True, *parts, linear.weight, linear.bias)[0]
     dtype = product_dtype(parts[0])
-    return joined([part.to(dtype) for part in parts], linear.weight, linear.bias, outputs)
+    return join_products([part.to(dtype) for part in parts], linear.weight, linear.bias, outputs)
 
 
-def products(parts: Sequence[Tensor], weight: Tensor, bias: Tensor | None, outputs: Sequence[int]) -> list[Tensor]:
+def multiply_parts(
+    parts: Sequence[Tensor], weight: Tensor, bias: Tensor | None, outputs: Sequence[int]
+) -> list[Tensor]:
     """Those of one map. Weights are cut by views, never by masks."""
     return [
         F.linear(part, weight[:cut, : part.shape[-1]], None if bias is None else bias[:cut])
@@ -66,7 +70,7 @@ def products(parts: Sequence[Tensor], weight: Tensor, bias: Tensor | None, outpu
     ]
 
 
-def joined(parts: Sequence[Tensor], weight: Tensor, bias: Tensor | None, outputs: Sequence[int]) -> Tensor:
+def join_products(parts: Sequence[Tensor], weight: Tensor, bias: Tensor | None, outputs: Sequence[int]) -> Tensor:
     """The same, written side by side, in the dtype of the parts."""
     counts = [len(part) for part in parts]
     whole = parts[0].new_empty((sum(counts), *parts[0].shape[1:-1], outputs[0]))
@@ -82,7 +86,7 @@ def joined(parts: Sequence[Tensor], weight: Tensor, bias: Tensor | None, outputs
     return whole
 
 
-def in_rows(flat: Sequence[Any], size: int) -> list[list[Any]]:
+def split_evenly(flat: Sequence[Any], size: int) -> list[list[Any]]:
     """Lists of one size: of a map's products, say."""
     return [list(flat[start : start + size]) for start in range(0, len(flat), size)]
 
@@ -98,13 +102,13 @@ class PrefixProducts(Function):
         num_parts = len(outputs[0])
         dtype = product_dtype(tensors[0])
         parts = [part.to(dtype) for part in tensors[:num_parts]]  # once for all maps
-        weights, biases = in_rows(tensors[num_parts:], len(outputs))
+        weights, biases = split_evenly(tensors[num_parts:], len(outputs))
         ctx.save_for_backward(*parts, *weights)
         ctx.num_parts, ctx.biases, ctx.joined = num_parts, biases, outputs if join else None
         ctx.set_materialize_grads(False)
         if join:
-            return tuple(map(joined, repeat(parts), weights, biases, outputs))
-        return tuple(chain.from_iterable(map(products, repeat(parts), weights, biases, outputs)))
+            return tuple(map(join_products, repeat(parts), weights, biases, outputs))
+        return tuple(chain.from_iterable(map(multiply_parts, repeat(parts), weights, biases, outputs)))
 
     @staticmethod
     @once_differentiable
@@ -117,32 +121,32 @@ class PrefixProducts(Function):
         flat = [None if grad is None else grad.reshape(-1, grad.shape[-1]) for grad in grads]
         if ctx.joined is not None:
             counts = [len(part) for part in parts_ni]
-            flat = chain.from_iterable(map(cut_rows, flat, repeat(counts), ctx.joined))
-        grads_no = in_rows(list(flat), len(parts))
+            flat = chain.from_iterable(map(split_joined_gradient, flat, repeat(counts), ctx.joined))
+        grads_no = split_evenly(list(flat), len(parts))
         with torch.autocast(parts[0].device.type, enabled=False):  # which may reach to here
             for_parts = [
-                grad_of_part([row[number] for row in grads_no], weights, part) if next(wanted) else None
+                part_gradient([row[number] for row in grads_no], weights, part) if next(wanted) else None
                 for number, part in enumerate(parts)
             ]
             for_weights = [
-                grad_of_weight(row, parts_ni, weight) if next(wanted) else None
+                weight_gradient(row, parts_ni, weight) if next(wanted) else None
                 for row, weight in zip(grads_no, weights, strict=True)
             ]
             for_biases = [
-                grad_of_bias(row, bias) if next(wanted) else None
+                bias_gradient(row, bias) if next(wanted) else None
                 for row, bias in zip(grads_no, ctx.biases, strict=True)
             ]
         return (None, None, *for_parts, *for_weights, *for_biases)
 
 
-def cut_rows(grad_no: Tensor | None, counts: Sequence[int], outputs: Sequence[int]) -> list[Tensor | None]:
+def split_joined_gradient(grad_no: Tensor | None, counts: Sequence[int], outputs: Sequence[int]) -> list[Tensor | None]:
     """From the gradient of joined products to those of the parts'."""
     if grad_no is None:
         return [None] * len(counts)
     return [rows[:, :cut] for rows, cut in zip(grad_no.split(counts), outputs, strict=True)]
 
 
-def grad_of_part(grads_no: Sequence[Tensor | None], weights: Sequence[Tensor], part: Tensor) -> Tensor | None:
+def part_gradient(grads_no: Sequence[Tensor | None], weights: Sequence[Tensor], part: Tensor) -> Tensor | None:
     """The sum over maps, in the part's shape."""
     total = None
     for grad_no, weight in zip(grads_no, weights, strict=True):
@@ -152,7 +156,7 @@ def grad_of_part(grads_no: Sequence[Tensor | None], weights: Sequence[Tensor], p
     return None if total is None else total.view_as(part)
 
 
-def grad_of_weight(grads_no: Sequence[Tensor | None], parts_ni: Sequence[Tensor], weight: Tensor) -> Tensor | None:
+def weight_gradient(grads_no: Sequence[Tensor | None], parts_ni: Sequence[Tensor], weight: Tensor) -> Tensor | None:
     """The sum over parts, in the weight's shape. The first part reaches farthest; what lies beyond it gets zeros."""
     total = None
     for grad_no, part_ni in zip(grads_no, parts_ni, strict=True):
@@ -174,7 +178,7 @@ def grad_of_weight(grads_no: Sequence[Tensor | None], parts_ni: Sequence[Tensor]
     return total
 
 
-def grad_of_bias(grads_no: Sequence[Tensor | None], bias: Tensor) -> Tensor:
+def bias_gradient(grads_no: Sequence[Tensor | None], bias: Tensor) -> Tensor:
     """The sum over all rows, in the bias's shape."""
     total = torch.zeros_like(bias)
     for grad_no in grads_no:

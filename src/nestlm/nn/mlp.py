@@ -62,10 +62,10 @@ class MLP(nn.Module):
         """Rows of different widths: sequences where the index is (B,), else tokens."""
         assert width.index is not None
         rows = hidden_BLD.flatten(0, 1) if width.index.ndim == 2 else hidden_BLD
-        groups = RowGroups.of(width)
+        groups = RowGroups.by_width(width)
         if not groups.widths:
             return torch.zeros_like(hidden_BLD)
-        parts = groups.gather(rows)
+        parts = groups.permute(rows)
         projected = prefix_products(parts, self.inward, outputs=[groups.widths] * len(self.inward))
         neurons = [self.neurons(*made) for made in zip(*projected, strict=True)]
         if gate is not None:
@@ -73,4 +73,4 @@ class MLP(nn.Module):
                 part * factors.view(-1, *[1] * (part.ndim - 2), units)
                 for part, factors, units in zip(neurons, groups.factors(gate), groups.widths, strict=True)
             ]
-        return groups.unsort(joined_products(neurons, self.down)).view_as(hidden_BLD)
+        return groups.unpermute(joined_products(neurons, self.down)).view_as(hidden_BLD)

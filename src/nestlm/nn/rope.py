@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+
+from nestlm.nn.cpu_kernels import ApplyRotary
 
 # MKL's first cosine of a process, when two threads take it at once, now and then has 11 good bits in one of them (seen
 # with torch 2.13 in 1 of 15 processes). One number is computed by one thread.
@@ -108,42 +109,15 @@ def rotary_table(
     return angles.cos() * factor, angles.sin() * factor
 
 
-def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+def apply_rotary_emb(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     """Turn each pair (i, i + dim/2) of the last dimension by its position's angle; entries from `dim` on stay.
 
     The table broadcasts to x, (..., E), but for its own last dimension, dim.
     """
     cos, sin = (part.to(x.dtype) for part in table)
     if torch.is_grad_enabled() or x.numel() > FEW:
-        return Turn.apply(x, cos, sin)
+        return ApplyRotary.apply(x, cos, sin)
     dim = cos.shape[-1]  # few operations are what few numbers take least time by
     first, second = x[..., :dim].chunk(2, dim=-1)
     turned_few = x[..., :dim] * cos + torch.cat((-second, first), dim=-1) * sin
     return turned_few if dim == x.shape[-1] else torch.cat((turned_few, x[..., dim:]), dim=-1)
-
-
-class Turn(Function):
-    """Its gradient is turned back; nothing but the table is kept."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """(..., E) to (..., E)."""
-        ctx.save_for_backward(cos, sin)
-        return turned(x, cos, sin, direction=1.0)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """By the same angles, the other way."""
-        return turned(grads[0], *ctx.saved_tensors, direction=-1.0), None, None
-
-
-def turned(x: Tensor, cos: Tensor, sin: Tensor, *, direction: float) -> Tensor:
-    """The first `dim` entries turned; the second half of the table repeats the first."""
-    dim, half = cos.shape[-1], cos.shape[-1] // 2
-    out = torch.empty_like(x)
-    torch.mul(x[..., half:dim], sin[..., :half] * -direction, out=out[..., :half])
-    torch.mul(x[..., :half], sin[..., half:] * direction, out=out[..., half:dim])
-    out[..., :dim] += x[..., :dim] * cos
-    if x.shape[-1] > dim:
-        out[..., dim:] = x[..., dim:]
-    return out

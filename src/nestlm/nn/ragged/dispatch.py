@@ -32,7 +32,7 @@ class RowGroups:
     num_rows: int
 
     @classmethod
-    def of(cls, width: Width) -> RowGroups:
+    def by_width(cls, width: Width) -> RowGroups:
         """Group the sequences, or the tokens, of a batch."""
         assert width.index is not None
         index_n, choices = width.index.flatten(), width.choices
@@ -47,13 +47,13 @@ class RowGroups:
         """The places of each group's rows."""
         return self.split(self.order)
 
-    def gather(self, rows: Tensor) -> list[Tensor]:
+    def permute(self, rows: Tensor) -> list[Tensor]:
         """The rows of each group: of a batch, (num_rows, ...) to (count, ...) a group."""
-        return self.split(Sort.apply(rows, self.order))
+        return self.split(Permute.apply(rows, self.order))
 
-    def unsort(self, rows: Tensor) -> Tensor:
+    def unpermute(self, rows: Tensor) -> Tensor:
         """Rows back in their places, and zeros for those of width 0: inverse of `gather`, joined."""
-        return Unsort.apply(rows, self.order, self.num_rows)
+        return Unpermute.apply(rows, self.order, self.num_rows)
 
     def split(self, rows: Tensor) -> list[Tensor]:
         """Those of each group, from sorted ones."""
@@ -62,7 +62,7 @@ class RowGroups:
     def factors(self, gate: Tensor) -> list[Tensor]:
         """The factor of each unit that a group runs, from those of bands, `index.shape + (K,)`: (count, width)."""
         found = []
-        for part, units in zip(self.gather(gate.flatten(0, gate.ndim - 2)), self.widths, strict=True):
+        for part, units in zip(self.permute(gate.flatten(0, gate.ndim - 2)), self.widths, strict=True):
             choices = self.choices[: self.choices.index(units) + 1]
             found.append(expand_bands(part[:, : len(choices)], choices))
         return found
@@ -84,7 +84,7 @@ def zero_skipped(added_B1D: Tensor, width: Width) -> Tensor:
     return added_B1D * (width.units_by_row.flatten() > 0)[:, None, None] if width.choices[0] == 0 else added_B1D
 
 
-class Sort(Function):
+class Permute(Function):
     """Each row is taken once, so that gradients are put, not added."""
 
     @staticmethod
@@ -96,17 +96,17 @@ class Sort(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         """Back into their places."""
-        return put_rows(grads[0], ctx.order, ctx.num_rows), None
+        return scatter_rows(grads[0], ctx.order, ctx.num_rows), None
 
 
-class Unsort(Function):
+class Unpermute(Function):
     """The inverse."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, order: Tensor, num_rows: int) -> Tensor:
         """(n, ...) to (num_rows, ...)."""
         ctx.order = order
-        return put_rows(rows, order, num_rows)
+        return scatter_rows(rows, order, num_rows)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
@@ -114,7 +114,7 @@ class Unsort(Function):
         return grads[0].index_select(0, ctx.order), None, None
 
 
-def put_rows(rows: Tensor, places: Tensor, num_rows: int) -> Tensor:
+def scatter_rows(rows: Tensor, places: Tensor, num_rows: int) -> Tensor:
     """Rows in their places among others, which are 0."""
     if len(places) < num_rows:
         return rows.new_zeros((num_rows, *rows.shape[1:])).index_copy_(0, places, rows)

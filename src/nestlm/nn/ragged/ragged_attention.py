@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from nestlm.nn.attention_context import Sight, attend
+from nestlm.nn.attention_context import AttentionContext, attend
 from nestlm.nn.policy import Width
-from nestlm.nn.ragged.dispatch import RowGroups, Sort, put_rows
+from nestlm.nn.ragged.dispatch import Permute, RowGroups, scatter_rows
 
 Places = Sequence[tuple[slice, slice]]  # rows and heads
 
 
 @dataclass(frozen=True)
-class Band:
+class HeadBand:
     """KV groups whose heads look from the same seats.
 
     Attributes:
@@ -36,25 +36,25 @@ class Band:
     start: int
     end: int
     tokens: Tensor
-    seats: int
+    num_slots: int
 
 
-def bands_of(width: Width, groups: RowGroups) -> list[Band]:
+def split_into_bands(width: Width, groups: RowGroups) -> list[HeadBand]:
     """One from each width to the next; those that all tokens of some sequence reach are one, and all positions look."""
     widths_BL = width.units_by_row
     ends, numbers = groups.widths[::-1], list(accumulate(groups.counts))[::-1]
     most = torch.stack([(widths_BL >= end).sum(1).max() for end in ends]).tolist()
-    bands: list[Band] = []
-    for end, seats, number in zip(ends, most, numbers, strict=True):
-        if seats == widths_BL.shape[1]:
-            bands = [Band(0, end, groups.order, seats)]
+    bands: list[HeadBand] = []
+    for end, num_slots, number in zip(ends, most, numbers, strict=True):
+        if num_slots == widths_BL.shape[1]:
+            bands = [HeadBand(0, end, groups.order, num_slots)]
         else:
-            bands.append(Band(bands[-1].end if bands else 0, end, groups.order[:number], seats))
+            bands.append(HeadBand(bands[-1].end if bands else 0, end, groups.order[:number], num_slots))
     return bands
 
 
-def attend_scattered(
-    q_BHLE: Tensor, k_BGLE: Tensor, v_BGLE: Tensor, *, width: Width, groups: RowGroups, sight: Sight
+def attend_ragged(
+    q_BHLE: Tensor, k_BGLE: Tensor, v_BGLE: Tensor, *, width: Width, groups: RowGroups, context: AttentionContext
 ) -> list[Tensor]:
     """What the queries of each group of tokens find: (count, heads, E) a group.
 
@@ -64,30 +64,30 @@ def attend_scattered(
         v_BGLE: values of the widest choice.
         width: of every token, (B, L).
         groups: the same, grouped.
-        sight: what a token may look at.
+        context: what a token may look at.
     """
-    q_mHE, bands = q_BHLE.transpose(1, 2).flatten(0, 1), bands_of(width, groups)
+    q_mHE, bands = q_BHLE.transpose(1, 2).flatten(0, 1), split_into_bands(width, groups)
     heads_per_group = q_mHE.shape[1] // groups.widths[0]
     heads = [slice(band.start * heads_per_group, band.end * heads_per_group) for band in bands]
     found = []
-    for band, q_mhE in zip(bands, CutOut.apply(q_mHE, [(slice(None), part) for part in heads]), strict=True):
+    for band, q_mhE in zip(bands, SplitBlocks.apply(q_mHE, [(slice(None), part) for part in heads]), strict=True):
         units = slice(band.start, band.end)
-        found.append(attend_band(q_mhE, k_BGLE[:, units], v_BGLE[:, units], band, width=width, sight=sight))
+        found.append(attend_band(q_mhE, k_BGLE[:, units], v_BGLE[:, units], band, width=width, context=context))
     places = [(slice(len(band.tokens)), part) for band, part in zip(bands, heads, strict=True)]
-    found_nHE = PutTogether.apply(places, (len(groups.order), *q_mHE.shape[1:]), *found)
+    found_nHE = JoinBlocks.apply(places, (len(groups.order), *q_mHE.shape[1:]), *found)
     rows = pairwise((0, *accumulate(groups.counts)))
     slots = [(slice(*each), slice(end * heads_per_group)) for each, end in zip(rows, groups.widths, strict=True)]
-    return list(CutOut.apply(found_nHE, slots))
+    return list(SplitBlocks.apply(found_nHE, slots))
 
 
-class PutTogether(Function):
+class JoinBlocks(Function):
     """Parts in their places of one tensor, the rest of which nobody reads."""
 
     @staticmethod
     def forward(ctx: Any, places: Places, shape: tuple[int, ...], *parts: Tensor) -> Tensor:
         """(count, heads, E) each to (n, H, E)."""
         ctx.places = places
-        return put_together(parts, places, parts[0].new_empty(shape))
+        return join_blocks(parts, places, parts[0].new_empty(shape))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -95,7 +95,7 @@ class PutTogether(Function):
         return None, None, *(grads[0][place] for place in ctx.places)
 
 
-class CutOut(Function):
+class SplitBlocks(Function):
     """Parts of one tensor that don't overlap."""
 
     @staticmethod
@@ -107,17 +107,19 @@ class CutOut(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         """Put together again."""
-        return put_together(grads, ctx.places, grads[0].new_zeros(ctx.shape)), None
+        return join_blocks(grads, ctx.places, grads[0].new_zeros(ctx.shape)), None
 
 
-def put_together(parts: Sequence[Tensor], places: Places, whole: Tensor) -> Tensor:
+def join_blocks(parts: Sequence[Tensor], places: Places, whole: Tensor) -> Tensor:
     """Parts in their places."""
     for place, part in zip(places, parts, strict=True):
         whole[place] = part
     return whole
 
 
-def attend_band(q_mHE: Tensor, k_BGLE: Tensor, v_BGLE: Tensor, band: Band, *, width: Width, sight: Sight) -> Tensor:
+def attend_band(
+    q_mHE: Tensor, k_BGLE: Tensor, v_BGLE: Tensor, band: HeadBand, *, width: Width, context: AttentionContext
+) -> Tensor:
     """What a band's heads find for its tokens: (all tokens, H, E) to (n, H, E).
 
     Args:
@@ -126,33 +128,35 @@ def attend_band(q_mHE: Tensor, k_BGLE: Tensor, v_BGLE: Tensor, band: Band, *, wi
         v_BGLE: values of its KV groups.
         band: which these are.
         width: of every token, (B, L).
-        sight: what a token may look at.
+        context: what a token may look at.
     """
     assert width.index is not None
-    (batch, length), seats = width.index.shape, band.seats
-    if seats == length:
-        rows_mHE, seat, seen = q_mHE, band.tokens, sight
+    (batch, length), num_slots = width.index.shape, band.num_slots
+    if num_slots == length:
+        rows_mHE, slot, seen = q_mHE, band.tokens, context
     else:
         reached_BL = width.units_by_row >= band.end
-        seat = band.tokens // length * seats + (reached_BL.cumsum(1) - 1).flatten()[band.tokens]
-        sitting = seat.new_zeros(batch * seats).index_copy(0, seat, band.tokens)  # any token where a seat is empty
-        rows_mHE = TakeSeats.apply(q_mHE, sitting, seat, band.tokens)
-        seen = replace(sight, mask=sight.mask_of(sitting.view(batch, seats)), causal=False)
-    found_BHSE = attend(rows_mHE.unflatten(0, (batch, seats)).transpose(1, 2), k_BGLE, v_BGLE, sight=seen)
-    return Sort.apply(found_BHSE.transpose(1, 2).flatten(0, 1), seat)
+        slot = band.tokens // length * num_slots + (reached_BL.cumsum(1) - 1).flatten()[band.tokens]
+        token_of_slot = slot.new_zeros(batch * num_slots).index_copy(
+            0, slot, band.tokens
+        )  # any token where a seat is empty
+        rows_mHE = PadQueries.apply(q_mHE, token_of_slot, slot, band.tokens)
+        seen = replace(context, mask=context.select_tokens(token_of_slot.view(batch, num_slots)), causal=False)
+    found_BHSE = attend(rows_mHE.unflatten(0, (batch, num_slots)).transpose(1, 2), k_BGLE, v_BGLE, context=seen)
+    return Permute.apply(found_BHSE.transpose(1, 2).flatten(0, 1), slot)
 
 
-class TakeSeats(Function):
+class PadQueries(Function):
     """Queries of those who sit; what an empty seat finds is not asked for."""
 
     @staticmethod
-    def forward(ctx: Any, q_mHE: Tensor, sitting: Tensor, seat: Tensor, tokens: Tensor) -> Tensor:
+    def forward(ctx: Any, q_mHE: Tensor, token_of_slot: Tensor, slot: Tensor, tokens: Tensor) -> Tensor:
         """(all tokens, H, E) to (all seats, H, E)."""
-        ctx.seat, ctx.tokens, ctx.num_tokens = seat, tokens, len(q_mHE)
-        return q_mHE.index_select(0, sitting)
+        ctx.slot, ctx.tokens, ctx.num_tokens = slot, tokens, len(q_mHE)
+        return q_mHE.index_select(0, token_of_slot)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """From the seats that were taken, once each."""
-        taken = grads[0].index_select(0, ctx.seat)
-        return put_rows(taken, ctx.tokens, ctx.num_tokens), None, None, None
+        taken = grads[0].index_select(0, ctx.slot)
+        return scatter_rows(taken, ctx.tokens, ctx.num_tokens), None, None, None
