@@ -1,4 +1,4 @@
-"""Grouped-query attention, run with the KV groups that it is handed."""
+"""Grouped-query attention over the first KV groups."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ class GroupedQueryAttention(nn.Module):
     def forward_next(
         self, hidden_B1D: Tensor, width: Width, *, context: AttentionContext, cache: LayerCache | None
     ) -> Tensor:
-        """One token a sequence, each with KV groups or query heads of its own.
+        """Decode one token a sequence at ragged widths.
 
-        Where widths are of tokens, later ones may look at wider keys and values than this one has queries.
+        With a width for each token, keys and values are those of the widest choice: later tokens may be wider.
         """
         assert width.index is not None
         decision = widest_masked(width)
@@ -81,7 +81,7 @@ class GroupedQueryAttention(nn.Module):
         context: AttentionContext,
         cache: LayerCache | None,
     ) -> Tensor:
-        """Each sequence with KV groups of its own."""
+        """Run sequences that differ in their number of KV groups."""
         groups = RowGroups.by_width(width)
         if not groups.widths:
             return torch.zeros_like(hidden_BLD)
@@ -108,9 +108,10 @@ class GroupedQueryAttention(nn.Module):
         context: AttentionContext,
         cache: LayerCache | None,
     ) -> Tensor:
-        """Each token with query heads of its own. All have the keys and values of the widest choice, since later tokens
-        may look at them.
-        """  # noqa: D205
+        """Run tokens that differ in their number of query heads.
+
+        All tokens have the keys and values of the widest choice, since later tokens may attend to them.
+        """
         length, rows = hidden_BLD.shape[1], hidden_BLD.flatten(0, 1)
         kept = [[width.choices[-1] * self.head_dim]] * 2
         ((k_BLE,), (v_BLE,)) = prefix_products([hidden_BLD], [self.k, self.v], outputs=kept)
@@ -140,7 +141,7 @@ class GroupedQueryAttention(nn.Module):
     def project(
         self, parts: Sequence[Tensor], queries: Sequence[int], keys: Sequence[int], *, context: AttentionContext
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Queries, keys and values of so many KV groups, by part: (b, L, D) to (b, heads or groups, L, E) each."""
+        """Project parts (b, L, D) to queries, keys and values of the given KV groups, (b, heads or groups, L, E) each."""
         kept = [units * self.head_dim for units in keys]
         outputs = [[units * self.query_rows for units in queries], kept, kept]
         for q, k, v in zip(*prefix_products(parts, [self.q, self.k, self.v], outputs=outputs), strict=True):
@@ -151,19 +152,19 @@ class GroupedQueryAttention(nn.Module):
             yield q_bHLE, k_bGLE, self.heads(v)
 
     def heads(self, flat_BLE: Tensor) -> Tensor:
-        """(B, L, heads * E) to (B, heads, L, E)."""
+        """Split heads: (B, L, heads * E) to (B, heads, L, E)."""
         return flat_BLE.unflatten(-1, (flat_BLE.shape[-1] // self.head_dim, self.head_dim)).transpose(1, 2)
 
     def by_head(self, gate: Tensor) -> Tensor:
-        """A factor a KV group as a factor a query head, that broadcasts over E: (..., G) to (..., H, 1)."""
+        """Repeat the factor of each KV group for its query heads: (..., G) to (..., H, 1)."""
         return gate.repeat_interleave(self.heads_per_group, dim=-1).unsqueeze(-1)
 
     def merge(self, heads_BHLE: Tensor, gate: Tensor | None) -> Tensor:
-        """What heads have found, times a factor for each KV group: (B, heads, L, E) to (B, L, heads * E)."""
+        """Join heads, times a factor for each KV group: (B, heads, L, E) to (B, L, heads * E)."""
         heads_BLHE = heads_BHLE.transpose(1, 2)
         return (heads_BLHE if gate is None else heads_BLHE * self.by_head(gate)).flatten(2)
 
 
 def normalize_and_rotate(heads: Tensor, norm: nn.Module | None, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Queries or keys with their positions, after their norm where the model has one: (..., E) to (..., E)."""
+    """Apply the norm of queries or keys, where the model has one, then rotary positions: (..., E) to (..., E)."""
     return apply_rotary_emb(heads if norm is None else norm(heads), rotary)

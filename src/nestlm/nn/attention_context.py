@@ -1,4 +1,4 @@
-"""What the queries of a call may look at, and what they find there."""
+"""Positions and masks of a call's queries, and scaled dot-product attention with them."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class AttentionContext:
-    """Where the queries of a call stand, and what they may look at.
+    """Rotary table and mask of the queries of a call.
 
     Attributes:
         rotary: cosines and sines of the call's positions, (L, E) each.
-        mask: what scores take on, 0 where a query may look and -inf elsewhere, (B or 1, 1, L, tokens so far); None
-            where `causal` says it all.
-        causal: whether, without a mask, a query sees itself and what is before it, rather than everything.
-        dtype: of queries and keys, and so of masks: kernels for GPUs read a mask of another one wrongly, or refuse it.
+        mask: added to scores: 0 where a query attends and -inf elsewhere, (B or 1, 1, L, tokens so far). None where
+            `causal` describes the mask.
+        causal: without a mask, whether a query attends to itself and earlier tokens only, rather than to all.
+        dtype: of queries and keys, and of masks: GPU kernels refuse a mask of another dtype, or read it wrongly.
     """
 
     rotary: tuple[Tensor, Tensor]
@@ -28,13 +28,13 @@ class AttentionContext:
     dtype: torch.dtype
 
     def select_sequences(self, chosen: Tensor) -> AttentionContext:
-        """The same for some sequences of the batch."""
+        """Select the context of some sequences of the batch, given by their indices."""
         if self.mask is None or len(self.mask) == 1:
             return self
         return replace(self, mask=self.mask[chosen])
 
     def select_tokens(self, tokens_BS: Tensor) -> Tensor | None:
-        """The mask of some tokens of each sequence, given as flat indices: (B, 1, S, tokens so far)."""
+        """Select the mask rows of S tokens of each sequence, given as flat indices (B, S): (B, 1, S, tokens so far)."""
         if self.dense_mask is None:
             return None
         shared, length = len(self.dense_mask) == 1, self.dense_mask.shape[1]
@@ -43,7 +43,7 @@ class AttentionContext:
 
     @cached_property
     def dense_mask(self) -> Tensor | None:
-        """The mask, also where it goes without saying: (B or 1, L, tokens so far); None where everything is seen."""
+        """The mask as a tensor, also of a causal call: (B or 1, L, tokens so far); None where all tokens are visible."""
         if self.mask is not None:
             return self.mask[:, 0]
         if not self.causal:
@@ -54,12 +54,12 @@ class AttentionContext:
 
 
 def additive_mask(visible: Tensor, *, dtype: torch.dtype) -> Tensor:
-    """What scores take on: 0 where a query may look, -inf where it may not."""
+    """Turn a boolean mask into one that is added to scores: 0 where True, -inf elsewhere."""
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -torch.inf)
 
 
 def attend(q_BHLE: Tensor, k_BGLE: Tensor, v_BGLE: Tensor, *, context: AttentionContext) -> Tensor:
-    """Scaled dot-product attention, (B, H, L, E); the query heads are shared out evenly among the KV groups."""
+    """Compute scaled dot-product attention, (B, H, L, E), with H / G query heads for each KV group."""
     return F.scaled_dot_product_attention(
         q_BHLE,
         k_BGLE,

@@ -14,16 +14,16 @@ from torch.autograd import Function
 
 
 def scale_by_rms(x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """What it makes of rows (..., D), and what they were multiplied by, (..., 1)."""
+    """Normalise rows (..., D); return them and the inverse root mean square of each, (..., 1)."""
     scale = x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
     return (x * scale).mul_(weight_D), scale
 
 
 class ScaleByRMS(Function):
-    """Torch has one kernel for this on GPUs; on CPUs it takes a dozen steps forward and back, and keeps what they make.
+    """Root mean square norm (Zhang and Sennrich, arXiv 1910.07467) with a fused backward pass.
 
-    Forward the steps are torch's. Back it is the gradient of a layer norm whose mean is 0, for which CPUs have a
-    kernel; that one also takes out what moves the mean, which is put back.
+    The backward pass calls torch's kernel for the gradient of a layer norm of mean 0. That kernel also removes the
+    component along the mean, which is added again.
     """
 
     @staticmethod
@@ -47,7 +47,7 @@ class ScaleByRMS(Function):
 
 
 class ApplyRotary(Function):
-    """Its gradient is turned back; nothing but the table is kept."""
+    """Rotary positions whose backward pass rotates by the negative angles; only the table is kept."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -57,12 +57,12 @@ class ApplyRotary(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """By the same angles, the other way."""
+        """Rotate the gradient by the negative angles."""
         return rotate_pairs(grads[0], *ctx.saved_tensors, direction=-1.0), None, None
 
 
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor, *, direction: float) -> Tensor:
-    """The first `dim` entries turned; the second half of the table repeats the first."""
+    """Rotate the first `dim` entries. The second half of the table repeats the first half."""
     dim, half = cos.shape[-1], cos.shape[-1] // 2
     out = torch.empty_like(x)
     torch.mul(x[..., half:dim], sin[..., :half] * -direction, out=out[..., :half])

@@ -1,4 +1,4 @@
-"""A pre-norm decoder whose every block obeys the widths that a policy hands it."""
+"""A pre-norm decoder. A policy decides the width of each part of each block."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ OutputFn = Callable[[Tensor, Tensor], Any]
 
 
 class DecoderOutput(NamedTuple):  # not a dataclass: FSDP looks for tensors in tuples
-    """What was read, and what the policy decided on the way (a dynamic router's decisions are only known afterwards).
+    """The output of a forward pass, and the decisions that the policy took in it.
 
     Attributes:
         output: what `output_fn` returned.
@@ -41,7 +41,7 @@ class DecoderOutput(NamedTuple):  # not a dataclass: FSDP looks for tensors in t
 
     @property
     def logits_BLV(self) -> Tensor:  # noqa: N802
-        """What is read unless something else is asked for."""
+        """Logits of the next token, the output of the default `output_fn`."""
         assert isinstance(self.output, Tensor), "no other reader was given"
         return self.output
 
@@ -64,10 +64,13 @@ class Block(nn.Module):
     def forward(
         self, hidden_BLD: Tensor, policy: Policy, *, context: AttentionContext, stream: Stream, cache: LayerCache | None
     ) -> tuple[Tensor, dict[Site, Decision]]:
-        """The new residual stream (B, L, D), and the decisions taken on the old one; width 0 skips a site.
+        """Run the block at the widths that the policy decides; width 0 skips a part.
 
-        The policy is asked at all sites, also of a block that is skipped. A token that skips it still gives keys and
-        values to later tokens, where these may run it.
+        The policy is called at all sites, also in a block that is skipped. A token that skips the block still gives
+        keys and values to later tokens that run it.
+
+        Returns:
+            The new residual stream (B, L, D), and the decisions by site.
         """
         if torch.is_grad_enabled():  # checkpointing runs this twice: the second time must not find the first's notes
             stream = Stream(stream.real_BL)
@@ -87,7 +90,7 @@ class Block(nn.Module):
 
 
 def block_gate(depth: Decision) -> Tensor:
-    """The factor of what a block adds to the residual stream, broadcastable to (B, L, D)."""
+    """Return the factor of the block's contribution to the residual stream, broadcastable to (B, L, D)."""
     assert depth.gate is not None, "there is a gate"
     factor = depth.gate[..., -1:]
     return factor[:, None] if depth.width.index is not None and factor.ndim == 2 else factor
@@ -109,12 +112,12 @@ class Decoder(nn.Module):
 
     @classmethod
     def empty(cls, config: DecoderConfig, *, activation_checkpointing: bool = False) -> Decoder:
-        """A decoder whose parameters hold anything: to be filled, without the time and memory of a random start."""
+        """Make a decoder on the CPU with uninitialised parameters, to load weights into."""
         return cls.on_meta(config, activation_checkpointing=activation_checkpointing).to_empty(device="cpu")
 
     @classmethod
     def on_meta(cls, config: DecoderConfig, *, activation_checkpointing: bool = False) -> Decoder:
-        """A decoder without memory, to be given some."""
+        """Make a decoder on the meta device: shapes without memory."""
         with torch.device("meta"):
             return cls(config, activation_checkpointing=activation_checkpointing)
 
@@ -128,16 +131,16 @@ class Decoder(nn.Module):
         last: int | None = None,
         output_fn: OutputFn = F.linear,
     ) -> DecoderOutput:
-        """What a reader makes of every position, or of the last ones: logits of the next token.
+        """Run the model and apply `output_fn` to the normalised residual stream; by default return logits of the next token.
 
         Args:
             tokens_BL: token ids, (B, L), with those in the cache at most the context length.
-            policy: how wide each site runs.
+            policy: decides the width at each site.
             documents_BL: number of the document that a token belongs to; tokens of different documents don't
                 attend to each other, and negative numbers are padding. None: each row is one document.
-            cache: of the tokens before these, which are then added to it. Without gradients only.
-            last: the reader gets this many positions at the end of the rows only; None: all.
-            output_fn: what is made of the residual stream at the end.
+            cache: keys and values of earlier tokens; those of these tokens are added. Without gradients only.
+            last: number of positions at the end of the rows that `output_fn` gets; None: all.
+            output_fn: function of the normalised residual stream (B, L, D) and the head's weight (V, D).
 
         Raises:
             ConfigError: the rows are longer than the model's context, or than the cache.
@@ -170,7 +173,7 @@ class Decoder(nn.Module):
     def attention_context(
         self, hidden_BLD: Tensor, *, documents_BL: Tensor | None, cache: KVCache | None
     ) -> AttentionContext:
-        """What tokens may look at: the first of their rows, or those that come after a cache's."""
+        """Make positions and mask of this call's tokens, which begin their rows, or follow the tokens of a cache."""
         length, dtype = hidden_BLD.shape[1], product_dtype(hidden_BLD)
         if cache is None:
             start, positions_L = 0, torch.arange(length, device=hidden_BLD.device)
@@ -207,10 +210,7 @@ class Decoder(nn.Module):
 
 
 def document_mask(documents_BL: Tensor, *, num_queries: int) -> Tensor:
-    """True where the last `num_queries` tokens may look: at themselves and before, within their own document.
-
-    Shape (B, 1, queries, L).
-    """
+    """Make the causal mask of the last `num_queries` tokens within documents: (B, 1, queries, L), True where visible."""
     length = documents_BL.shape[1]
     same_BLL = documents_BL[:, length - num_queries :, None] == documents_BL[:, None, :]
     return same_BLL.tril(length - num_queries).unsqueeze(1)

@@ -14,7 +14,7 @@ from nestlm.spec import Site
 
 @dataclass(frozen=True)
 class LayerCache:
-    """One layer's share, (B, G, length, E); the next tokens go to positions from `start` on."""
+    """Keys and values of one layer, (B, G, length, E). The next tokens are written at `start`."""
 
     keys: Tensor
     values: Tensor
@@ -23,7 +23,7 @@ class LayerCache:
     def extend(
         self, k_BGLE: Tensor, v_BGLE: Tensor, *, groups: slice, rows: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Write new keys and values of some KV groups (and sequences); returns those of all tokens so far."""
+        """Write new keys and values of some KV groups (and sequences); return those of all tokens so far."""
         end = self.start + k_BGLE.shape[2]
         found = []
         for kept, new in ((self.keys, k_BGLE), (self.values, v_BGLE)):
@@ -59,18 +59,18 @@ class KVCache:
         self.memory: dict[Site, Tensor] = {}
 
     def layer(self, index: int) -> LayerCache:
-        """A layer's share as it stands."""
+        """Return the cache of one layer, with room for the next tokens."""
         keys, values = self.layers[index]
         return LayerCache(keys, values, self.num_tokens)
 
     def next_rotary(self, tokens: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of the next positions, (tokens, E) each."""
+        """Return cosines and sines of the next positions, (tokens, E) each."""
         cos, sin = self.rotary
         positions = slice(self.num_tokens, self.num_tokens + tokens)
         return cos[positions], sin[positions]
 
     def advance(self, documents_BL: Tensor | None, *, tokens: int) -> Tensor | None:
-        """Make room for tokens; returns the document numbers of all tokens, the new ones included.
+        """Check that tokens fit; return the document numbers of all tokens, the new ones included.
 
         Raises:
             ConfigError: the cache is full.

@@ -1,4 +1,4 @@
-"""Linear maps of which the first outputs, or the first inputs, run."""
+"""Linear maps run over a prefix of their inputs or outputs."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ Cuts = Sequence[Sequence[int]]  # outputs, by map and part
 
 
 class PrefixLinear(nn.Linear):
-    """`nn.Linear` that also takes the first of its inputs only."""
+    """`nn.Linear` that accepts a prefix of its inputs."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """(..., inputs) to (..., outputs)."""
+        """Map (..., inputs) to (..., outputs), with the first columns of the weight where there are fewer inputs."""
         return prefix_products([input], [self])[0][0]
 
 
 def prefix_products(
     parts: Sequence[Tensor], linears: Sequence[nn.Linear], *, outputs: Cuts | None = None
 ) -> list[list[Tensor]]:
-    """What each of several maps makes of each of several parts: a list a map, with an entry a part.
+    """Apply several maps to several parts; return a list for each map, with the product of each part.
 
     Args:
-        parts: (..., inputs) each, of the maps' first inputs, or of all; the widest first.
+        parts: (..., inputs) each: a prefix of the maps' inputs, or all; the widest first.
         linears: the maps.
-        outputs: how many of a map's first outputs a part asks for, the most first; None: all.
+        outputs: for each map, number of its first outputs that each part gets, descending; None: all.
     """
     if outputs is None:
         outputs = [[linear.out_features] * len(parts) for linear in linears]
@@ -45,12 +45,13 @@ def prefix_products(
 
 
 def joined_products(parts: Sequence[Tensor], linear: nn.Linear, *, outputs: Sequence[int] | None = None) -> Tensor:
-    """What a map makes of each of several parts, one after another: (sum of counts, ..., most outputs).
+    """Apply a map to several parts and concatenate the products: (sum of counts, ..., most outputs).
 
     Args:
-        parts: (count, ..., inputs) each, alike in the middle, of the map's first inputs, or of all; the widest first.
+        parts: (count, ..., inputs) each, of equal middle dimensions: a prefix of the map's inputs, or all; the widest
+            first.
         linear: the map.
-        outputs: how many of its first outputs a part asks for, the most first; the rest of its rows is 0. None: all.
+        outputs: number of its first outputs that each part gets, descending; the rest of a row is 0. None: all.
     """
     if outputs is None:
         outputs = [linear.out_features] * len(parts)
@@ -63,7 +64,7 @@ def joined_products(parts: Sequence[Tensor], linear: nn.Linear, *, outputs: Sequ
 def multiply_parts(
     parts: Sequence[Tensor], weight: Tensor, bias: Tensor | None, outputs: Sequence[int]
 ) -> list[Tensor]:
-    """Those of one map. Weights are cut by views, never by masks."""
+    """Multiply each part by the prefix of a weight that fits it. Weights are cut by views, never by masks."""
     return [
         F.linear(part, weight[:cut, : part.shape[-1]], None if bias is None else bias[:cut])
         for part, cut in zip(parts, outputs, strict=True)
@@ -71,7 +72,7 @@ def multiply_parts(
 
 
 def join_products(parts: Sequence[Tensor], weight: Tensor, bias: Tensor | None, outputs: Sequence[int]) -> Tensor:
-    """The same, written side by side, in the dtype of the parts."""
+    """Multiply each part by the prefix of a weight that fits it, into one tensor in the dtype of the parts."""
     counts = [len(part) for part in parts]
     whole = parts[0].new_empty((sum(counts), *parts[0].shape[1:-1], outputs[0]))
     for part, cut, rows in zip(parts, outputs, whole.split(counts), strict=True):
@@ -87,18 +88,19 @@ def join_products(parts: Sequence[Tensor], weight: Tensor, bias: Tensor | None, 
 
 
 def split_evenly(flat: Sequence[Any], size: int) -> list[list[Any]]:
-    """Lists of one size: of a map's products, say."""
+    """Split a sequence into lists of one size."""
     return [list(flat[start : start + size]) for start in range(0, len(flat), size)]
 
 
 class PrefixProducts(Function):
-    """Gradients are added up as they are multiplied: that of a cut weight is not padded and copied, and those of an
-    input that several maps share are not summed afterwards.
-    """  # noqa: D205
+    """Products of parts and prefixes of weights, with gradients accumulated within the products.
+
+    Autograd would pad the gradient of each cut weight and copy it, and sum the gradients of shared inputs afterwards.
+    """
 
     @staticmethod
     def forward(ctx: Any, outputs: Cuts, join: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Parts, weights and biases to products: of each map and part, or of each map, joined."""
+        """Multiply parts, weights and biases; return a product for each map and part, or one for each map if `join`."""
         num_parts = len(outputs[0])
         dtype = product_dtype(tensors[0])
         parts = [part.to(dtype) for part in tensors[:num_parts]]  # once for all maps
@@ -113,7 +115,7 @@ class PrefixProducts(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Of parts, weights and biases, where they are wanted."""
+        """Return gradients of parts, weights and biases, where autograd needs them."""
         saved = ctx.saved_tensors
         parts, weights = saved[: ctx.num_parts], saved[ctx.num_parts :]
         wanted = iter(ctx.needs_input_grad[2:])
@@ -140,14 +142,14 @@ class PrefixProducts(Function):
 
 
 def split_joined_gradient(grad_no: Tensor | None, counts: Sequence[int], outputs: Sequence[int]) -> list[Tensor | None]:
-    """From the gradient of joined products to those of the parts'."""
+    """Split the gradient of concatenated products into those of the parts."""
     if grad_no is None:
         return [None] * len(counts)
     return [rows[:, :cut] for rows, cut in zip(grad_no.split(counts), outputs, strict=True)]
 
 
 def part_gradient(grads_no: Sequence[Tensor | None], weights: Sequence[Tensor], part: Tensor) -> Tensor | None:
-    """The sum over maps, in the part's shape."""
+    """Sum the gradient of a part over maps, in the part's shape."""
     total = None
     for grad_no, weight in zip(grads_no, weights, strict=True):
         if grad_no is not None:
@@ -157,7 +159,7 @@ def part_gradient(grads_no: Sequence[Tensor | None], weights: Sequence[Tensor], 
 
 
 def weight_gradient(grads_no: Sequence[Tensor | None], parts_ni: Sequence[Tensor], weight: Tensor) -> Tensor | None:
-    """The sum over parts, in the weight's shape. The first part reaches farthest; what lies beyond it gets zeros."""
+    """Sum the gradient of a weight over parts. The first part is the widest; entries beyond it are 0."""
     total = None
     for grad_no, part_ni in zip(grads_no, parts_ni, strict=True):
         if grad_no is None:
@@ -179,7 +181,7 @@ def weight_gradient(grads_no: Sequence[Tensor | None], parts_ni: Sequence[Tensor
 
 
 def bias_gradient(grads_no: Sequence[Tensor | None], bias: Tensor) -> Tensor:
-    """The sum over all rows, in the bias's shape."""
+    """Sum the gradient of a bias over all rows."""
     total = torch.zeros_like(bias)
     for grad_no in grads_no:
         if grad_no is not None:
@@ -188,7 +190,7 @@ def bias_gradient(grads_no: Sequence[Tensor | None], bias: Tensor) -> Tensor:
 
 
 def product_dtype(tensor: Tensor) -> torch.dtype:
-    """What matrices are multiplied in: the tensor's own, or autocast's."""
+    """Return the dtype of a matrix product with this tensor: autocast's, or the tensor's own."""
     kind = tensor.device.type
     narrowed = torch.is_autocast_enabled(kind) and tensor.dtype != torch.float64
     return torch.get_autocast_dtype(kind) if narrowed else tensor.dtype

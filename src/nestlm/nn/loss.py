@@ -24,7 +24,7 @@ LEAST_ROWS = 64  # what a product of matrices needs to be fast
 
 @dataclass(frozen=True)
 class HeadInputs:
-    """What a model holds of the next tokens, as logits are made of it; no gradient reaches it.
+    """Inputs of the head, without gradient: logits are made from them in chunks.
 
     Attributes:
         hidden_BLD: the residual stream after the final norm.
@@ -36,18 +36,18 @@ class HeadInputs:
 
     @classmethod
     def detached(cls, hidden_BLD: Tensor, head_VD: Tensor) -> HeadInputs:
-        """A decoder's reader."""
+        """Keep the inputs of the head without gradient: an `output_fn` of the decoder."""
         return cls(hidden_BLD.detach(), head_VD.detach())
 
 
 class TokenLosses(NamedTuple):
-    """What a model loses.
+    """Losses of a model on the tokens of a batch.
 
     Attributes:
         loss: mean over tokens of what is trained on, a scalar with its gradient.
         nll_BL: negative log-likelihood of each target, without gradient.
         kl_BL: KL(teacher || model) of each token, without gradient; None without a teacher.
-        head_inputs: what the losses were made of, for others to learn from.
+        head_inputs: inputs of the head, for a model that learns from this one.
     """
 
     loss: Tensor
@@ -58,11 +58,11 @@ class TokenLosses(NamedTuple):
 
 @dataclass(frozen=True)
 class LossFn:
-    """Reads losses off a decoder: `(1 - ce_share)` of the KL to a teacher, `ce_share` of cross-entropy on the text.
+    """An `output_fn` that computes losses: `(1 - ce_share)` of the KL to a teacher, `ce_share` of cross-entropy.
 
     Attributes:
         targets_BL: the token after each.
-        teacher: what another model believes; None: cross-entropy alone.
+        teacher: inputs of the teacher's head; None: cross-entropy alone.
         ce_share: share of cross-entropy beside a teacher.
     """
 
@@ -71,7 +71,7 @@ class LossFn:
     ce_share: float = 0.0
 
     def __call__(self, hidden_BLD: Tensor, head_VD: Tensor) -> TokenLosses:
-        """Losses from the residual stream after the final norm, (B, L, D), and the head's weight, (V, D).
+        """Compute losses from the residual stream after the final norm, (B, L, D), and the head's weight, (V, D).
 
         Raises:
             ValueError: shapes that do not fit.
@@ -96,7 +96,7 @@ class LossFn:
 
 @dataclass(frozen=True)
 class ScoreFn:
-    """Reads off a decoder, without gradient, what each token loses and whether it was the likeliest: (B, L) both.
+    """An `output_fn` for evaluation: loss of each token, and whether it was the most likely one, (B, L) both.
 
     Attributes:
         targets_BL: the token after each.
@@ -106,7 +106,7 @@ class ScoreFn:
 
     @torch.no_grad()
     def __call__(self, hidden_BLD: Tensor, head_VD: Tensor) -> tuple[Tensor, Tensor]:
-        """From the residual stream after the final norm, (B, L, D), and the head's weight, (V, D)."""
+        """Score tokens from the residual stream after the final norm, (B, L, D), and the head's weight, (V, D)."""
         hidden_nD, targets_n = hidden_BLD.flatten(0, 1), self.targets_BL.flatten()
         losses, hits = [], []
         for rows in chunks(len(hidden_nD), len(head_VD), device=hidden_nD.device):
@@ -117,9 +117,9 @@ class ScoreFn:
 
 
 class HeadLoss(Function):
-    """Mean loss of rows from their hidden states, and both parts of each row; gradients are made on the way.
+    """Mean loss of rows, with the gradient computed in the forward pass, chunk by chunk.
 
-    The method of fused losses (Liger, arXiv 2410.10989), with a teacher whose logits are made along.
+    The method of fused losses (Liger, arXiv 2410.10989), with a teacher whose logits are computed in the same chunks.
     """
 
     @staticmethod
@@ -132,7 +132,7 @@ class HeadLoss(Function):
         ce_share: float,
         trains: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Products are made in autocast's dtype, all else in float32."""
+        """Multiply in autocast's dtype, compute all else in float32."""
         dtypes, dtype = (hidden_nD.dtype, head_VD.dtype), product_dtype(hidden_nD)
         hidden_nD, head_VD = hidden_nD.to(dtype), head_VD.to(dtype)
         taught = None if teacher is None else [part.to(product_dtype(part)) for part in teacher]
@@ -175,7 +175,7 @@ class HeadLoss(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Scale what was made on the way, once: it is changed in place."""
+        """Scale the gradients of the forward pass, in place: a second backward pass is not possible."""
         made, ctx.made = ctx.made, None
         scale = grads[0] / ctx.rows
         scaled = [
@@ -185,7 +185,7 @@ class HeadLoss(Function):
 
 
 def chunks(rows: int, vocab_size: int, *, device: torch.device) -> Iterator[slice]:
-    """Parts of the rows, of which no more logits are there at once than the device likes."""
+    """Yield slices of rows, so small that the logits of one slice fit the device's limit."""
     size = max(LEAST_ROWS, LOGITS_AT_ONCE.get(device.type, ON_OTHER_DEVICES) // vocab_size)
     for start in range(0, rows, size):
         yield slice(start, min(start + size, rows))

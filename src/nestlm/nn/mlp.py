@@ -1,4 +1,4 @@
-"""The MLP, run at the width that it is handed."""
+"""The MLP over its first neurons."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nestlm.nn.ragged.dispatch import RowGroups, widest_masked, zero_skipped
 
 
 def relu2(x: Tensor) -> Tensor:
-    """The squared ReLU (So et al., arXiv 2109.08668)."""
+    """Compute the squared ReLU (So et al., arXiv 2109.08668)."""
     return F.relu(x).square()
 
 
@@ -35,11 +35,11 @@ class MLP(nn.Module):
 
     @property
     def inward(self) -> list[nn.Linear]:
-        """The maps from the residual stream."""
+        """Projections from the residual stream to the neurons."""
         return [self.up] if self.gate is None else [self.up, self.gate]
 
     def neurons(self, up: Tensor, gate: Tensor | None = None) -> Tensor:
-        """What the neurons hand on, from their projections."""
+        """Compute the neurons' outputs from their projections."""
         return self.activation(up) if gate is None else self.activation(gate) * up
 
     def forward(self, hidden_BLD: Tensor, decision: Decision) -> Tensor:
@@ -59,7 +59,7 @@ class MLP(nn.Module):
         return self.down(neurons_BLF)
 
     def forward_mixed(self, hidden_BLD: Tensor, width: Width, gate: Tensor | None) -> Tensor:
-        """Rows of different widths: sequences where the index is (B,), else tokens."""
+        """Run rows of different widths: sequences where the index is (B,), else tokens."""
         assert width.index is not None
         rows = hidden_BLD.flatten(0, 1) if width.index.ndim == 2 else hidden_BLD
         groups = RowGroups.by_width(width)

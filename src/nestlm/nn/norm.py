@@ -20,7 +20,7 @@ class LayerNorm1P(nn.Module):
         self.bias = nn.Parameter(torch.zeros(hidden_size))
 
     def reset_parameters(self) -> None:
-        """Factor 1, bias 0."""
+        """Set the factor to 1 and the bias to 0."""
         nn.init.zeros_(self.weight)
         nn.init.zeros_(self.bias)
 
@@ -43,7 +43,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 def make_norm(config: DecoderConfig) -> RMSNorm | LayerNorm1P:
-    """The norm that a decoder puts before attention, before the MLP and before the head."""
+    """Make a norm of the residual stream, of the kind that the config names."""
     if config.norm == "layer_norm_1p":
         return LayerNorm1P(config.hidden_size, eps=config.norm_eps)
     return RMSNorm(config.hidden_size, eps=config.norm_eps)

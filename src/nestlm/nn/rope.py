@@ -29,26 +29,26 @@ class RopeScaling(Protocol):
         ...
 
     def stretch(self, frequencies: Tensor, *, theta: float) -> Tensor:
-        """New frequencies, radians a token, (E/2,), from the unscaled ones."""
+        """Scale frequencies (E/2,), in radians a token."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class LinearScaling:
-    """All positions divided by one factor (Chen et al., arXiv 2306.15595)."""
+    """Divide all positions by one factor (Chen et al., arXiv 2306.15595)."""
 
     factor: float
     attention_factor = 1.0
 
     def stretch(self, frequencies: Tensor, *, theta: float) -> Tensor:
-        """Divide all."""
+        """Divide all frequencies by the factor."""
         del theta
         return frequencies / self.factor
 
 
 @dataclass(frozen=True, kw_only=True)
 class Llama3Scaling:
-    """Slow frequencies divided, fast ones kept, a ramp between them (Llama 3.1 and later)."""
+    """Divide slow frequencies, keep fast ones, with a ramp between them (Llama 3.1 and later)."""
 
     factor: float
     low_freq_factor: float
@@ -57,7 +57,7 @@ class Llama3Scaling:
     attention_factor = 1.0
 
     def stretch(self, frequencies: Tensor, *, theta: float) -> Tensor:
-        """By the number of turns that a frequency makes within the original context."""
+        """Scale each frequency by the number of turns that it makes within the original context."""
         del theta
         turns = self.original_max_position_embeddings * frequencies / (2 * math.pi)
         kept = ((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)).clamp(0, 1)
@@ -75,11 +75,11 @@ class YarnScaling:
 
     @property
     def attention_factor(self) -> float:
-        """Of cosines and sines: the root of the logits' factor."""
+        """Factor of cosines and sines: the square root of the factor of attention logits."""
         return 0.1 * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
 
     def stretch(self, frequencies: Tensor, *, theta: float) -> Tensor:
-        """Dimensions that turn `beta_fast` times within the original context are kept, `beta_slow` times divided."""
+        """Keep dimensions that turn `beta_fast` times within the original context; divide those of `beta_slow` turns."""
         dim = 2 * len(frequencies)
 
         def dimension(turns: float) -> float:
@@ -99,7 +99,7 @@ def rotary_table(
     scaling: RopeScaling | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of positions, each of shape (L, dim), computed in float32 or wider."""
+    """Compute cosines and sines of positions, (L, dim) each, in float32 or wider."""
     exponents = torch.arange(0, dim, 2, dtype=dtype, device=positions_L.device) / dim
     frequencies = 1.0 / theta**exponents
     if scaling is not None:
@@ -110,7 +110,7 @@ def rotary_table(
 
 
 def apply_rotary_emb(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn each pair (i, i + dim/2) of the last dimension by its position's angle; entries from `dim` on stay.
+    """Rotate each pair (i, i + dim/2) of the last dimension by its position's angle; entries from `dim` on stay.
 
     The table broadcasts to x, (..., E), but for its own last dimension, dim.
     """

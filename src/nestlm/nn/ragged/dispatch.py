@@ -1,4 +1,7 @@
-"""Rows of different widths in one pass: those of one width stand together, and run as the prefix that they ask for."""
+"""Dispatch of rows to groups of one width: rows are permuted, each group runs its prefix of units, rows return.
+
+The same scheme as token dispatch in mixture-of-experts layers, with nested experts.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +18,14 @@ from nestlm.nn.policy import Decision, Width, expand_bands
 
 @dataclass(frozen=True)
 class RowGroups:
-    """Rows sorted by falling width.
+    """Rows of a batch grouped by width, in descending order.
 
     Attributes:
         choices: all widths of the site, ascending.
-        widths: of the groups, falling; none is 0, and each has rows.
+        widths: of the groups, descending; without 0, and without groups of no rows.
         counts: rows of each group.
-        order: the places of these rows in the batch, group after group, (n,).
-        num_rows: those of width 0 included.
+        order: indices of these rows in the batch, group after group, (n,).
+        num_rows: rows of the batch, those of width 0 included.
     """
 
     choices: tuple[int, ...]
@@ -33,7 +36,7 @@ class RowGroups:
 
     @classmethod
     def by_width(cls, width: Width) -> RowGroups:
-        """Group the sequences, or the tokens, of a batch."""
+        """Group the sequences, or the tokens, of a batch by their widths."""
         assert width.index is not None
         index_n, choices = width.index.flatten(), width.choices
         all_counts = torch.bincount(index_n, minlength=len(choices)).tolist()
@@ -44,23 +47,23 @@ class RowGroups:
 
     @property
     def rows(self) -> Sequence[Tensor]:
-        """The places of each group's rows."""
+        """Indices in the batch of each group's rows."""
         return self.split(self.order)
 
     def permute(self, rows: Tensor) -> list[Tensor]:
-        """The rows of each group: of a batch, (num_rows, ...) to (count, ...) a group."""
+        """Gather the rows of each group from a batch: (num_rows, ...) to (count, ...) for each group."""
         return self.split(Permute.apply(rows, self.order))
 
     def unpermute(self, rows: Tensor) -> Tensor:
-        """Rows back in their places, and zeros for those of width 0: inverse of `gather`, joined."""
+        """Return grouped rows (n, ...) to their places, (num_rows, ...), with zeros for rows of width 0."""
         return Unpermute.apply(rows, self.order, self.num_rows)
 
     def split(self, rows: Tensor) -> list[Tensor]:
-        """Those of each group, from sorted ones."""
+        """Split grouped rows (n, ...) into one tensor for each group."""
         return list(rows.split(self.counts))
 
     def factors(self, gate: Tensor) -> list[Tensor]:
-        """The factor of each unit that a group runs, from those of bands, `index.shape + (K,)`: (count, width)."""
+        """Expand gates of bands, `index.shape + (K,)`, to a factor of each unit that a group runs: (count, width)."""
         found = []
         for part, units in zip(self.permute(gate.flatten(0, gate.ndim - 2)), self.widths, strict=True):
             choices = self.choices[: self.choices.index(units) + 1]
@@ -85,7 +88,7 @@ def zero_skipped(added_B1D: Tensor, width: Width) -> Tensor:
 
 
 class Permute(Function):
-    """Each row is taken once, so that gradients are put, not added."""
+    """Gather rows. Each is taken at most once, so its gradient is written, not added."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, order: Tensor) -> Tensor:
@@ -95,12 +98,12 @@ class Permute(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        """Back into their places."""
+        """Write each gradient row to the place of its input row."""
         return scatter_rows(grads[0], ctx.order, ctx.num_rows), None
 
 
 class Unpermute(Function):
-    """The inverse."""
+    """Scatter rows to their places: the inverse of `Permute`."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, order: Tensor, num_rows: int) -> Tensor:
@@ -110,12 +113,12 @@ class Unpermute(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        """To each its own."""
+        """Route each gradient row back to the input row it came from."""
         return grads[0].index_select(0, ctx.order), None, None
 
 
 def scatter_rows(rows: Tensor, places: Tensor, num_rows: int) -> Tensor:
-    """Rows in their places among others, which are 0."""
+    """Write rows to their places among `num_rows` rows; the others are 0."""
     if len(places) < num_rows:
         return rows.new_zeros((num_rows, *rows.shape[1:])).index_copy_(0, places, rows)
     origin = torch.empty_like(places).index_copy_(0, places, torch.arange(num_rows, device=places.device))

@@ -1,7 +1,7 @@
-"""Attention of queries that are scattered over a batch, since tokens ask for different numbers of heads.
+"""Ragged attention: tokens of one batch differ in their number of query heads.
 
-The heads between two neighbouring widths, a band, serve the tokens that reach them. These move up to seats in rows that
-are padded to the sequence with most of them, so that no score is computed that no token asked for, but for the padding.
+Heads between two neighbouring widths form a head band. Its queries, those of the tokens that are wide enough, are
+gathered into slots, padded to the sequence with most of them. So only the padding costs scores that nobody needs.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ Places = Sequence[tuple[slice, slice]]  # rows and heads
 
 @dataclass(frozen=True)
 class HeadBand:
-    """KV groups whose heads look from the same seats.
+    """KV groups whose heads serve the same tokens.
 
     Attributes:
-        start: first of them.
-        end: what follows the last.
-        tokens: flat indices of those that reach the first of them, sorted as the groups are, (n,).
+        start: first KV group.
+        end: KV group after the last.
+        tokens: flat indices of the tokens that are wide enough, in the order of the row groups, (n,).
         seats: that they look from, in each sequence; as many as positions: from their own.
     """
 
@@ -40,7 +40,7 @@ class HeadBand:
 
 
 def split_into_bands(width: Width, groups: RowGroups) -> list[HeadBand]:
-    """One from each width to the next; those that all tokens of some sequence reach are one, and all positions look."""
+    """Make a band from each width to the next. Bands that all tokens of a sequence reach are merged, without slots."""
     widths_BL = width.units_by_row
     ends, numbers = groups.widths[::-1], list(accumulate(groups.counts))[::-1]
     most = torch.stack([(widths_BL >= end).sum(1).max() for end in ends]).tolist()
@@ -56,10 +56,10 @@ def split_into_bands(width: Width, groups: RowGroups) -> list[HeadBand]:
 def attend_ragged(
     q_BHLE: Tensor, k_BGLE: Tensor, v_BGLE: Tensor, *, width: Width, groups: RowGroups, context: AttentionContext
 ) -> list[Tensor]:
-    """What the queries of each group of tokens find: (count, heads, E) a group.
+    """Compute the attention of each group of tokens: (count, heads, E) for each group.
 
     Args:
-        q_BHLE: queries at their positions, 0 where a token did not ask for a head.
+        q_BHLE: queries at their positions, 0 where a token has no such head.
         k_BGLE: keys of the widest choice.
         v_BGLE: values of the widest choice.
         width: of every token, (B, L).
@@ -81,7 +81,7 @@ def attend_ragged(
 
 
 class JoinBlocks(Function):
-    """Parts in their places of one tensor, the rest of which nobody reads."""
+    """Write blocks into one tensor; the rest of it is not initialised."""
 
     @staticmethod
     def forward(ctx: Any, places: Places, shape: tuple[int, ...], *parts: Tensor) -> Tensor:
@@ -91,12 +91,12 @@ class JoinBlocks(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Cut out again."""
+        """Slice the gradient of each block out."""
         return None, None, *(grads[0][place] for place in ctx.places)
 
 
 class SplitBlocks(Function):
-    """Parts of one tensor that don't overlap."""
+    """Slice blocks that do not overlap out of one tensor."""
 
     @staticmethod
     def forward(ctx: Any, whole: Tensor, places: Places) -> tuple[Tensor, ...]:
@@ -106,12 +106,12 @@ class SplitBlocks(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        """Put together again."""
+        """Write the gradients of the blocks into one tensor."""
         return join_blocks(grads, ctx.places, grads[0].new_zeros(ctx.shape)), None
 
 
 def join_blocks(parts: Sequence[Tensor], places: Places, whole: Tensor) -> Tensor:
-    """Parts in their places."""
+    """Write each part to its slice of a tensor."""
     for place, part in zip(places, parts, strict=True):
         whole[place] = part
     return whole
@@ -120,13 +120,13 @@ def join_blocks(parts: Sequence[Tensor], places: Places, whole: Tensor) -> Tenso
 def attend_band(
     q_mHE: Tensor, k_BGLE: Tensor, v_BGLE: Tensor, band: HeadBand, *, width: Width, context: AttentionContext
 ) -> Tensor:
-    """What a band's heads find for its tokens: (all tokens, H, E) to (n, H, E).
+    """Compute the attention of one head band: (all tokens, H, E) to (n, H, E).
 
     Args:
-        q_mHE: queries of its heads, of all tokens in their places.
-        k_BGLE: keys of its KV groups.
-        v_BGLE: values of its KV groups.
-        band: which these are.
+        q_mHE: queries of the band's heads, of all tokens.
+        k_BGLE: keys of the band's KV groups.
+        v_BGLE: values of the band's KV groups.
+        band: the band.
         width: of every token, (B, L).
         context: what a token may look at.
     """
@@ -147,16 +147,16 @@ def attend_band(
 
 
 class PadQueries(Function):
-    """Queries of those who sit; what an empty seat finds is not asked for."""
+    """Gather queries into padded slots. Outputs of empty slots are discarded."""
 
     @staticmethod
     def forward(ctx: Any, q_mHE: Tensor, token_of_slot: Tensor, slot: Tensor, tokens: Tensor) -> Tensor:
-        """(all tokens, H, E) to (all seats, H, E)."""
+        """Gather (all tokens, H, E) to (all slots, H, E)."""
         ctx.slot, ctx.tokens, ctx.num_tokens = slot, tokens, len(q_mHE)
         return q_mHE.index_select(0, token_of_slot)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """From the seats that were taken, once each."""
+        """Write the gradient of each filled slot to its token."""
         taken = grads[0].index_select(0, ctx.slot)
         return scatter_rows(taken, ctx.tokens, ctx.num_tokens), None, None, None
