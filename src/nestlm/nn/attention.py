@@ -141,7 +141,7 @@ class GroupedQueryAttention(nn.Module):
     def project(
         self, parts: Sequence[Tensor], queries: Sequence[int], keys: Sequence[int], *, context: AttentionContext
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Project parts (b, L, D) to queries, keys and values of the given KV groups, (b, heads or groups, L, E) each."""
+        """Project parts (b, L, D) to queries, keys and values of the first KV groups, (b, heads or groups, L, E)."""
         kept = [units * self.head_dim for units in keys]
         outputs = [[units * self.query_rows for units in queries], kept, kept]
         for q, k, v in zip(*prefix_products(parts, [self.q, self.k, self.v], outputs=outputs), strict=True):

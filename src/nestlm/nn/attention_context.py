@@ -43,7 +43,7 @@ class AttentionContext:
 
     @cached_property
     def dense_mask(self) -> Tensor | None:
-        """The mask as a tensor, also of a causal call: (B or 1, L, tokens so far); None where all tokens are visible."""
+        """The mask as a tensor, also of a causal call: (B or 1, L, tokens so far); None where all is visible."""
         if self.mask is not None:
             return self.mask[:, 0]
         if not self.causal:

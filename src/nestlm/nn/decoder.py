@@ -131,7 +131,7 @@ class Decoder(nn.Module):
         last: int | None = None,
         output_fn: OutputFn = F.linear,
     ) -> DecoderOutput:
-        """Run the model and apply `output_fn` to the normalised residual stream; by default return logits of the next token.
+        """Run the model and apply `output_fn`, by default the head: logits of the next token.
 
         Args:
             tokens_BL: token ids, (B, L), with those in the cache at most the context length.
@@ -210,7 +210,7 @@ class Decoder(nn.Module):
 
 
 def document_mask(documents_BL: Tensor, *, num_queries: int) -> Tensor:
-    """Make the causal mask of the last `num_queries` tokens within documents: (B, 1, queries, L), True where visible."""
+    """Make the causal mask of the last `num_queries` tokens within documents: (B, 1, queries, L), True: visible."""
     length = documents_BL.shape[1]
     same_BLL = documents_BL[:, length - num_queries :, None] == documents_BL[:, None, :]
     return same_BLL.tril(length - num_queries).unsqueeze(1)

@@ -79,7 +79,7 @@ class YarnScaling:
         return 0.1 * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
 
     def stretch(self, frequencies: Tensor, *, theta: float) -> Tensor:
-        """Keep dimensions that turn `beta_fast` times within the original context; divide those of `beta_slow` turns."""
+        """Keep dimensions of `beta_fast` turns within the original context; divide those of `beta_slow` turns."""
         dim = 2 * len(frequencies)
 
         def dimension(turns: float) -> float:
