@@ -277,7 +277,7 @@ def not_finite(deviations: list[Tensor], *, library: str) -> ExportError:
     """Return the error for logits that are not finite; its message blames the nested model or the export's dtype.
 
     Args:
-        deviations: standard deviations of the nested model's logits, one a row; not finite if those logits are not.
+        deviations: standard deviations of the nested model's logits, one per row; not finite if those logits are not.
         library: name of the library that opened the export.
     """
     if not torch.stack(deviations).isfinite().all():

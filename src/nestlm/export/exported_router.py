@@ -35,7 +35,7 @@ class ExportedRouter:
     def from_plan(
         cls, router: PlanningRouter, plan: Plan, *, axes: tuple[Axis, ...], config: DecoderConfig
     ) -> ExportedRouter:
-        """Collect what a router needs to keep a budget by a plan.
+        """Collect networks, prices and refill rates of all sites that a plan leaves to the tokens.
 
         Args:
             router: the dynamic router.

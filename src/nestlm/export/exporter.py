@@ -97,7 +97,7 @@ def export_model(
     Args:
         nested: the run's model.
         chosen: the sub-network or dynamic router to export.
-        out: a folder that does not exist yet, or is empty; after an error nothing is left of it.
+        out: a folder that does not exist yet, or is empty; after an error other than the hub's nothing is left of it.
         form: `hf` for transformers, `gguf` for llama.cpp.
         precision: precision of the weights; None: the parent's, float32 for a model that was trained from scratch.
         facts: facts about the run for the model card.
@@ -147,7 +147,15 @@ def export_model(
 def write_transformers_folder(
     small: Decoder, nested: ExportSource, folder: Path, *, dtype: torch.dtype | None, routing: ExportedRouter | None
 ) -> None:
-    """Write a sub-network and a tokenizer into a folder that transformers opens."""
+    """Write a model and its tokenizer into a folder that transformers opens.
+
+    Args:
+        small: the stored model.
+        nested: the run's model, which `small` was cut from.
+        folder: an empty folder.
+        dtype: dtype of the weights; None: the parent's.
+        routing: the dynamic router to store; None: the model has none.
+    """
     brought = brings_tokenizer(nested)
     told = {"parent": nested.parent, "routing": routing, "dtype": dtype, "tokenizer": brought}
     hf_folder.write_hf_folder(small, nested.family, folder, **told)
@@ -163,7 +171,18 @@ def check_transformers_folder(
     routing: ExportedRouter | None,
     question: ExportReference,
 ) -> ExportCheck:
-    """Compare what transformers computes from a written folder with the nested model."""
+    """Check a folder that `write_transformers_folder` wrote: first its code, then the logits that it computes.
+
+    Args:
+        small: the stored model.
+        nested: the run's model.
+        folder: the folder.
+        routing: the stored dynamic router; None: the model has none.
+        question: the model and text to compare with.
+
+    Raises:
+        ExportError: the folder holds foreign code, or its logits differ by more than the limit.
+    """
     kind = hf_folder.modelling_file(small, nested.family, routing)
     hf_folder.check_code(folder, nested.family, kind)
     tokenizer = load_tokenizer(nested.tokenizer)

@@ -70,7 +70,7 @@ class RunGroup:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A table over runs.
+    """A table over runs: a row for each combination of settings, a column for each budget.
 
     Attributes:
         keys: the settings that distinguish the rows.

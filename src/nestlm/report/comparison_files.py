@@ -11,7 +11,13 @@ from nestlm.utils.console import output
 
 
 def write_comparison(comparison: Comparison, *, folder: Path, title: str) -> None:
-    """Write comparison.md, .csv, .tex and .html, and print the table as Markdown."""
+    """Write comparison.md, .csv, .tex and .html into a folder, and print the table as Markdown.
+
+    Args:
+        comparison: the comparison.
+        folder: the folder, created if it does not exist.
+        title: title of the HTML page.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     markdown = to_markdown(comparison)
     written = {

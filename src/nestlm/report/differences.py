@@ -63,7 +63,7 @@ def changed_specs(then: Path, now: Path) -> list[str]:
 
 
 def changed_origins(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """List differences between two provenances, a line each. Keys that only one of them has are left out."""
+    """List differences between two provenances, one line per key. Keys that only one of them has are left out."""
     old, new = dict(flat_items(dict(then))), dict(flat_items(dict(now)))
     lines = []
     for name in old:

@@ -1,4 +1,4 @@
-"""Write a comparison as Markdown, CSV and LaTeX."""
+"""Format a comparison as Markdown, CSV and LaTeX."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def is_bold(comparison: Comparison) -> pd.DataFrame:
 
 
 def to_markdown(comparison: Comparison) -> str:
-    """Write the table, its caption and its notes as Markdown."""
+    """Return the table, its caption and its notes as Markdown text."""
     texts, bold = comparison.texts.replace(r"\|", r"\\|", regex=True), is_bold(comparison)
     table = texts.mask(bold, "**" + texts + "**")
     parts = [markdown_table(list(table.columns), table.to_numpy().tolist()), caption(comparison), *comparison.notes]
@@ -36,7 +36,7 @@ def to_markdown(comparison: Comparison) -> str:
 
 
 def to_csv(comparison: Comparison) -> str:
-    """Write one line for each cell as CSV, with numbers in full precision."""
+    """Return the cells as CSV text, one line for each cell, with numbers in full precision."""
     cells = comparison.cells.reset_index()
     labels = pd.DataFrame([comparison.groups[row].label for row in cells["row"]], columns=list(comparison.keys))
     seeds = comparison.answers.groupby(["row", "budget"], sort=False)["seed"]
@@ -47,7 +47,7 @@ def to_csv(comparison: Comparison) -> str:
 
 
 def to_latex(comparison: Comparison) -> str:
-    r"""Write the table in LaTeX for `\usepackage{booktabs}`, with caption and notes as comments."""
+    r"""Return the table as LaTeX text for `\usepackage{booktabs}`, with caption and notes as comments."""
     bold = is_bold(comparison).replace({True: r"textbf:--rwrap;", False: ""})
     style: Any = comparison.texts.style.hide(axis="index").format(escape="latex").format_index(escape="latex", axis=1)
     columns = "l" * len(comparison.keys) + "r" * (len(comparison.budgets) + 1)

@@ -1,4 +1,4 @@
-"""Write a comparison as one self-contained HTML file: tables, plots, and the provenance of each run."""
+"""Format a comparison as one self-contained HTML page: tables, plots, and the provenance of each run."""
 
 from __future__ import annotations
 

@@ -149,7 +149,7 @@ def timing_row(what: str, seconds: float, cached: bool, trained: TrainingResult 
 
 
 def write_specs(folder: Path, evaluated: EvaluateResult, *, router: str) -> None:
-    """Write the sub-network or plan that the run's router chose for each budget, a JSON file a budget.
+    """Write the sub-network or plan that the run's router chose for each budget, one JSON file per budget.
 
     Args:
         folder: the folder to fill; other JSON files in it are removed.

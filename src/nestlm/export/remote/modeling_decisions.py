@@ -78,10 +78,10 @@ class Routing:
         """Find the documents in the mask, and read their state from the cache. Calls after the first do nothing.
 
         Args:
-            mask: attention mask (B or 1, 1, L, S), bool or added to scores; None: a document a row, without padding.
+            mask: attention mask (B or 1, 1, L, S), bool or added to scores; None: one document per row, no padding.
             cache: the KV cache; None: there is none.
             batch: number of rows.
-            length: number of tokens a row in this call.
+            length: number of tokens per row in this call.
 
         Raises:
             ValueError: the cache holds other tokens than those for which this model decided.
@@ -101,7 +101,7 @@ class Routing:
             self.documents = Documents(mask, start, batch=batch, length=length)
 
     def kept(self, site: Site, opening: Tensor) -> Tensor:
-        """Return each document's state at a site from earlier calls, or `opening` (a row a document) for new ones."""
+        """Return each document's state at a site from earlier calls, or its row of `opening` if it starts here."""
         before = self.before.get(site)
         if before is None or self.documents is None:
             return opening if before is None else before
@@ -109,7 +109,7 @@ class Routing:
         return torch.where(begins_R, opening, before[self.documents.row_R.to(before.device)])
 
     def leave(self) -> None:
-        """Keep the state of the last document of each row with the KV cache, and forbid to reorder the cache's rows."""
+        """Keep the state of the last document of each row with the KV cache, and forbid reordering the cache's rows."""
         if self.cache is None:
             return
         after = self.after
@@ -183,7 +183,7 @@ class Chooser(nn.Module):
         return index if documents is None else documents.gather(index, hidden_BLD.shape[:2])
 
     def opening(self, rows: int) -> Tensor:
-        """Return the state of new documents, a row each."""
+        """Return the state of new documents, one for each of `rows` rows."""
         if self.prompt_tokens:  # columns: K sums of scores, tokens seen, the decision or -1
             return F.pad(self.scale.new_zeros(rows, self.choices + 1, dtype=torch.float64), (0, 1), value=-1.0)
         each = torch.cat((torch.zeros_like(self.prices), PATIENCE * (self.demands - self.aims[:, None])), dim=1)
@@ -195,7 +195,7 @@ class Chooser(nn.Module):
         A token uses the smallest of J multipliers at which earlier tokens would have spent no more than aimed at.
 
         Args:
-            scores_BLK: scores of the choices, a document a row.
+            scores_BLK: scores of the choices, one document per row.
             real_BL: False for padding; None: there is none.
             kept: state of the documents, (B, bounds, K + J): K balances, then J counts of spending beyond the aim.
 
@@ -228,7 +228,7 @@ class Chooser(nn.Module):
         That choice is the best by the mean scores of the first tokens, limited by what the document can pay.
 
         Args:
-            scores_BLK: scores of the choices, a document a row.
+            scores_BLK: scores of the choices, one document per row.
             real_BL: False for padding; None: there is none.
             kept: state of the documents, (B, K + 2): sums of scores, tokens seen, the decision or -1.
             saved: refills left over at each site that decided in this call, (B, bounds); this site's are added.

@@ -223,9 +223,9 @@ class RoutedLlamaAttention(LlamaAttention):
             v_BGSE: values.
             mask: attention mask of all tokens; None: causal.
             tokens: flat indices of the tokens, (n,).
-            seated: slot of each token, and slots a row, from `take_seats`.
+            seated: slot of each token, and slots per row, from `take_seats`.
             start: number of tokens in the cache before this call.
-            length: number of tokens a row in this call.
+            length: number of tokens per row in this call.
 
         Returns:
             Outputs of the heads (n, H, E).
@@ -263,7 +263,7 @@ def take_seats(reached_BL: Tensor, tokens: Tensor) -> tuple[Tensor, int]:
         tokens: flat indices of the chosen tokens, in any order.
 
     Returns:
-        Flat slot of each token of `tokens`, (n,), and the number of slots a row.
+        Flat slot of each token of `tokens`, (n,), and the number of slots per row.
     """
     seat_BL = reached_BL.cumsum(1) - 1
     seats = int(seat_BL[:, -1].max()) + 1
