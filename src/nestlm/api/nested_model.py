@@ -55,13 +55,13 @@ POLICIES = ("static", "dynamic")
 
 
 class NestedModel:
-    """One set of weights, and a router that finds a sub-network for any budget.
+    """A finished run: one set of weights, and a router that finds a sub-network for any budget.
 
     Attributes:
-        folder: of the run.
-        settings: of the run, on the device that was asked for.
-        decoder: after the last stage, on that device.
-        router: the run's own.
+        folder: folder of the run.
+        settings: settings of the run, with the device that was asked for.
+        decoder: the decoder after the last stage, on that device.
+        router: the router that the run trained.
     """
 
     def __init__(self, folder: Path, settings: Settings) -> None:
@@ -82,9 +82,9 @@ class NestedModel:
         """Open the nested model of a finished run.
 
         Args:
-            folder: of the finished run.
-            settings: its own, as this code understands them.
-            device: as torch names it; None: that of the run's trainer.
+            folder: folder of the finished run.
+            settings: its settings, as built from the config that the run stored.
+            device: a device name of torch, such as `cuda:0`; None: the device of the run's trainer.
 
         Raises:
             NestlmError: something is missing or damaged, or the device is not there.
@@ -151,7 +151,7 @@ class NestedModel:
     def at(self, budget: Any, *, router: str | None = None) -> AtBudget:
         """Find the sub-network, or the per-token policy, for a budget.
 
-        One of the run's budgets is answered as the run did; to others its router finds an answer now.
+        For one of the run's budgets the stored result is returned; for others the router searches now.
 
         Args:
             budget: as in `budget=`: 0.6, "60%", "8GiB", or a list of limits that hold together.
@@ -159,7 +159,7 @@ class NestedModel:
                 what its router has measured.
 
         Raises:
-            BudgetError: no budget, or one that cannot be met.
+            BudgetError: the value is not a budget, or no sub-network meets it.
             ConfigError: the run has no such router.
         """
         asked = budget if isinstance(budget, Budget) else Budget.parse(budget)
@@ -169,7 +169,7 @@ class NestedModel:
         return self.known[asked, policy]
 
     def generate(self, prompt: str, *, budget: Any = 1.0, **options: Any) -> str:
-        """Continue a prompt until its document ends, or `max_tokens` are there; see `generate_batch`."""
+        """Continue a prompt until its document ends, or up to `max_tokens`; see `generate_batch` for the options."""
         return self.generate_batch([prompt], budgets=[budget], **options)[0]
 
     def generate_batch(
@@ -182,19 +182,19 @@ class NestedModel:
         sampling: Sampling = GREEDY,
         special_tokens: bool = False,
     ) -> list[str]:
-        """Continue prompts in one batch, each at a budget of its own. No row depends on the others.
+        """Continue prompts in one batch, each at its own budget. No continuation depends on the other prompts.
 
         Args:
             prompts: texts; each is the start of a document.
-            budgets: one a prompt, as in `at`.
+            budgets: one for each prompt, as in `at`.
             router: as in `at`.
-            max_tokens: of each continuation, at most.
-            sampling: how tokens are chosen; by default the likeliest.
+            max_tokens: largest number of tokens of each continuation.
+            sampling: how tokens are chosen; by default greedily.
             special_tokens: whether the name of a special token in a prompt becomes that token, and not plain text.
 
         Raises:
             BudgetError, ConfigError: as `at` does.
-            DataError: a prompt that does not fit into the context, or that the tokenizer cannot say.
+            DataError: a prompt does not fit into the context, or holds text that the tokenizer cannot encode.
         """
         encoded = [self.encode(prompt, special_tokens=special_tokens) for prompt in prompts]
         found = [self.at(budget, router=router) for budget in budgets]
@@ -210,7 +210,7 @@ class NestedModel:
             special_tokens: as `generate_batch` takes it.
 
         Raises:
-            DataError: the tokenizer cannot say it, or the model has no such token.
+            DataError: the tokenizer cannot encode the prompt, or gives an id outside the vocabulary of the model.
         """
         encoder = (
             tokenizers.make_text_encoder(self.tokenizer, special_tokens=True) if special_tokens else self.tokenizer
@@ -224,7 +224,14 @@ class NestedModel:
     def tokens(
         self, prompts: Sequence[Sequence[int]], found: Sequence[AtBudget], *, max_tokens: int, sampling: Sampling
     ) -> Iterator[list[int | None]]:
-        """Yield the next token of each prompt under its policy, step by step; None for a prompt that has ended."""
+        """Yield, at each step, the next token of each prompt; None for a prompt whose continuation has ended.
+
+        Args:
+            prompts: token ids of each prompt.
+            found: the policy of each prompt, as `at` returns it.
+            max_tokens: largest number of steps.
+            sampling: how tokens are chosen.
+        """
         if len(prompts) != len(found):
             raise ConfigError(f"budgets: got {len(found)} for {len(prompts)} prompts, wanted one a prompt")
         policy = batch_policy([each.routed for each in found], space=self.prices.space, device=self.device)
@@ -250,22 +257,22 @@ class NestedModel:
         limit: int | None = None,
         batch_size: int | None = None,
     ) -> list[dict[str, Any]]:
-        """Score budgets on held-out text and on tasks of the EleutherAI harness: a row a budget, one set of weights.
+        """Score budgets on held-out text and on tasks of the EleutherAI harness; return one row for each budget.
 
         Args:
             budgets: as in `at`; None: those of the run.
             router: as in `at`.
-            data: where text comes from: settings of the data group, or what `data.path=` takes. The validation split of
-                a prepared folder counts, of other text all, or with a `heldout_share` its validation split. None: the
-                run's own validation split.
-            tasks: of the harness, by name.
-            task_files: a folder of task files, which then are the only ones known.
-            shots: examples before a question, by task; by default the paper's, and else what the task says.
-            limit: of the questions of each task, the first ones only; None: all.
-            batch_size: of the tasks; None: data.eval_batch_size.
+            data: the text: settings of the data group, or a path as for `data.path=`. The validation split is scored
+                of a prepared folder, and of text with a `heldout_share`; all of it of other text. None: the run's
+                own validation split.
+            tasks: names of tasks of the harness.
+            task_files: a folder of task files; tasks are then looked up there only.
+            shots: number of few-shot examples, by task; by default the paper's number, else the task's own.
+            limit: number of questions of each task, from the first one; None: all.
+            batch_size: batch size of the tasks; None: `data.eval_batch_size`.
 
         Raises:
-            NestlmError: a budget, a text or a task that cannot be used.
+            NestlmError: a budget, a text or a task cannot be used.
         """
         found = [self.at(budget, router=router) for budget in (self.budgets if budgets is None else budgets)]
         run = None
@@ -289,7 +296,13 @@ class NestedModel:
         return rows
 
     def row(self, found: AtBudget, text: HeldOut, run: RunTasks | None) -> dict[str, Any]:
-        """Score a budget; returns a row with the columns of results.csv."""
+        """Score the policy found for a budget; return one row of results.csv, by column name.
+
+        Args:
+            found: the policy, as `at` returns it.
+            text: held-out text for loss, perplexity, bits per byte and accuracy.
+            run: scores a policy on the tasks of the harness; None: no tasks.
+        """
         trainer = make_trainer(self.settings.trainer)
         scores = evaluate(self.decoder, found.policy, loader=text.loader, trainer=trainer, prices=found.prices)
         spent = scores.spending[self.prices.main.name].mean
@@ -305,7 +318,12 @@ class NestedModel:
         }
 
     def find(self, budget: Budget, *, policy: str) -> AtBudget:
-        """Find the answer to a budget under a policy, from the run's own specs where they have it; see `at`."""
+        """Find the sub-network, or the per-token policy, for a budget; `at` caches what this returns.
+
+        Args:
+            budget: the parsed budget.
+            policy: `static` or `dynamic`. A budget of the run under its own policy is read from `specs/`.
+        """
         label, router = self.router_of(policy)
         kept = self.folder / "specs" / f"{budget}.json"
         if router is self.router and kept.is_file():
@@ -316,7 +334,11 @@ class NestedModel:
         return AtBudget(budget, label, routed, achieved, router.prices)
 
     def router_of(self, policy: str) -> tuple[str, Router]:
-        """Return label and router of a policy. Raises ConfigError where the run has none."""
+        """Return the label in results.csv, and the router, for `static` or `dynamic`.
+
+        Raises:
+            ConfigError: the run has no such router.
+        """
         own = self.settings.router
         if policy == own.policy:
             return own.label, self.router
@@ -332,7 +354,14 @@ class NestedModel:
         )
 
     def uniform(self, budget: Any) -> AtBudget:
-        """Find the best sub-network of equal widths in all layers. Raises BudgetError where none keeps the budget."""
+        """Find the best sub-network that has the same widths in all layers.
+
+        Args:
+            budget: as `at` takes it.
+
+        Raises:
+            BudgetError: none keeps the budget.
+        """
         asked = budget if isinstance(budget, Budget) else Budget.parse(budget)
         spec = best_uniform(self.prices, asked, calibration=lambda: self.calibration)
         return AtBudget(asked, "uniform", RoutedPolicy(fixed(spec), spec), self.prices.main.share(spec), self.prices)
@@ -348,16 +377,18 @@ class NestedModel:
         precision: str | None = None,
         push_to: str | None = None,
     ) -> ExportCheck:
-        """Write a stand-alone model, on the CPU, and check that it computes what the nested model does.
+        """Write the sub-network, or routed model, of a budget as a stand-alone model, and compare the outputs.
+
+        All computation is on the CPU.
 
         Args:
             out: a folder that does not exist yet, or is empty; it appears whole or not at all.
             budget: as `at` takes it.
             form: `hf` for transformers, `gguf` for llama.cpp.
-            uniform: the best sub-network with the same widths in all layers, whatever the router would choose.
+            uniform: export what `uniform` finds, instead of what the router finds.
             router: as `at` takes it.
-            precision: `f32`, `f16`, `bf16`, or `q8_0` of GGUF; None: the parent's.
-            push_to: OWNER/NAME on the hub; None: nowhere.
+            precision: `f32`, `f16`, `bf16`, or for GGUF `q8_0`; None: the dtype of the parent's weights.
+            push_to: OWNER/NAME on the Hugging Face hub, to upload the folder to; None: no upload.
 
         Raises:
             NestlmError: the budget cannot be met, or nothing is written: see `exporting.export`.
@@ -373,7 +404,15 @@ class NestedModel:
 
 
 def on_device(settings: Settings, device: str | None) -> Settings:
-    """Return settings whose trainer has one device. Raises ConfigError where this machine lacks it."""
+    """Return the settings with a trainer that uses one device.
+
+    Args:
+        settings: settings of a run.
+        device: a device name of torch, such as `cuda:0`; None: the accelerator of the run's trainer.
+
+    Raises:
+        ConfigError: this machine has no such device.
+    """
     chosen: dict[str, Any] = {"devices": 1, "num_nodes": 1, "strategy": "auto"}
     if device is not None:
         kind, _, number = device.partition(":")

@@ -1,4 +1,4 @@
-"""What commands do with a config: train, profile, verify a run, and load one.
+"""The commands `train`, `profile` and `verify`, and `nestlm.load`.
 
 The heavy imports wait until the config is composed and checked.
 """
@@ -61,7 +61,7 @@ def train(arguments: Sequence[str] | None = None) -> None:
 
 
 def run_job(config: DictConfig) -> float | None:
-    """Run one job, by itself or as one of a sweep, there in a process of its own where the launcher starts some.
+    """Run the composed config of `nestlm train`: a single run, or one job of a sweep.
 
     Returns:
         The run's pareto gap, which a sweeper minimises; None for a dry run.
@@ -90,7 +90,11 @@ def run_job(config: DictConfig) -> float | None:
 
 
 def run_config(config: DictConfig) -> FinishedRun | None:
-    """Check a composed config, build its settings, and run the pipeline on as many ranks as the trainer asks for."""
+    """Check a composed config, build its settings, and run the pipeline on as many ranks as the trainer asks for.
+
+    Returns:
+        The finished run; None for a dry run.
+    """
     plain = with_sizes(to_plain(config))
     trainer = plain.get("trainer")
     on_gpu = isinstance(trainer, dict) and trainer.get("accelerator") in ("gpu", "cuda", "auto")
@@ -103,7 +107,7 @@ def run_config(config: DictConfig) -> FinishedRun | None:
 
 
 def run_as_rank(plain: dict[str, Any]) -> FinishedRun | None:
-    """Run the pipeline as one rank of several, or as the only one."""
+    """Build the settings of a plain config, and run the pipeline in this process, which is one rank or the only one."""
     from nestlm.api.run_and_report import run_and_report
     from nestlm.distributed import collectives
     from nestlm.utils.console import console
@@ -117,7 +121,12 @@ def run_as_rank(plain: dict[str, Any]) -> FinishedRun | None:
 
 
 def profile(overrides: list[str], *, out: Path) -> None:
-    """Measure the latency table of the model that overrides describe, print it, and write it to a file."""
+    """Run `nestlm profile`: measure the latency table of a model, print it, and write it to `out`.
+
+    Args:
+        overrides: Hydra overrides that describe the model; without one of `cost`, `cost=latency` is added.
+        out: the file of the table.
+    """
     with plain_errors():
         counted = [] if any(override.startswith("cost=") for override in overrides) else ["cost=latency"]
         plain = with_sizes(compose([*counted, *overrides]))
@@ -128,13 +137,13 @@ def profile(overrides: list[str], *, out: Path) -> None:
 
 
 def verify(folder: Path, *, out: Path | None, tolerance: float, overrides: Sequence[str] = ()) -> bool:
-    """Run a finished run again and compare the results.
+    """Run `nestlm verify`: repeat a finished run without the cache, and compare the results.
 
     Args:
         folder: the finished run's folder.
         out: the folder where the second run works and stays; None: a temporary one.
-        tolerance: by how much numbers may differ.
-        overrides: where text and weights are now.
+        tolerance: largest difference of two numbers that count as equal.
+        overrides: Hydra overrides for text and weights that have moved since the run.
 
     Returns:
         Whether the results are the same.
@@ -152,10 +161,14 @@ def verify(folder: Path, *, out: Path | None, tolerance: float, overrides: Seque
 
 
 def verify_as_rank(again: tuple[dict[str, Any], Path, Path, float, tuple[str, ...]]) -> bool:
-    """Run a finished run again as one rank of several, or as the only one.
+    """Do the work of `verify` in this process, which is one rank or the only one.
 
     Args:
-        again: config, the finished run's folder, the second run's folder, tolerance, allowed plug-ins.
+        again: config, the finished run's folder, the second run's folder, tolerance, allowed plug-ins: one tuple, as
+            `in_ranks` passes one argument.
+
+    Returns:
+        Whether the results are the same.
     """
     from nestlm.api import reproduce
 
@@ -165,11 +178,11 @@ def verify_as_rank(again: tuple[dict[str, Any], Path, Path, float, tuple[str, ..
 
 
 def in_ranks(work: Callable[[Any], T], argument: Any, *, num_ranks: int) -> T:
-    """Call a function in processes that are started for it, and return what rank 0 returned.
+    """Call a function on `num_ranks` new processes, and return what rank 0 returned.
 
     Args:
-        work: a function of a module.
-        argument: its one argument, a plain value.
+        work: a function at the top level of a module, since it is pickled.
+        argument: its only argument, which is pickled too.
         num_ranks: processes to start; 0: call the function in this process.
     """
     if not num_ranks:

@@ -22,19 +22,19 @@ COMPUTE = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 class ShardedStrategy(ModelParallelStrategy):
-    """Hold copies of a model, each in shards.
+    """Train with FSDP2 on a mesh (copies, shards): each copy of the model is split over `shards` ranks.
 
-    The process group outlives the trainers of a run's stages. Models are placed before a trainer sees them, so that
-    stages can read weights, rank and search with them, too.
+    The process group outlives the trainers of a run's stages. Stages place models on the mesh
+    before they pass them to a trainer, because they also read, rank and search weights without a trainer.
     """
 
     def __init__(self, *, shards: int | None, timeout_hours: float) -> None:
-        """Set the layout; no process group is started yet.
+        """Store the layout; `start` starts the process group.
 
         Args:
-            shards: ranks that hold one copy between them; null: all ranks; 1: every rank holds a copy.
-            timeout_hours: that ranks wait for each other, such as for rank 0, which prepares data alone. A rank that
-                died ends the others at once.
+            shards: number of ranks over which one copy is split; None: all ranks; 1: every rank holds a copy.
+            timeout_hours: how long a collective waits for other ranks, such as for rank 0, which prepares data alone.
+                When a rank dies, the others end at once.
         """
         # checkpoints are gathered and written by the CPU, also where GPUs train
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else None
@@ -46,7 +46,7 @@ class ShardedStrategy(ModelParallelStrategy):
         """Start the process group, unless it runs; return the mesh (copies, shards).
 
         Raises:
-            ConfigError: the ranks cannot be divided so.
+            ConfigError: `shards` does not divide the number of ranks.
         """
         self._setup_distributed()
         shards = self.world_size if self.shards is None else self.shards
@@ -57,28 +57,31 @@ class ShardedStrategy(ModelParallelStrategy):
         return make_mesh(self.root_device.type, self.world_size // shards, shards)
 
     def setup_environment(self) -> None:
-        """Lightning's hook: the same mesh for every trainer of the process."""
+        """Set the device mesh (a hook of Lightning); all trainers of the process share it."""
         self._device_mesh = self.start()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Nothing: `save_checkpoint` takes it from the model, in shards."""
+        """Return an empty dict, because `save_checkpoint` reads the shards from the model."""
         return {}
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Nothing: `save_checkpoint` takes it from the optimizer, in shards."""
+        """Return an empty dict, because `save_checkpoint` reads the shards from the optimizer."""
         del optimizer
         return {}
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
     ) -> None:
-        """Begin to write a folder; `saving` ends when it is whole."""
+        """Start to write a checkpoint folder in the background; the future `saving` completes when it is written."""
         del storage_options
         assert self.model is not None, "there is something to save"
         self.saving = sharded.save(Path(filepath), self.model, self.optimizers[0], loops=checkpoint)
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Fill model and optimizer from a folder that any number of ranks wrote."""
+        """Load a checkpoint folder into model and optimizer; return what else `save_checkpoint` was given.
+
+        The folder may come from another number of ranks.
+        """
         del weights_only
         assert self.model is not None, "there is something to fill"
         return sharded.load(Path(checkpoint_path), self.model, self.optimizers[0])
@@ -86,12 +89,12 @@ class ShardedStrategy(ModelParallelStrategy):
 
 @lru_cache
 def make_mesh(device_type: str, copies: int, shards: int) -> DeviceMesh:
-    """Make the mesh of a shape; each process has one mesh a shape."""
+    """Return the mesh (copies, shards). Calls with equal arguments return the same mesh."""
     return init_device_mesh(device_type, (copies, shards), mesh_dim_names=("copies", "shards"))
 
 
 def placement_for(trainer: L.Trainer) -> ModelPlacement:
-    """Where a trainer's models are held; ranks meet here."""
+    """Return the device and mesh on which a trainer's models are placed. All ranks have to call it together."""
     strategy = trainer.strategy
     if not isinstance(strategy, ShardedStrategy):
         return ModelPlacement(strategy.root_device)
@@ -102,7 +105,10 @@ def placement_for(trainer: L.Trainer) -> ModelPlacement:
 
 
 def count_ranks_to_start(trainer: L.Trainer) -> int:
-    """How many ranks this process has to start on its machine; 0 where it is one itself, or works alone."""
+    """Return how many ranks this process has to start on its machine.
+
+    0 means none: this process is a rank already, or the only one.
+    """
     environment = trainer.strategy.cluster_environment if isinstance(trainer.strategy, ShardedStrategy) else None
     if environment is None or environment.creates_processes_externally or trainer.world_size == 1:
         return 0

@@ -46,7 +46,7 @@ Indices = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Bench:
-    """A decoder with random weights, and what it is run on."""
+    """A decoder with random weights, its input, and a cache where single tokens are decoded."""
 
     decoder: Decoder
     tokens_BL: Tensor
@@ -54,7 +54,13 @@ class Bench:
 
     @classmethod
     def make(cls, cost: Latency, *, config: DecoderConfig, device: torch.device) -> Bench:
-        """Allocate the decoder and the tokens, and for decoding a cache that has room for one token more."""
+        """Allocate the decoder, random tokens, and for decoding a KV cache with room for one more token.
+
+        Args:
+            cost: gives dtype, phase, batch size and context length.
+            config: sizes of the decoder.
+            device: where everything is allocated.
+        """
         dtype = getattr(torch, cost.dtype)
         generator = torch.Generator(device).manual_seed(0)
         with torch.device("meta"):
@@ -74,13 +80,21 @@ class Bench:
         return cls(decoder, tokens_BL, cache)
 
     def run(self, policy: Policy) -> None:
-        """Run one pass and reset the cache's length."""
+        """Run one forward pass, then set the cache back to the length that it had before."""
         self.decoder(self.tokens_BL, policy, cache=self.cache)
         if self.cache is not None:
             self.cache.num_tokens -= 1
 
     def times(self, policies: Sequence[Policy], *, repeats: int, what: str) -> Array:
-        """Time each policy, in milliseconds: medians over repeats in which all take turns, so drifts hit all alike."""
+        """Time the forward pass of each policy; return medians over repeats, in milliseconds.
+
+        Each repeat runs all policies, one after another, so that a drift of the clock rate affects all of them.
+
+        Args:
+            policies: the policies.
+            repeats: timed passes of each policy, after `WARM_UP` passes.
+            what: label of the progress bar.
+        """
         device = self.tokens_BL.device
         found: list[list[float]] = [[] for _ in policies]
         for repeat in track(range(WARM_UP + repeats), what, total=WARM_UP + repeats):
@@ -96,7 +110,14 @@ class Bench:
 
 @torch.inference_mode()
 def profile(cost: Latency, *, space: SearchSpace, config: DecoderConfig, device: torch.device) -> LatencyTable:
-    """Measure the prices of a space's choices on a device."""
+    """Measure the latency table of a decoder: the price of each choice, in milliseconds.
+
+    Args:
+        cost: gives phase, dtype, batch size, context length and repeats.
+        space: the choices.
+        config: sizes of the whole decoder.
+        device: where the decoder is timed.
+    """
     keep_freed_blocks(device)  # as where the model trains and serves
     bench = Bench.make(cost, config=config, device=device)
     alike = [group_of(site, config=config, space=space) for site in space.sites]
@@ -121,7 +142,17 @@ def profile(cost: Latency, *, space: SearchSpace, config: DecoderConfig, device:
 
 
 def measure_specs(bench: Bench, *, space: SearchSpace, alike: list[int], repeats: int) -> tuple[float, Rows, float]:
-    """Measure the constant, prices and error of the static table; runs that check the fit take turns with its own."""
+    """Measure the table for specs that all tokens share.
+
+    Args:
+        bench: the decoder.
+        space: the choices.
+        alike: group of each site; sites of one group get the same prices.
+        repeats: timed passes of each run.
+
+    Returns:
+        The constant, the prices of each site's choices, and the mean error on random specs that the fit does not see.
+    """
     designs = spec_designs(space)
     checked = random_specs(space, count=CHECKED_SPECS, generator=np.random.default_rng(1))
     runs = np.concatenate([designs, checked])
@@ -135,10 +166,20 @@ def measure_specs(bench: Bench, *, space: SearchSpace, alike: list[int], repeats
 def measure_mixes(
     bench: Bench, static: tuple[float, Rows], *, space: SearchSpace, alike: list[int], repeats: int
 ) -> tuple[dict[str, object], float]:
-    """Measure the fields of the table's part per token, and its error.
+    """Measure the part of the table for choices per token.
 
-    In some runs only one axis decides. What the other sites take is known from the static table, so the rest is what
-    deciding costs.
+    In some runs only one axis decides. The time of the other sites is known from the static table and is subtracted;
+    the rest is the time of the sites that decide.
+
+    Args:
+        bench: the decoder.
+        static: constant and prices that `measure_specs` returned.
+        space: the choices.
+        alike: group of each site; sites of one group get the same prices.
+        repeats: timed passes of each run.
+
+    Returns:
+        The field `per_token` of the table, and the mean error on random mixes that the fit does not see.
     """
     tokens, device = bench.tokens_BL.numel(), bench.tokens_BL.device
     designs = mix_designs(space, tokens)
@@ -164,8 +205,8 @@ class Mix:
     """A run in which tokens differ at some sites.
 
     Attributes:
-        indices: choices, (sites, tokens); at a site that does not decide all are the same.
-        decides: of each site.
+        indices: index of the choice, (sites, tokens); at a site that does not decide, all tokens have the same.
+        decides: for each site, whether it decides for each token.
     """
 
     indices: Indices
@@ -173,11 +214,11 @@ class Mix:
 
     @classmethod
     def all(cls, indices: Indices) -> Mix:
-        """Make a run in which every site decides."""
+        """Make a mix in which every site decides."""
         return cls(indices, (True,) * len(indices))
 
     def policy(self, space: SearchSpace, *, shape: torch.Size, device: torch.device) -> Policy:
-        """Return the policy by which the decoder runs the mix."""
+        """Return the policy that gives each token of a batch of this shape its choices."""
         decisions = {}
         for (site, widths), index, decides in zip(space.choices.items(), self.indices, self.decides, strict=True):
             drawn = torch.from_numpy(index).view(shape).to(device)
@@ -185,35 +226,53 @@ class Mix:
         return constant(decisions)
 
     def reach(self, space: SearchSpace) -> Array:
-        """Return what `reached` returns, with 0 at sites that do not decide."""
+        """Compute `reached` of the mix, with 0 at sites that do not decide."""
         return reached(self.indices, space) * np.array(self.decides, dtype=float)[:, None]
 
     def fixed_price(self, rows: Rows, space: SearchSpace) -> float:
-        """Sum the static prices of the sites that do not decide, times the share of tokens that run their blocks."""
+        """Predict the time of the sites that do not decide, in milliseconds.
+
+        Each such site takes the static price of its choice, times the share of tokens that run its block.
+
+        Args:
+            rows: static prices of each site's choices, in the order of the space.
+            space: the choices.
+        """
         sites = zip(rows, self.indices, self.decides, running(self.indices, space).mean(1), strict=True)
         return sum(share * row[int(index[0])] for row, index, decides, share in sites if not decides)
 
 
 def router_time(without: float, narrow: float, wide: float) -> RouterTime:
-    """Fit a line, never below 0, to the extra times of routers whose networks have the two `ROUTER_WIDTHS`."""
+    """Fit the time of a router as a constant plus a price for each unit of the hidden width, neither below 0.
+
+    Args:
+        without: time of a pass without a router, in milliseconds.
+        narrow: time with networks of the first of `ROUTER_WIDTHS`.
+        wide: time with networks of the second.
+    """
     low, high = ROUTER_WIDTHS
     per_unit = max(0.0, (wide - narrow) / (high - low))
     return RouterTime(constant=max(0.0, narrow - low * per_unit - without), per_unit=per_unit)
 
 
-# designs: choice indices, (sites,) of a spec, (sites, tokens) of a mix
+# designs: arrays of choice indices; a spec is (sites,), a mix (sites, tokens)
 
 
 def spec_designs(space: SearchSpace) -> Indices:
-    """Design runs that tell prices apart: none, each choice of an axis with the others skipped or full, random."""
+    """Choose the specs from whose times the prices are fitted, (count, sites).
+
+    They are: everything skipped, each choice of one axis with the other axes skipped or full, and random specs.
+    """
     runs = [lowest(space)[None], one_axis_at_a_time(space, narrowest=SKIPPED)]
     return np.concatenate([*runs, random_specs(space, count=RANDOM_RUNS, generator=np.random.default_rng(0))])
 
 
 def mix_designs(space: SearchSpace, tokens: int) -> list[Mix]:
-    """Design mixes that tell prices apart: most tokens at a choice of an axis, others narrowest or full, random.
+    """Choose the mixes from whose times the prices per token are fitted.
 
-    A tenth of the tokens is elsewhere, since a site whose tokens all agree runs fewer products than any real mix.
+    They are: most tokens at one choice of one axis with the other axes narrowest or full, random mixes, and random
+    mixes in which only one axis decides. In the first kind a tenth of the tokens choose at random, since a site at
+    which all tokens agree needs fewer matrix products than a real mix.
     """
     generator = np.random.default_rng(0)
     alike = one_axis_at_a_time(space, narrowest=0)[:, :, None]
@@ -229,12 +288,20 @@ def mix_designs(space: SearchSpace, tokens: int) -> list[Mix]:
 
 
 def lowest(space: SearchSpace) -> Indices:
-    """Return the indices at which nothing runs: that of width 0 where it is a choice, else `SKIPPED`."""
+    """Return the indices (sites,) at which nothing runs: the index of width 0 where it is a choice, else `SKIPPED`."""
     return np.array([SKIPPED if widths[0] else 0 for widths in space.choices.values()])
 
 
 def one_axis_at_a_time(space: SearchSpace, *, narrowest: int) -> Indices:
-    """List each choice of each axis in all layers, with the other axes at the narrowest and at the full choice."""
+    """List each choice of each axis, the same in all layers; the other axes are once at `narrowest`, once full.
+
+    Args:
+        space: the choices.
+        narrowest: index that stands for the narrowest: 0, or `SKIPPED`.
+
+    Returns:
+        Indices, (count, sites).
+    """
     full = np.array([len(widths) - 1 for widths in space.choices.values()])
     runs = []
     for axis in space.axes:
@@ -266,7 +333,7 @@ def reached(indices: Indices, space: SearchSpace) -> Array:
 
 
 def running(indices: Indices, space: SearchSpace) -> NDArray[np.bool_]:
-    """Return which tokens run the block of each site, (sites, tokens)."""
+    """Return whether each token runs the block of each site, (sites, tokens)."""
     rows = {site: row for row, site in enumerate(space.sites)}
     runs = np.ones(indices.shape, dtype=bool)
     for site, block_site in space.enclosing.items():
@@ -287,7 +354,7 @@ def group_of(site: Site, *, config: DecoderConfig, space: SearchSpace) -> int:
 
 
 def spec_policy(space: SearchSpace, indices: Indices) -> Policy:
-    """Make the policy of choice indices, (sites,), in which `SKIPPED` skips a site."""
+    """Make the policy that runs a spec, given as indices (sites,); `SKIPPED` skips a site."""
     return constant(
         {
             site: Decision(Width(0 if index == SKIPPED else widths[index]))
@@ -297,7 +364,14 @@ def spec_policy(space: SearchSpace, indices: Indices) -> Policy:
 
 
 def routed(policy: Policy, *, space: SearchSpace, bench: Bench, hidden_width: int) -> Policy:
-    """Make a policy that first decides as a dynamic router does, at the cost of its network, pace and one bucket."""
+    """Add the work of a dynamic router to a policy, to time it: a network, a pace and a token bucket at each site.
+
+    Args:
+        policy: the policy whose decisions are used; those of the router are discarded.
+        space: the choices.
+        bench: gives the decoder's hidden size, device and dtype.
+        hidden_width: hidden units of the networks.
+    """
     weight = bench.decoder.embed.weight
     networks = SiteNetworks(space, num_inputs=bench.decoder.config.hidden_size, hidden_width=hidden_width, init_std=0.1)
     networks.init_weights(seed=0)

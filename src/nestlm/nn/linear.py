@@ -12,26 +12,30 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-Cuts = Sequence[Sequence[int]]  # outputs, by map and part
+Cuts = Sequence[Sequence[int]]  # number of outputs, by layer and part
 
 
 class PrefixLinear(nn.Linear):
     """`nn.Linear` that accepts a prefix of its inputs."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Map (..., inputs) to (..., outputs), with the first columns of the weight where there are fewer inputs."""
+        """Map (..., inputs) to (..., outputs); fewer inputs than `in_features` use the first columns of the weight."""
         return prefix_products([input], [self])[0][0]
 
 
 def prefix_products(
     parts: Sequence[Tensor], linears: Sequence[nn.Linear], *, outputs: Cuts | None = None
 ) -> list[list[Tensor]]:
-    """Apply several maps to several parts; return a list for each map, with the product of each part.
+    """Apply each linear layer to each part of a batch, cut to the inputs and outputs that the part uses.
 
     Args:
-        parts: (..., inputs) each: a prefix of the maps' inputs, or all; the widest first.
-        linears: the maps.
-        outputs: for each map, number of its first outputs that each part gets, descending; None: all.
+        parts: the batch, split by width: (..., inputs) each, where `inputs` is at most `in_features`; the widest first.
+        linears: the layers, such as the query, key and value projections.
+        outputs: `outputs[layer][part]` is the number of the layer's first outputs to compute for the part, descending
+            over parts; None: all outputs.
+
+    Returns:
+        `products[layer][part]`, (..., outputs) each.
     """
     if outputs is None:
         outputs = [[linear.out_features] * len(parts) for linear in linears]
@@ -45,13 +49,17 @@ def prefix_products(
 
 
 def joined_products(parts: Sequence[Tensor], linear: nn.Linear, *, outputs: Sequence[int] | None = None) -> Tensor:
-    """Apply a map to several parts and concatenate the products: (sum of counts, ..., most outputs).
+    """Apply a linear layer to each part of a batch, and concatenate the products along the first dimension.
 
     Args:
-        parts: (count, ..., inputs) each, of equal middle dimensions: a prefix of the map's inputs, or all; the widest
-            first.
-        linear: the map.
-        outputs: number of its first outputs that each part gets, descending; the rest of a row is 0. None: all.
+        parts: the batch, split by width: (count, ..., inputs) each, where `inputs` is at most `in_features`; the widest
+            first. The middle dimensions are equal.
+        linear: the layer.
+        outputs: number of the layer's first outputs to compute for each part, descending; the rest of a row is 0.
+            None: all outputs.
+
+    Returns:
+        The products, (sum of counts, ..., largest number of outputs).
     """
     if outputs is None:
         outputs = [linear.out_features] * len(parts)
@@ -64,7 +72,7 @@ def joined_products(parts: Sequence[Tensor], linear: nn.Linear, *, outputs: Sequ
 def multiply_parts(
     parts: Sequence[Tensor], weight: Tensor, bias: Tensor | None, outputs: Sequence[int]
 ) -> list[Tensor]:
-    """Multiply each part by the prefix of a weight that fits it. Weights are cut by views, never by masks."""
+    """Apply a weight to each part, cut to the part's inputs and to its number of outputs. The cut weight is a view."""
     return [
         F.linear(part, weight[:cut, : part.shape[-1]], None if bias is None else bias[:cut])
         for part, cut in zip(parts, outputs, strict=True)
@@ -72,7 +80,7 @@ def multiply_parts(
 
 
 def join_products(parts: Sequence[Tensor], weight: Tensor, bias: Tensor | None, outputs: Sequence[int]) -> Tensor:
-    """Multiply each part by the prefix of a weight that fits it, into one tensor in the dtype of the parts."""
+    """Compute `multiply_parts` in the dtype of the parts, and write all products into one tensor, padded with 0."""
     counts = [len(part) for part in parts]
     whole = parts[0].new_empty((sum(counts), *parts[0].shape[1:-1], outputs[0]))
     for part, cut, rows in zip(parts, outputs, whole.split(counts), strict=True):
@@ -88,7 +96,7 @@ def join_products(parts: Sequence[Tensor], weight: Tensor, bias: Tensor | None, 
 
 
 def split_evenly(flat: Sequence[Any], size: int) -> list[list[Any]]:
-    """Split a sequence into lists of one size."""
+    """Split a sequence into consecutive lists of `size` items."""
     return [list(flat[start : start + size]) for start in range(0, len(flat), size)]
 
 
@@ -100,7 +108,17 @@ class PrefixProducts(Function):
 
     @staticmethod
     def forward(ctx: Any, outputs: Cuts, join: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Multiply parts, weights and biases; return a product for each map and part, or one for each map if `join`."""
+        """Apply each weight and bias to each part.
+
+        Args:
+            ctx: the context of autograd.
+            outputs: numbers of outputs, by layer and part.
+            join: concatenate the products of a layer.
+            tensors: all parts, then all weights, then all biases.
+
+        Returns:
+            A product for each layer and part, or one for each layer if `join`.
+        """
         num_parts = len(outputs[0])
         dtype = product_dtype(tensors[0])
         parts = [part.to(dtype) for part in tensors[:num_parts]]  # once for all maps
@@ -115,7 +133,7 @@ class PrefixProducts(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Return gradients of parts, weights and biases, where autograd needs them."""
+        """Return the gradients of parts, weights and biases; None where autograd needs no gradient."""
         saved = ctx.saved_tensors
         parts, weights = saved[: ctx.num_parts], saved[ctx.num_parts :]
         wanted = iter(ctx.needs_input_grad[2:])
@@ -181,7 +199,7 @@ def weight_gradient(grads_no: Sequence[Tensor | None], parts_ni: Sequence[Tensor
 
 
 def bias_gradient(grads_no: Sequence[Tensor | None], bias: Tensor) -> Tensor:
-    """Sum the gradient of a bias over all rows."""
+    """Return the gradient of a bias: the sum of the output gradients over all rows of all parts."""
     total = torch.zeros_like(bias)
     for grad_no in grads_no:
         if grad_no is not None:
@@ -197,7 +215,7 @@ def product_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def cast_linear_weights(module: nn.Module, dtype: torch.dtype) -> None:
-    """Hold the linear maps of a frozen module in the dtype that autocast would cast them to at every call.
+    """Cast the linear layers of a frozen module, once, to the dtype that autocast would cast them to at every call.
 
     Embeddings and norms stay as they are, so the module computes the same numbers.
     """

@@ -21,21 +21,21 @@ FEW = 2**15  # numbers
 
 @runtime_checkable
 class RopeScaling(Protocol):
-    """Stretches rotary positions, so that a model takes a longer context than it was trained on."""
+    """Lowers rotary frequencies, so that a model can take a longer context than it was trained on."""
 
     @property
     def attention_factor(self) -> float:
-        """Factor of cosines and sines."""
+        """Factor by which cosines and sines are multiplied."""
         ...
 
     def stretch(self, frequencies: Tensor, *, theta: float) -> Tensor:
-        """Scale frequencies (E/2,), in radians a token."""
+        """Return scaled frequencies, (dim/2,) in radians a token; `theta` is the base of the rotary embedding."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class LinearScaling:
-    """Divide all positions by one factor (Chen et al., arXiv 2306.15595)."""
+    """Divide all frequencies, and thereby all positions, by one factor (Chen et al., arXiv 2306.15595)."""
 
     factor: float
     attention_factor = 1.0
@@ -48,7 +48,7 @@ class LinearScaling:
 
 @dataclass(frozen=True, kw_only=True)
 class Llama3Scaling:
-    """Divide slow frequencies, keep fast ones, with a ramp between them (Llama 3.1 and later)."""
+    """Divide low frequencies by `factor`, keep high ones, and interpolate between them (Llama 3.1 and later)."""
 
     factor: float
     low_freq_factor: float
@@ -57,7 +57,10 @@ class Llama3Scaling:
     attention_factor = 1.0
 
     def stretch(self, frequencies: Tensor, *, theta: float) -> Tensor:
-        """Scale each frequency by the number of turns that it makes within the original context."""
+        """Keep frequencies that make at least `high_freq_factor` turns within the original context.
+
+        Divide those of at most `low_freq_factor` turns by `factor`, and interpolate linearly between the two.
+        """
         del theta
         turns = self.original_max_position_embeddings * frequencies / (2 * math.pi)
         kept = ((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)).clamp(0, 1)
@@ -75,11 +78,14 @@ class YarnScaling:
 
     @property
     def attention_factor(self) -> float:
-        """Factor of cosines and sines: the square root of the factor of attention logits."""
+        """Factor by which cosines and sines are multiplied: the square root of the factor of attention logits."""
         return 0.1 * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
 
     def stretch(self, frequencies: Tensor, *, theta: float) -> Tensor:
-        """Keep dimensions of `beta_fast` turns within the original context; divide those of `beta_slow` turns."""
+        """Keep frequencies that make at least `beta_fast` turns within the original context.
+
+        Divide those of at most `beta_slow` turns by `factor`, and interpolate linearly over dimensions between the two.
+        """
         dim = 2 * len(frequencies)
 
         def dimension(turns: float) -> float:
@@ -99,7 +105,15 @@ def rotary_table(
     scaling: RopeScaling | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """Compute cosines and sines of positions, (L, dim) each, in float32 or wider."""
+    """Compute the cosines and sines that `apply_rotary_emb` takes, (L, dim) each.
+
+    Args:
+        positions_L: position of each token.
+        dim: number of entries of a head that are rotated.
+        theta: base of the frequencies, `theta ** (-2i / dim)`.
+        scaling: changes the frequencies for a longer context; None: they stay as they are.
+        dtype: float32 or wider.
+    """
     exponents = torch.arange(0, dim, 2, dtype=dtype, device=positions_L.device) / dim
     frequencies = 1.0 / theta**exponents
     if scaling is not None:
@@ -112,7 +126,9 @@ def rotary_table(
 def apply_rotary_emb(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate each pair (i, i + dim/2) of the last dimension by its position's angle; entries from `dim` on stay.
 
-    The table broadcasts to x, (..., E), but for its own last dimension, dim.
+    Args:
+        x: queries or keys, (..., E).
+        table: cosines and sines, (..., dim) each; the dimensions before the last broadcast to those of x.
     """
     cos, sin = (part.to(x.dtype) for part in table)
     if torch.is_grad_enabled() or x.numel() > FEW:

@@ -29,12 +29,13 @@ Scorer = Callable[[int, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Granularity:
-    """Over which tokens a decision reaches.
+    """How many tokens one decision of a router applies to.
 
     Attributes:
-        prompt_tokens: 0 decides for each token; P > 0 runs the first P tokens of a sequence whole, decides on them, and
-            keeps that decision for the rest.
-        horizon: tokens over which the whole first P are paid back; a sequence that ends sooner ends above its budget.
+        prompt_tokens: 0: decide for each token. P > 0: run the first P tokens of a sequence at full width, decide
+            from their mean score, and keep that decision for the rest of the sequence.
+        horizon: length of a sequence in which later tokens save what the first P cost above the budget; a shorter
+            sequence ends above its budget.
     """
 
     prompt_tokens: int
@@ -42,12 +43,12 @@ class Granularity:
 
 
 class DynamicRouter(Router):
-    """Scores the choices of each token at each site from its hidden state, which no later token has touched.
+    """Base class of routers that score the choices of each token at each site from the token's hidden state.
 
     Attributes:
-        rows: number of each site in the search space.
-        planned: prices by which plans are made: those of the router, less what the first tokens of prompts cost.
-        measured: what each choice adds to the loss beside sites that run whole, in nats, (sites, max choices).
+        rows: index of each site in the search space. Arguments called `row` are such an index.
+        planned: prices by which plans are made: those of the router, with the cost of the first P tokens set aside.
+        measured: how much each choice adds to the loss when all other sites run whole, in nats, (sites, max choices).
     """
 
     per_token: ClassVar[bool] = True
@@ -108,18 +109,26 @@ class DynamicRouter(Router):
         return RoutedPolicy(self.policy(self.read_plan(budget, plan)), plan=plan)
 
     def read_plan(self, budget: Budget, kept: Mapping[str, Any]) -> Plan:
-        """Return the plan that `RoutedPolicy.plan` holds as plain values.
+        """Rebuild a plan from the plain values that `RoutedPolicy.plan` holds.
+
+        Args:
+            budget: the budget of the plan.
+            kept: the plain values, as read from JSON.
 
         Raises:
-            KeyError, TypeError, ValueError: the values are no plan of this router.
+            KeyError, TypeError, ValueError: the values are not a plan of this router.
         """
         return Plan.from_json(kept, limits=self.fixed_point_prices(self.planned.bounds(budget)))
 
     def calibrate(self, budget: Budget, *, calibration: CalibrationData) -> Plan:
         """Return the plan of lowest loss on calibration text among a few that keep the budget.
 
-        In some of them no site decides: nothing may be better than that. Of these, a plan that leaves more than a
-        hundredth of a limit is left out, however good.
+        Plans in which no site decides are tried too, since they may be the best. Such a plan is left out when it uses
+        less than `LEAST_USED` of the limits.
+
+        Args:
+            budget: the limits to keep.
+            calibration: text on which scores and losses are measured.
         """
         bounds = self.planned.bounds(budget)
         start = Plan(self.budget_feature(bounds), self.fixed_point_prices(bounds))
@@ -142,8 +151,9 @@ class DynamicRouter(Router):
     def budget_feature(self, bounds: tuple[Bound, ...]) -> float:
         """Return the share that networks see for a budget.
 
-        Networks learn at the prices of a model in which every site decides. Fixed sites are cheaper, so the same share
-        buys more: what it leaves above the cheapest choices is mapped to as much of the shares that networks know.
+        Networks are trained at the prices of a model in which every site decides, with shares from `floor` to 1. Fixed
+        sites are cheaper, so a plan can meet shares down to `cheapest / whole`. This range is mapped linearly to the
+        range of training; of several limits, the smallest share is returned.
         """
         shares = []
         for bound in bounds:
@@ -189,27 +199,35 @@ class DynamicRouter(Router):
         return plan, scores
 
     def measured_losses(self) -> list[list[float]]:
-        """Return what choices add to the loss when all tokens take the same, a row a site, as `prepare` measured it."""
+        """Return how much each choice adds to the loss when all tokens take it; one list for each site."""
         rows = zip(self.measured.tolist(), self.prices.space.choices.values(), strict=True)
         return [row[: len(widths)] for row, widths in rows]
 
     def implicit_multiplier(self, plan: Plan, losses: list[list[float]]) -> float:
-        """Return the price of cost that the networks' scores contain already; 0 unless a subclass estimates it.
+        """Return the multiplier by which the networks' scores already contain a price of cost; 0 unless overridden.
 
         Args:
-            plan: under which scores were recorded.
-            losses: minus the mean scores, a row a site.
+            plan: the plan under which scores were recorded.
+            losses: minus the mean score of each choice, one list for each site.
         """
         del plan, losses
         return 0.0
 
     def fixed_point_prices(self, bounds: tuple[Bound, ...]) -> tuple[FixedPointPrices, ...]:
-        """Return limits with prices in fixed-point units, on the router's device."""
+        """Convert the prices of limits to fixed-point integers, on the router's device."""
         device = next(self.parameters()).device
         return tuple(FixedPointPrices.from_bound(bound, device=device) for bound in bounds)
 
     def solve_knapsack(self, bounds: tuple[Bound, ...], losses: list[list[float]]) -> dict[int, int]:
-        """Return the choices, by row, of the best sub-network for all tokens: an exact knapsack, its rest used up."""
+        """Find the best choices that all tokens share, by an exact knapsack, then spend what is left of the limits.
+
+        Args:
+            bounds: the limits.
+            losses: how much each choice adds to the loss, one list for each site.
+
+        Returns:
+            The index of the choice, by row.
+        """
         space = self.prices.space
         uniform = [Bound(token_table(bound.table).alike, bound.share) for bound in bounds]
         spec = cheapest_within(losses, bounds=uniform, space=space)
@@ -227,12 +245,12 @@ class DynamicRouter(Router):
         return {row: torch.cat(parts) for row, parts in seen.items()}
 
     def decision_scores(self, scores_NLK: Tensor) -> Tensor:
-        """Return the scores on which decisions are made: each token's, or the mean (N, 1, K) of the first P tokens."""
+        """Return the scores that decide: those of each token, or the mean (N, 1, K) of the first P tokens."""
         limit = self.granularity.prompt_tokens
         return scores_NLK[:, :limit].mean(1, keepdim=True) if limit else scores_NLK
 
     def decide_all(self, plan: Plan, scores: dict[int, Tensor]) -> dict[int, Tensor]:
-        """Return the choice indices of a plan on recorded scores, by row, at the sites that decide."""
+        """Return the choices that a plan makes on recorded scores: indices by row, for the sites that decide."""
         stream = Stream()
         decided = {row: self.decide(row, part, plan, stream) for row, part in scores.items() if row not in plan.fixed}
         if self.granularity.prompt_tokens:  # what the first tokens cost is in the planned prices already
@@ -265,12 +283,23 @@ class DynamicRouter(Router):
         return policy
 
     def decide(self, row: int, scores_BLK: Tensor, plan: Plan, stream: Stream) -> Tensor:
-        """Return choice indices (B, L) at a site; what later tokens of the sequences need goes to `stream.memory`."""
+        """Choose for each token at one site, from the scores of its choices.
+
+        Args:
+            row: index of the site.
+            scores_BLK: scores of the site's choices; higher is better.
+            plan: multiplier, refill rates and paces.
+            stream: tells which tokens are padding. Its memory holds the state of the site from earlier tokens of the
+                sequences, and is updated.
+
+        Returns:
+            Indices of the choices, (B, L).
+        """
         decide = self.decide_by_prompt if self.granularity.prompt_tokens else self.decide_by_token
         return decide(row, scores_BLK, plan, stream)
 
     def decide_by_token(self, row: int, scores_BLK: Tensor, plan: Plan, stream: Stream) -> Tensor:
-        """Return each token's best choice at its sequence's pace, or a cheaper one where a bucket limits it, (B, L)."""
+        """Compute `decide` for a router that decides for each token: the best choice that the token buckets can pay."""
         paced, site = plan.paced.get(row), self.prices.space.sites[row]
         if paced is None:
             return plan.best_choice(row, scores_BLK)
@@ -278,7 +307,7 @@ class DynamicRouter(Router):
         return index_BL
 
     def decide_by_prompt(self, row: int, scores_BLK: Tensor, plan: Plan, stream: Stream) -> Tensor:
-        """Return the widest choice for the first P tokens, then what their mean score prefers and the rates allow."""
+        """Compute `decide` once a sequence: the widest choice for the first P tokens, then the decision."""
         limit, site = self.granularity.prompt_tokens, self.prices.space.sites[row]
         batch, length, choices = scores_BLK.shape
         real_BL = scores_BLK.new_ones(batch, length, dtype=torch.bool) if stream.real_BL is None else stream.real_BL
@@ -298,7 +327,16 @@ class DynamicRouter(Router):
         return torch.where(real_BL & (position_BL >= limit), decided_B.clamp_min(0)[:, None], choices - 1)
 
     def limit_by_rates(self, row: int, wanted_B: Tensor, plan: Plan, stream: Stream) -> Tensor:
-        """Narrow choices (B,) to the site's refill rate plus what earlier sites of the same sequence left of theirs."""
+        """Narrow the choice of each sequence at a site until the limits can pay it.
+
+        A site can spend its refill rate, and what earlier sites of the same sequence left of their rates.
+
+        Args:
+            row: index of the site.
+            wanted_B: index of the choice with the best score.
+            plan: limits and refill rates.
+            stream: its memory holds the decisions of the other sites.
+        """
         for limit, rates in plan.limits_with_rates:
             left_B = torch.full_like(wanted_B, rates[row])
             for site, kept in stream.memory.items():
@@ -311,7 +349,7 @@ class DynamicRouter(Router):
 
 
 def mean_losses(scores: Mapping[int, Tensor]) -> list[list[float]]:
-    """Return minus the mean score of each choice over all tokens, a row a site.
+    """Return minus the mean score of each choice over all tokens, one list for each site.
 
     Args:
         scores: (N, L, K) by row.
@@ -320,12 +358,12 @@ def mean_losses(scores: Mapping[int, Tensor]) -> list[list[float]]:
 
 
 def features(hidden_BLD: Tensor) -> Tensor:
-    """Scale a residual stream to a root mean square of 1: the input of router networks, (B, L, D)."""
+    """Compute the input of router networks: hidden states scaled to a root mean square of 1, (B, L, D)."""
     return F.rms_norm(hidden_BLD, hidden_BLD.shape[-1:])
 
 
 def with_router(prices: PriceList, hidden_width: int) -> PriceList:
-    """Add the cost of a router's `SiteNetworks` of a hidden width to the prices of the choices per token."""
+    """Return a price list that includes the router's own networks, of `hidden_width` hidden units."""
 
     def add(table: CostTable) -> CostTable:
         return token_table(table).with_router(hidden_width)
@@ -334,6 +372,6 @@ def with_router(prices: PriceList, hidden_width: int) -> PriceList:
 
 
 def token_table(table: CostTable) -> TokenTable:
-    """Return a table of a dynamic router's price list, typed as the table of prices per token that it is."""
+    """Return the table typed as a `TokenTable`, after an assertion that it is one."""
     assert isinstance(table, TokenTable), "the prices of a dynamic router are prices per token"
     return table
