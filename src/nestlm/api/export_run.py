@@ -38,15 +38,15 @@ PRECISIONS = (*exporter.DTYPES, "q8_0")
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """A finished run.
+    """What an export reads from a finished run.
 
     Attributes:
-        stage: its last stage, which names the settings that evaluation reads.
-        runtime: its folders.
-        decoder: the whole model, on the CPU, for evaluation.
-        router: its own.
-        prices: of sub-networks.
-        provenance: where its numbers come from.
+        stage: the last stage, which has the settings of evaluation.
+        runtime: folders of the run and its stages.
+        decoder: the whole model, on the CPU, in evaluation mode.
+        router: the router that the run trained.
+        prices: prices of sub-networks.
+        provenance: content of provenance.json.
     """
 
     stage: EvaluateStage
@@ -69,8 +69,8 @@ class Request:
     Attributes:
         out: a folder that does not exist yet, or is empty; it appears whole or not at all.
         form: `hf` or `gguf`.
-        precision: of the weights: `f32`, `f16`, `bf16`, or `q8_0` of GGUF; None: the parent's.
-        push_to: OWNER/NAME on the hub; None: nowhere.
+        precision: dtype of the weights: `f32`, `f16`, `bf16`, or for GGUF `q8_0`; None: that of the parent's weights.
+        push_to: OWNER/NAME on the Hugging Face hub, to upload the folder to; None: no upload.
     """
 
     out: Path
@@ -90,19 +90,18 @@ class Request:
 def export(
     run: LoadedRun, routed: RoutedPolicy, request: Request, *, budget: Budget, router: str, achieved: float | None
 ) -> ExportCheck:
-    """Write a stand-alone model, and check that it computes what the nested model does.
+    """Write a stand-alone model, and check that its outputs are those of the nested model.
 
     Args:
-        run: the nested model.
-        routed: what of it.
-        request: where to, in which form; checked.
-        budget: that was asked for.
-        router: label of the router that answered.
-        achieved: cost as a share of the whole model's, where it is known.
+        run: the finished run with the nested model.
+        routed: the sub-network, or the per-token policy, to export.
+        request: target folder and format, after `Request.check`.
+        budget: the budget for which `routed` was found.
+        router: label of the router that found it.
+        achieved: its cost as a share of the whole model's; None: not measured.
 
     Raises:
-        ExportError: a format that cannot hold it, a folder that cannot be written, or an export that computes
-            something else.
+        ExportError: the format cannot hold the model, the folder cannot be written, or the outputs differ.
     """
     loader = run.stage.packed_tokens(run.runtime, stream="validation").heldout_dataloader(
         "validation", num_rows=TEXT_ROWS
@@ -139,7 +138,7 @@ def export(
 
 
 def chosen(run: LoadedRun, budget: Budget, routed: RoutedPolicy) -> exporter.ExportChoice:
-    """Return what an export holds of a chosen policy."""
+    """Convert a policy to what exporters take: a sub-network, or a router with its plan."""
     if routed.spec is not None:
         return exporter.ExportChoice(spec=routed.spec)
     assert routed.plan is not None, "tokens differ by a plan"
@@ -148,10 +147,12 @@ def chosen(run: LoadedRun, budget: Budget, routed: RoutedPolicy) -> exporter.Exp
 
 
 def kept_parent(run: LoadedRun) -> ParentFiles | None:
-    """Return the files that the run kept of the given weights; None where it trained its own.
+    """Return the files, such as the tokenizer's, that the run copied from the checkpoint it started from.
+
+    None if the run trained from scratch.
 
     Raises:
-        CheckpointError: the files are lost.
+        CheckpointError: the copies are missing.
     """
     if run.family.weights is None:
         return None
@@ -169,7 +170,7 @@ def parent_name(family: Family, kept: ParentFiles | None) -> str:
 
 
 def losses(run: LoadedRun, *, budget: Budget, router: str) -> dict[str, float]:
-    """Return losses on the whole validation text, as the run measured them, by what was run."""
+    """Return the losses on the validation text that the run measured, by a description of the model."""
     rows = read_csv(run.runtime.folder / "results.csv")
     found = {
         "the parent, before it was nested": read_result(run.runtime.folder, PretrainStage).val_loss,
@@ -185,9 +186,15 @@ def losses(run: LoadedRun, *, budget: Budget, router: str) -> dict[str, float]:
 def costs(
     run: LoadedRun, routed: RoutedPolicy, *, achieved: float | None, text_BL: Tensor
 ) -> dict[str, tuple[str, float]]:
-    """Return what a choice costs, by cost: the amount with its unit, and its share of the whole model's.
+    """Return the cost of a policy by name of the cost: the amount with its unit, and its share of the whole model's.
 
-    Where tokens differ it is of the run's own kind: the mean that the run measured, or that of the given text.
+    A sub-network is priced under every cost of the run, a per-token policy only under the main one.
+
+    Args:
+        run: the finished run.
+        routed: the sub-network, or the per-token policy.
+        achieved: mean share of a per-token policy; None: it is measured on `text_BL`.
+        text_BL: tokens of held-out text.
     """
     spec = routed.spec
     if spec is not None:

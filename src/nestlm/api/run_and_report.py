@@ -32,11 +32,12 @@ from nestlm.utils.resources import check_writable, resource_errors
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run that is done.
+    """The result of `run_and_report`.
 
     Attributes:
         folder: the run's folder.
-        pareto_gap: the number to minimise: the loss of the run's router above the teacher's, a mean over budgets.
+        pareto_gap: the number that a sweeper minimises: loss of the run's router minus loss of the teacher, averaged
+            over budgets.
     """
 
     folder: Path
@@ -44,17 +45,17 @@ class FinishedRun:
 
 
 def run_and_report(settings: Settings, *, config: dict[str, Any]) -> FinishedRun | None:
-    """Check settings, walk the stages, and write the run's folder; a dry run prints its estimates instead.
+    """Check the settings, run all stages, and write the run's folder; for a dry run, print estimates instead.
 
     Args:
         settings: settings of the run.
-        config: the same as plain resolved values, of which cache keys are made.
+        config: the settings as resolved plain values, from which cache keys are computed.
 
     Returns:
         The finished run; None for a dry run.
 
     Raises:
-        NestlmError: something in the settings, the data or the weights that a user can cure.
+        NestlmError: the settings, the data or the weights have an error that a user can cure.
     """
     check(settings)
     check_places(settings, config=config)
@@ -67,12 +68,12 @@ def run_and_report(settings: Settings, *, config: dict[str, Any]) -> FinishedRun
 
 
 def fill_run_folder(settings: Settings, *, config: dict[str, Any], shown: bool = True) -> FinishedRun:
-    """Walk the stages of checked settings, and write the run's folder under its lock.
+    """Run all stages, and write the run's folder, while holding the lock of that folder.
 
     Args:
-        settings: settings of the run.
-        config: the same as plain resolved values.
-        shown: whether to draw pictures, write the page, print the table, and publish the folder to wandb.
+        settings: settings of the run, after `check`.
+        config: the settings as resolved plain values.
+        shown: whether to draw plots, write the report page, print the table of results, and upload the folder to wandb.
     """
     check_trainer(settings.trainer)
     placement_for(make_trainer(settings.trainer))  # ranks meet
@@ -99,7 +100,7 @@ def fill_run_folder(settings: Settings, *, config: dict[str, Any], shown: bool =
 
 
 def show(run_dir: Path, logger: Logger) -> None:
-    """Draw the pictures of a run's folder, write its page, and print its table; wandb gets all of it."""
+    """Draw plots, write the report page, and print the table of results; upload the folder if the logger is wandb's."""
     render(run_dir)
     if isinstance(logger, WandbLogger):
         wandb_run.publish(logger, run_dir)
@@ -107,10 +108,10 @@ def show(run_dir: Path, logger: Logger) -> None:
 
 @contextmanager
 def open_logger(settings: Settings, run_dir: Path, *, config: dict[str, Any]) -> Iterator[Logger]:
-    """Open the configured logger, log the config, and close it with whether the run failed; only rank 0 logs.
+    """Open the configured logger, log the config, and close the logger as succeeded or failed; only rank 0 logs.
 
     Raises:
-        ConfigError: wandb refuses to begin a run.
+        ConfigError: wandb cannot start a run.
     """
     if collectives.rank() != 0:
         yield DummyLogger()
@@ -130,7 +131,7 @@ def open_logger(settings: Settings, run_dir: Path, *, config: dict[str, Any]) ->
 
 
 def logged_results(finished: FinishedStages) -> dict[str, float]:
-    """Name the results as a logger takes them: one number a name."""
+    """Flatten the results of all stages to the names and numbers that a logger takes."""
     logged: dict[str, float] = {}
     for outcome in finished.result(EvaluateStage).outcomes:
         name = f"evaluate/{outcome.router}/{outcome.budget}"
@@ -149,12 +150,15 @@ def check_places(settings: Settings, *, config: dict[str, Any]) -> None:
 
 
 def cache_folder(settings: Settings, run_dir: Path) -> Path:
-    """Return the folder of the stages' folders: the cache, or one in the run's folder where `cache` is off."""
+    """Return the folder of the stages' folders: the cache, or `stages` in the run's folder if `cache` is off."""
     return Path(settings.cache_dir or "cache") if settings.cache == "on" else run_dir / "stages"
 
 
 def run_folder(settings: Settings, *, config: dict[str, Any]) -> Path:
-    """Return the run's folder: `run_dir`, or one named by router, seed and config, which the same command finds."""
+    """Return the run's folder: `run_dir`, or one named by router, seed and a hash of the config.
+
+    The same command always gets the same folder.
+    """
     if settings.run_dir is not None:
         return Path(settings.run_dir)
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:8]

@@ -1,4 +1,4 @@
-"""The stage cache: a folder a stage, named by its cache key."""
+"""The stage cache: each stage has a folder, named by its cache key."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def file_identity(path: Path) -> str:
 
 
 def contents_identity(files: list[Path], *, known: Path) -> str:
-    """Hash the contents of files, whatever their names, places and times.
+    """Hash the contents of files, without their names, folders and times.
 
-    Gigabytes are hashed once: a JSON file keeps the hash of every path at one size, time and inode.
+    A JSON file keeps the hash of each path with its size, times and inode, so that unchanged files are hashed once.
 
     Args:
-        files: files, in an order that counts.
-        known: the JSON file; it is written anew where it is absent or damaged.
+        files: the files; their order changes the hash.
+        known: the JSON file, created if it is missing or damaged.
     """
     try:
         content = json.loads(known.read_text(encoding="utf-8"))
@@ -63,13 +63,16 @@ class StageFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the lock of the folder: one process works in it at a time."""
+        """Create the folder, and hold its file lock while the context is open."""
         self.path.mkdir(parents=True, exist_ok=True)
         with lock_folder(self.path, f"{self.name:>9}"):
             yield
 
     def result(self) -> dict[str, Any] | None:
-        """Read the result of a finished stage; None where it is not finished, or is damaged, and is then cleared."""
+        """Return the result of the stage; None if the stage is not finished.
+
+        None too if its files are damaged; they are then deleted.
+        """
         marker = self.path / MARKER
         if not marker.exists():
             return None
@@ -88,10 +91,13 @@ class StageFolder:
             return None
 
     def check(self) -> None:
-        """Compare all files but shards of tokens with their hashes, since runs link files that nothing reads again.
+        """Compare the files of a finished stage with the hashes in SHA256SUMS.
+
+        This includes files that later stages do not read, because they become part of the run's folder. Shards of
+        tokens are left out; their manifest has their hashes.
 
         Raises:
-            ValueError: a file is absent, or not the one that the stage wrote.
+            ValueError: a file is missing or differs from its hash.
         """
         wanted = read_valid_checksums(self.path)
         if MARKER not in wanted:
@@ -104,7 +110,7 @@ class StageFolder:
                 raise ValueError(f"{self.path / name} is not the file that the stage wrote")
 
     def clear(self) -> None:
-        """Remove all files but the lock, `stage.json` first."""
+        """Delete all files except the lock, `stage.json` first."""
         for path in sorted(self.path.iterdir(), key=lambda path: path.name != MARKER):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
@@ -112,7 +118,10 @@ class StageFolder:
                 path.unlink()
 
     def finish(self, result: dict[str, Any]) -> None:
-        """Write the hashes of the stage's files, except shards, whose manifest has them; then write `stage.json`."""
+        """Mark the stage as finished: write SHA256SUMS, then `stage.json` with the result.
+
+        Shards of tokens are not in SHA256SUMS; their manifest has their hashes.
+        """
         content = to_json({"key": self.key, "result": result})
         names = [
             name

@@ -23,7 +23,7 @@ class Axis(ABC):
     meta device and compare its parameters with those of the whole block (`nestlm.elastic.surgery`).
 
     Attributes:
-        name: the place at which the decoder asks its policy, one of those in `nestlm.spec`.
+        name: the part of a block that the axis cuts, by a name of `nestlm.spec`; policies get it in their `site`.
     """
 
     name: ClassVar[str]
@@ -38,7 +38,7 @@ class Axis(ABC):
 
         Args:
             block: sizes of a block.
-            width: 0 removes the whole part, its norm included.
+            width: number of units; 0 removes the whole part, its norm included.
         """
 
     @abstractmethod
@@ -46,7 +46,7 @@ class Axis(ABC):
         """Return the widths to choose from at every site, ascending, the last one with all units.
 
         Raises:
-            ConfigError: the axis' settings leave nothing to choose in blocks of these sizes.
+            ConfigError: the axis' settings are invalid for blocks of these sizes.
         """
 
     def observed(self, block: BlockConfig, *, config: DecoderConfig) -> tuple[str, tuple[int, int]] | None:
@@ -64,7 +64,9 @@ class Axis(ABC):
         return None
 
     def ranked(self, scores: Mapping[Site, Tensor], *, num_layers: int) -> Self:
-        """Return the axis after the ranking, for an axis whose sites depend on importance; others return themselves.
+        """Choose the sites of the axis by importance, and return the new axis.
+
+        The default returns `self`. `Depth` overrides it: the least important blocks become those that can be skipped.
 
         Args:
             scores: importance of each unit, (units,) by site.
@@ -74,7 +76,7 @@ class Axis(ABC):
         return self
 
     def at_layers(self, layers: Sequence[int]) -> Self:
-        """Return the axis with its sites in the layers that an earlier ranking chose; others return themselves."""
+        """Return the axis with its sites in layers that `ranked` chose earlier; the default returns `self`."""
         del layers
         return self
 
@@ -99,7 +101,7 @@ class WidthAxis(Axis):
         """Return the widths to choose from in a block; fractions that round to the same width are one choice.
 
         Raises:
-            ConfigError: fractions that are not ascending above 0, do not end in 1.0, or round to no unit.
+            ConfigError: the fractions are not ascending, do not lie above 0, do not end in 1.0, or round to 0 units.
         """
         where, units = f"axes.{self.name}", self.units(block)
         if self.multiple_of <= 0:

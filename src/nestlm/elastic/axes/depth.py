@@ -20,13 +20,13 @@ from nestlm.spec import DEPTH, Site
 class Depth(Axis):
     """Unit: a whole block, attention and MLP, which is skipped (0) or runs (1).
 
-    `share` fixes how many blocks may be skipped before anything is trained, so that the search space has a size and
-    prices. The ranking decides which blocks they are.
+    `share` sets how many blocks can be skipped. So the size of the search space and its prices are known before
+    training, while the ranking decides later which blocks they are.
 
     Attributes:
-        share: of the blocks, above 0 and below 1.
-        layers: the blocks that may be skipped, ascending. None before the ranking: the last blocks except the very last
-            stand in for them, at the same price.
+        share: share of the blocks that can be skipped, above 0 and below 1.
+        layers: indices of the blocks that can be skipped, ascending. None before the ranking: then the last blocks
+            except the very last one are used, which have the same price.
     """
 
     name: ClassVar[str] = DEPTH
@@ -58,8 +58,8 @@ class Depth(Axis):
     def least_important(self, importance: list[float]) -> tuple[int, ...]:
         """Return the layers that may be skipped, given the importance of every layer.
 
-        Equally important layers are taken from the back, the very last one at the end: no later block could make up for
-        its output.
+        Of equally important layers, later ones come first, except the very last layer: no later block could compensate
+        for it.
 
         Raises:
             ConfigError: the share rounds to no block or to all blocks.

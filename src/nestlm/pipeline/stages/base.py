@@ -78,7 +78,7 @@ class Stage(ABC, Generic[Result]):
 
     @classmethod
     def of(cls, settings: Settings) -> Self:
-        """Take the fields of the stage out of the settings of a run."""
+        """Create the stage with its fields set from the settings of a run."""
         return cls(**{known.name: getattr(settings, known.name) for known in fields(cls)})
 
     @classmethod
@@ -102,10 +102,15 @@ class Stage(ABC, Generic[Result]):
 
     @abstractmethod
     def run(self, runtime: StageRuntime) -> Result:
-        """Do the work, and return its result; files go to `runtime.folder`."""
+        """Run the stage, write its files to `runtime.folder`, and return the result."""
 
     def identity(self, folder: Path, *, key: str) -> str:
-        """Return what the keys of later stages hold of this one: its own key, or a hash of what it left in `folder`."""
+        """Return what the keys of later stages include for this stage: by default its key; else a hash of its files.
+
+        Args:
+            folder: the folder of the finished stage.
+            key: its cache key.
+        """
         del folder
         return key
 
@@ -146,15 +151,15 @@ class ModelStage(Stage[Result]):
         return trainer_device(self.trainer)
 
     def placement(self) -> ModelPlacement:
-        """Return where models are held: on one device, or in shards on several; ranks meet here."""
+        """Return where models are placed: on one device, or in shards on several. All ranks must call it together."""
         return placement_for(make_trainer(self.trainer))
 
     def new_decoder(self, runtime: StageRuntime) -> Decoder:
-        """Build the model in the trainer's memory, with weights that are not filled yet."""
+        """Build the model on the trainer's device, with uninitialised weights."""
         return self.place(self.decoder_on_meta(runtime))
 
     def load_decoder(self, runtime: StageRuntime, stage: str) -> Decoder:
-        """Build the model in the trainer's memory, with the weights that an earlier stage left."""
+        """Build the model on the trainer's device, with the weights that an earlier stage wrote."""
         return self.fill(self.new_decoder(runtime), runtime, stage)
 
     def decoder_on_meta(self, runtime: StageRuntime) -> Decoder:
@@ -163,31 +168,31 @@ class ModelStage(Stage[Result]):
         return Decoder.on_meta(config, activation_checkpointing=runtime.activation_checkpointing)
 
     def place(self, decoder: Decoder) -> Decoder:
-        """Give a model on the meta device its memory, unfilled."""
+        """Move a model from the meta device to the trainer's, with uninitialised weights; return the model."""
         keep_freed_blocks(self.device())
         self.placement().place(decoder, blocks=decoder.blocks)
         return decoder
 
     def fill(self, decoder: Decoder, runtime: StageRuntime, stage: str) -> Decoder:
-        """Load the weights that an earlier stage left into a model; returns the model."""
+        """Load the weights that an earlier stage wrote into a model; return the model."""
         load_weights(decoder, runtime.inputs[stage] / MODEL)
         return decoder
 
     def packed_tokens(self, runtime: StageRuntime, *, stream: str, num_steps: int = 0) -> PackedTokens:
-        """Open the packed rows that the data stage left.
+        """Open the packed rows that the data stage wrote.
 
         Args:
-            runtime: knows the folder of the data stage.
-            stream: name of the order of the rows; each stage trains in its own.
-            num_steps: training steps.
+            runtime: has the folder of the data stage.
+            stream: name that seeds the order of the rows, so that each stage trains in another order.
+            num_steps: number of training steps.
         """
         prepared = PreparedData.read(runtime.inputs["data"])
         return PackedTokens(self.data, prepared, seed=self.seed, stream=stream, num_steps=num_steps)
 
     def calibration_data(self, decoder: Decoder, runtime: StageRuntime, *, num_sequences: int) -> CalibrationData:
-        """Move the model and sequences of calibration text, the same on all ranks, to the trainer's device.
+        """Load calibration text, and move it and the model to the trainer's device. All ranks get the same text.
 
-        Draws nothing from torch's generator.
+        The state of torch's random generator does not change.
         """
         device = self.device()
         tokens = self.packed_tokens(runtime, stream="calibration")
@@ -205,13 +210,13 @@ class ModelStage(Stage[Result]):
         *,
         prices: Mapping[str, PriceList] | None = None,
     ) -> dict[str, Scores]:
-        """Measure validation loss and accuracy under policies. Each score is written at once, for a resumed run.
+        """Measure validation loss and accuracy under each policy. A resumed run reads the scores on disk.
 
         Args:
             decoder: the model.
-            policies: by a name that can be part of a file's name.
-            runtime: knows the folder of the scores.
-            prices: by the same names, the prices at which the spending of a policy is counted.
+            policies: policies by a name, which becomes part of a file name.
+            runtime: has the folder to which scores are written.
+            prices: by the same names, the prices at which the cost of a policy is measured; None: no costs.
         """
         loader = self.packed_tokens(runtime, stream="validation").heldout_dataloader("validation")
         trainer = make_trainer(self.trainer)
@@ -235,7 +240,7 @@ class ModelStage(Stage[Result]):
 
 
 def load_router(router: Router, folder: Path) -> Router:
-    """Load the state that a stage left in its folder into a router; returns the router."""
+    """Load the state that a stage wrote to its folder into a router; return the router."""
     if router.state_dict():
         load_weights(router, folder / ROUTER)
     return router
@@ -248,6 +253,6 @@ def save_router(router: Router, runtime: StageRuntime) -> None:
 
 
 def prepare_router(router: Router, calibration: CalibrationData) -> None:
-    """Let a router measure what all budgets need; all ranks then use what rank 0 measured."""
+    """Call `router.prepare` on all ranks, then broadcast the router's buffers from rank 0."""
     router.to(calibration.device).prepare(calibration)
     collectives.broadcast_module(router)
