@@ -53,7 +53,8 @@ def low() -> float:
 def test_budgets_that_no_widths_reach_are_kept(run, low, router):
     prompt = router.endswith("prompt")  # which runs whole
     budget = 0.8 if prompt else low
-    folder = run(*DEEP, *ROUTERS[router], f"budget=[1.0,{budget}]", "router.prompt_tokens=8")
+    whole = ["router.prompt_tokens=8"] if prompt else []
+    folder = run(*DEEP, *ROUTERS[router], f"budget=[1.0,{budget}]", *whole)
     for row in rows_of(folder):
         assert float(row["achieved"]) <= float(row["budget"])
     layers = skippable(folder)
