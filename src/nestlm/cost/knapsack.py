@@ -192,9 +192,16 @@ def cheapest_of(choices: Choices, prices: Array) -> int:
 
 
 def search(items: list[Items], allowances: Array, multipliers: Array, *, gap: float) -> Choices | None:
-    """Find the specs within `gap` of the relaxed optimum that no other beats: choices (specs, items), best first.
+    """Find the best specs by dynamic programming over items, among those within `gap` of the relaxed optimum.
 
-    None: too many partial specs are as good.
+    Args:
+        items: the blocks and sites to choose for.
+        allowances: what the items may cost, for each bound.
+        multipliers: prices of cost in the relaxed optimum, for each bound.
+        gap: how far above the relaxed optimum a spec may be.
+
+    Returns:
+        Choices (specs, items), the lowest loss first; None if there are more than `MOST_PARTIAL` partial specs.
     """
     cheapest = np.array([item.prices.min(0) for item in items])
     cheapest_after = cheapest[::-1].cumsum(0)[::-1] - cheapest
@@ -226,9 +233,10 @@ def search(items: list[Items], allowances: Array, multipliers: Array, *, gap: fl
 
 
 def unbeaten(costs: Array, lost: Array) -> Choices:
-    """Return the indices of partial specs that no other beats.
+    """Return the indices of the partial specs that no other dominates.
 
-    With one bound a spec beats another in cost and loss, with several in loss at equal cost.
+    With one bound, a spec dominates those that cost as much or more and lose as much or more. With several bounds, only
+    specs of equal cost are compared.
     """
     if costs.shape[1] == 1:
         order = np.lexsort((lost, costs[:, 0]))

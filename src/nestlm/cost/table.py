@@ -25,11 +25,11 @@ class CostTable:
     """Prices in one unit. A spec's cost is the constant plus the price of its choice at every site.
 
     Attributes:
-        name: what is counted, such as `params`.
-        unit: what one is, such as `FLOPs a token`.
+        name: name of the cost, such as `params`.
+        unit: unit of all prices, such as `FLOPs a token`.
         space: the choices that are priced.
-        constant: cost of what no choice cuts.
-        prices: per site, one price a choice, aligned to `space.choices`; wider is never cheaper.
+        constant: cost that does not depend on choices.
+        prices: for each site, one price for each choice, aligned to `space.choices`; wider is never cheaper.
         whole: cost of the whole model, to which shares refer.
     """
 
@@ -56,14 +56,14 @@ class CostTable:
 
     @cached_property
     def shares(self) -> Tensor:
-        """Relative prices, (sites, max choices), 0 where a site has fewer choices."""
+        """Prices relative to the cost of the whole model, (sites, max choices); 0 where a site has fewer choices."""
         table = torch.zeros(len(self.space.sites), self.space.max_choices, dtype=torch.float64)
         for row, prices in enumerate(self.prices):
             table[row, : len(prices)] = torch.tensor(prices, dtype=torch.float64) / self.whole
         return table
 
     def expected_share(self, probabilities: Tensor) -> Tensor:
-        """Return the relative cost of distributions over choices, differentiably.
+        """Return the expected cost of distributions over choices, relative to the whole model's, with gradients.
 
         Args:
             probabilities: (..., sites, max choices); the result is (...).
@@ -74,13 +74,13 @@ class CostTable:
 
 @dataclass(frozen=True)
 class TokenTable(CostTable):
-    """Prices of choices that are made for each token; `constant` and `prices` hold where every site decides.
+    """Prices of choices that are made for each token; `constant` and `prices` assume that every site decides.
 
     A site at which all tokens take the same choice needs no decision: its part of the constant, `shared`, falls away,
     and it has the price of a sub-network, `fixed`.
 
     Attributes:
-        shared: per site, what deciding costs whatever is chosen: K and V for later tokens, and the router.
+        shared: for each site, the cost of deciding whatever is chosen: K and V for later tokens, and the router.
         fixed: per site, one price a choice, where all tokens take the same; None where every site decides.
         router: per site, what a router adds to `shared`: for each unit of its network's hidden width, and in any case.
     """
@@ -111,7 +111,7 @@ class TokenTable(CostTable):
         return replace(self, constant=self.constant + sum(own), shared=shared, router=((0.0, 0.0),) * len(own))
 
     def after_prompt(self, prompt_share: float) -> TokenTable:
-        """Return mean prices over sequences whose first `prompt_share` runs whole, and whose rest runs as decided."""
+        """Return mean prices for sequences whose first tokens, a share of `prompt_share`, run at full width."""
         rest = 1.0 - prompt_share
         constant = rest * self.constant + prompt_share * self.cost(self.space.full())
         prices = tuple(tuple(rest * price for price in row) for row in self.prices)
@@ -126,16 +126,16 @@ class Bound:
     share: float
 
     def fits(self, spec: SubnetSpec) -> bool:
-        """Return whether a spec costs at most the bound. Budgets are kept by this comparison alone."""
+        """Return whether a spec costs at most the bound. All code that keeps a budget uses this comparison."""
         return self.table.share(spec) <= self.share
 
 
 @dataclass(frozen=True)
 class PriceList:
-    """The tables of all kinds that a budget can limit.
+    """The cost tables that a budget can limit.
 
     Attributes:
-        main: prices of the run's own cost, which bare shares count.
+        main: table of the run's own cost, to which a budget without a name refers.
         others: further tables, by their names.
         per_token: whether the tables price choices per token.
     """
@@ -160,18 +160,18 @@ class PriceList:
         return {self.main.name: self.main, **self.others}
 
     def bounds(self, budget: Budget) -> tuple[Bound, ...]:
-        """Turn each limit of a budget into a share of its table.
+        """Convert each limit of a budget to a share of the whole model's cost in its table.
 
-        Since wider is cheaper in no table, the smallest sub-network keeps all limits when it keeps each.
+        Each limit is checked against the smallest sub-network, which is the cheapest in every table.
 
         Raises:
-            BudgetError: a kind without a table, an absolute limit above the whole model, or one below the smallest
+            BudgetError: a limit has no table, is an absolute amount above the whole model's, or lies below the smallest
                 sub-network.
         """
         return tuple(self._bound(limit) for limit in budget.limits)
 
     def check(self, budget: Budget) -> None:
-        """Raise BudgetError when no sub-network keeps the budget, as `bounds` does."""
+        """Raise the BudgetError of `bounds`, for example if no sub-network keeps the budget."""
         self.bounds(budget)
 
     def fits(self, spec: SubnetSpec, budget: Budget) -> bool:
