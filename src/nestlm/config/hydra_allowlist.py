@@ -76,10 +76,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[ArgumentParser, Na
         arguments: overrides and flags; None: those of `sys.argv`.
 
     Returns:
-        Hydra's parser, and what it found.
+        Hydra's parser, and the parsed arguments.
 
     Raises:
-        NotAllowedError: the command line asks for a rerun, which reads a pickle.
+        NotAllowedError: the arguments contain `--experimental-rerun`, which would load a pickle.
     """
     parser = get_args_parser()
     parsed = parser.parse_args(arguments)

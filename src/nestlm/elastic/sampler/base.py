@@ -26,7 +26,7 @@ class MixedSpecs:
     indices: Tensor
 
     def local_rows(self, row_shard: RowShard) -> MixedSpecs:
-        """Keep a rank's rows of what was drawn for all rows of a step."""
+        """Return the specs of one rank's rows, given those of all rows of a step."""
         return MixedSpecs(row_shard.local_rows(self.indices, dim=1))
 
 
@@ -52,20 +52,20 @@ class Sampler(Protocol):
 
 
 def policy_of(drawn: Sample, space: SearchSpace, *, device: torch.device) -> Policy:
-    """Return the policy by which a decoder on a device runs what a sampler drew."""
+    """Convert the draw of a sampler to a policy for a decoder on `device`."""
     if isinstance(drawn, MixedSpecs):
         return mixed(space, drawn.indices.to(device))
     return full if drawn == space.full() else fixed(drawn)
 
 
 def check_count(num_random: int, *, least: int) -> None:
-    """Raise ConfigError for too few draws."""
+    """Raise ConfigError if `num_random`, the number of random specs of a step, is below `least`."""
     if num_random < least:
         raise ConfigError(f"sampler.num_random: got {num_random}, wanted {least} or more")
 
 
 def check_shares(*, p_full: float, p_smallest: float) -> None:
-    """Raise ConfigError unless the probabilities of the largest and the smallest leave 0 or more for the others."""
+    """Raise ConfigError unless `p_full` and `p_smallest` are probabilities whose sum is at most 1."""
     for name, share in (("p_full", p_full), ("p_smallest", p_smallest)):
         if not 0 <= share <= 1:
             raise ConfigError(f"sampler.{name}: got {share}, wanted a probability")
