@@ -37,16 +37,16 @@ class Sampler(Protocol):
     """Draws the sub-networks that a training step runs."""
 
     def draw(self, space: SearchSpace, *, seed: int, step: int, batch: tuple[int, int]) -> tuple[Sample, ...]:
-        """Draw what a step runs: specs, each for the whole batch, or specs that differ within it.
+        """Draw the specs that a step runs: each for the whole batch, or as `MixedSpecs`, which differ within the batch.
 
-        The result depends on the arguments alone, so that all ranks draw the same. The full model, where it takes part,
+        The result depends on the arguments alone, so that all ranks draw the same. If the full model is drawn, it
         comes first.
 
         Args:
             space: the choices.
-            seed: of the run.
+            seed: seed of the run.
             step: number of the training step.
-            batch: sequences of all ranks together, and tokens a sequence.
+            batch: number of sequences of all ranks together, and of tokens in each.
         """
         ...
 
