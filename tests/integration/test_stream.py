@@ -35,8 +35,8 @@ def test_a_run_on_a_stream(run, texts):
     assert (finished / "results.csv").read_text().count("\n") == 3
     with pytest.raises(DataError, match="no more than its 100 held-out documents"):
         run(*stream[:2], "data.source.heldout_documents=100", "budget=0.8", name="short")
-    with pytest.raises(ConfigError, match=r"data\.num_workers: got 2, wanted 0"):
-        build(compose([*NANO, *stream, "data.num_workers=2"]))
+    with pytest.raises(ConfigError, match=r"data\.num_workers: got 2, wanted none"):
+        build(compose([*NANO, *stream, "+data.num_workers=2"]))
     with pytest.raises(ConfigError, match=r"data\.source\.heldout_documents: got 0"):
         build(compose([*NANO, *stream[:2], "data.source.heldout_documents=0"]))
     shutil.rmtree(texts)
