@@ -84,8 +84,8 @@ def test_a_killed_run_goes_on_at_its_token(run, optimised, tmp_path):
     assert (again / "results.csv").read_bytes() == (whole / "results.csv").read_bytes()
     with pytest.raises(DataError, match="no more than its 100 held-out documents"):
         run(*settings, "data.source.heldout_documents=100", name="short")
-    with pytest.raises(ConfigError, match=r"data\.num_workers: got 2, wanted 0"):
-        build(compose([*NANO, *settings, "data.num_workers=2"]))
+    with pytest.raises(ConfigError, match=r"data\.num_workers: got 2, wanted none"):
+        build(compose([*NANO, *settings, "+data.num_workers=2"]))
 
 
 def test_a_dataset_that_changed_is_another_one(optimised, datasets, tmp_path):
