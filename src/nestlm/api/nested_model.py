@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from tokenizers import Tokenizer
 
 from nestlm.api.export_run import LoadedRun, Request, export
+from nestlm.api.one_device import on_device
 from nestlm.api.reproduce import own_table
 from nestlm.cost.table import PriceList
 from nestlm.data import tokenizer as tokenizers
@@ -47,7 +48,7 @@ from nestlm.router.protocols import PlanningRouter, narrow
 from nestlm.router.static.knapsack import KnapsackRouter
 from nestlm.router.static.uniform import best_uniform
 from nestlm.spec import Budget
-from nestlm.train.trainer import check_trainer, make_trainer
+from nestlm.train.trainer import make_trainer
 from nestlm.utils.console import track
 from nestlm.utils.json_files import read_json
 
@@ -356,11 +357,7 @@ class NestedModel:
     def uniform(self, budget: Any) -> AtBudget:
         """Find the best sub-network that has the same widths in all layers.
 
-        Args:
-            budget: as `at` takes it.
-
-        Raises:
-            BudgetError: none keeps the budget.
+        Takes a budget as `at` does. Raises BudgetError where no such sub-network keeps it.
         """
         asked = budget if isinstance(budget, Budget) else Budget.parse(budget)
         spec = best_uniform(self.prices, asked, calibration=lambda: self.calibration)
@@ -401,25 +398,3 @@ class NestedModel:
         found = model.uniform(budget) if uniform else model.at(budget, router=router)
         run = LoadedRun(model.stage, model.runtime, model.decoder, model.router, model.prices, model.provenance)
         return export(run, found.routed, request, budget=found.budget, router=found.router, achieved=found.achieved)
-
-
-def on_device(settings: Settings, device: str | None) -> Settings:
-    """Return the settings with a trainer that uses one device.
-
-    Args:
-        settings: settings of a run.
-        device: a device name of torch, such as `cuda:0`; None: the accelerator of the run's trainer.
-
-    Raises:
-        ConfigError: this machine has no such device.
-    """
-    chosen: dict[str, Any] = {"devices": 1, "num_nodes": 1, "strategy": "auto"}
-    if device is not None:
-        kind, _, number = device.partition(":")
-        chosen |= {"accelerator": kind} | ({"devices": [int(number)]} if number.isdigit() else {})
-    settings = replace(settings, trainer=partial(settings.trainer, **chosen))
-    try:
-        check_trainer(settings.trainer)
-    except ConfigError as error:
-        raise ConfigError(f"device: got {device or 'none, so that of the run'}; {error}; try device=cpu") from error
-    return settings
