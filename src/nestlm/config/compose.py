@@ -1,4 +1,4 @@
-"""From a Hydra config to settings: names and types are checked before any object is built."""
+"""Compose a Hydra config and turn it into settings. Names and types are checked before any object is built."""
 
 from __future__ import annotations
 

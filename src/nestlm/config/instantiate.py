@@ -1,4 +1,4 @@
-"""From plain values of a config to objects: every value is checked, then every object is built.
+"""Build objects from the plain values of a config: every value is checked, then every object is built.
 
 A mapping with `_target_` is a node: it names a class and holds its arguments. With `_partial_: true` the class is
 called later, by the code that knows the other arguments. A node may stand only where the annotation of a parameter

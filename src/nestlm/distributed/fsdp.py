@@ -21,7 +21,7 @@ warnings.filterwarnings("ignore", message=r".*returned a view tensor.*")
 
 @dataclass(frozen=True)
 class ModelPlacement:
-    """Where models are held.
+    """Device of this rank, and the mesh of ranks that holds the shards of a model.
 
     Attributes:
         device: where this rank computes.

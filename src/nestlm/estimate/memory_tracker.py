@@ -142,7 +142,7 @@ class FusedNorm(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        """Without values."""
+        """Allocate the gradients of input and weight, without values."""
         hidden, weight, _ = ctx.saved_tensors
         return torch.empty_like(hidden), torch.empty_like(weight)
 
@@ -156,7 +156,7 @@ class CudaNorm(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """Of the norm."""
+        """Weight of the replaced norm."""
         return self.norm.weight
 
     def forward(self, hidden: Tensor) -> Tensor:

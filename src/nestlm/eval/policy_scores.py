@@ -56,7 +56,7 @@ class Scores:
 
     @property
     def perplexity(self) -> float:
-        """exp(loss)."""
+        """Perplexity: the exponential of the mean loss."""
         return math.exp(self.loss)
 
     def bits_per_byte(self, *, tokens: int, num_bytes: int) -> float:

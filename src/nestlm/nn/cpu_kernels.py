@@ -35,7 +35,7 @@ class ScaleByRMS(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Of input and weight."""
+        """Compute the gradients of input and weight."""
         x, weight_D, scale = ctx.saved_tensors
         grad_x, grad_D, _ = torch.ops.aten.native_layer_norm_backward(
             grads[0], x, weight_D.shape, torch.zeros_like(scale), scale, weight_D, None,

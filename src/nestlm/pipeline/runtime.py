@@ -1,4 +1,4 @@
-"""Where a stage runs and what it logs to; no setting here changes a result, and none is part of a cache key."""
+"""Folder, logger and devices of a stage. None of these settings changes a result or is part of a cache key."""
 
 from __future__ import annotations
 

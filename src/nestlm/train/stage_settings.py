@@ -30,7 +30,7 @@ class StageSettings:
 
 @dataclass(frozen=True)
 class ElasticSettings(StageSettings):
-    """Elastic training.
+    """Settings of elastic training: its length, learning rate, and networks of values.
 
     Attributes:
         values: networks that learn what choices cost tokens along with the model; None leaves them out.

@@ -1,4 +1,4 @@
-"""The same choice in all layers (MatFormer, arXiv 2310.07707)."""
+"""Sampler of sub-networks with the same choice in all layers (MatFormer, arXiv 2310.07707)."""
 
 from __future__ import annotations
 
